@@ -1,0 +1,57 @@
+"""COTS: collaborative two-stream vision-language pre-training for cross-modal retrieval (Lu et al., CVPR 2022).
+
+Importing this package makes `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoVideoProcessor` know COTS. Everything
+that training needs is imported when it is first used.
+"""
+
+import importlib
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
+
+from .configuration_cots import COTSConfig
+from .modeling_cots import COTSModel, COTSOutput, COTSPreTrainedModel
+from .modeling_cots_pretraining import COTSForPreTraining, COTSForPreTrainingOutput
+from .processing_cots import COTSProcessor
+from .video_processing_cots import COTSVideoProcessor
+
+AutoConfig.register(COTSConfig.model_type, COTSConfig)
+AutoModel.register(COTSConfig, COTSModel)
+AutoModelForZeroShotImageClassification.register(COTSConfig, COTSModel)
+AutoProcessor.register(COTSConfig, COTSProcessor)
+AutoVideoProcessor.register(COTSConfig, COTSVideoProcessor)
+
+__version__ = "0.1.0"
+
+_LAZY_NAMES = {
+    "COTSTrainer": "trainer",
+    "COTSTrainingArguments": "training_args",
+    "ImageTokenizer": "image_tokenizer",
+    "ScenesDataset": "datasets_scenes",
+    "open_pairs": "datasets_pairs",
+    "retrieval_metrics": "retrieval_metrics",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "COTSConfig",
+    "COTSForPreTraining",
+    "COTSForPreTrainingOutput",
+    "COTSModel",
+    "COTSOutput",
+    "COTSPreTrainedModel",
+    "COTSProcessor",
+    "COTSVideoProcessor",
+    *_LAZY_NAMES,
+]

@@ -1,0 +1,149 @@
+"""Putting a model, its tokenizer, its image tokenizer and its processor together so that their sizes agree.
+
+Used by the training scripts before any work is done: what is fresh follows what is given, and two given parts that
+do not fit are refused with both numbers.
+"""
+
+from collections.abc import Iterable
+
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    ViTImageProcessor,
+)
+from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
+
+from .configuration_cots import COTSConfig
+from .encoders_cots import build_text_encoder, build_vision_encoder
+from .image_tokenizer import ImageTokenizer
+from .modeling_cots_pretraining import COTSForPreTraining
+from .processing_cots import COTSProcessor
+from .timm_weights import load_timm_vit
+from .video_processing_cots import COTSVideoProcessor
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_VOCAB_SIZE = 30_522  # BERT's
+RANDOM_IMAGE_TOKENIZER = "random"
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> BertTokenizer:
+    """A WordPiece tokenizer in BERT's format, of at most `vocab_size` pieces, each seen at least twice."""
+    return BertTokenizer().train_new_from_iterator(captions, vocab_size, min_frequency=2, show_progress=False)
+
+
+def build_tokenizer(
+    tokenizer: str | None, text_model: str | None, captions: Iterable[str], max_text_length: int, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given by id or folder; else that of the pre-trained text encoder; else one trained on `captions`.
+
+    Raises `ValueError` for one without padding or mask token.
+    """
+    source = text_model if tokenizer is None else tokenizer
+    if source is None:
+        built = train_tokenizer(captions, vocab_size)
+        logger.warning(f"Trained a WordPiece tokenizer of {len(built)} pieces on the training captions.")
+    else:
+        built = AutoTokenizer.from_pretrained(source)
+    for role in ("pad_token", "mask_token"):
+        if getattr(built, role) is None:
+            raise ValueError(f"The tokenizer {source} has no {role}, which padding and masked modelling need.")
+    # Kept in the tokenizer, so that `truncation=True` cuts alike wherever the model is used.
+    built.model_max_length = max_text_length
+    return built
+
+
+def build_model(
+    *,
+    model: str | None,
+    text_model: str | None,
+    vision_model: str | None,
+    config: COTSConfig,
+    num_word_pieces: int,
+    num_image_tokens: int,
+    max_text_length: int,
+) -> COTSForPreTraining:
+    """
+    The model to train: a COTS checkpoint to go on from, a pair of pre-trained encoders, or fresh weights.
+
+    A stream without a pre-trained encoder is built from `config`, whose vocabularies then follow the tokenizers.
+    Raises `ValueError` where a given stream and a given tokenizer do not fit.
+    """
+    if model is not None:
+        built = COTSForPreTraining.from_pretrained(model)
+    elif text_model is None and vision_model is None:
+        config.text_config.vocab_size = num_word_pieces
+        config.image_vocab_size = num_image_tokens
+        built = COTSForPreTraining(config)
+    else:
+        built = _from_encoders(text_model, vision_model, config, num_word_pieces, num_image_tokens)
+    vocab_size = built.config.text_config.vocab_size
+    if num_word_pieces > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_word_pieces} word pieces and the text encoder only {vocab_size} embeddings: "
+            "give the tokenizer that the encoder was trained with."
+        )
+    if built.config.image_vocab_size != num_image_tokens:
+        raise ValueError(
+            f"The image tokenizer has {num_image_tokens} tokens and the model's masked-image head "
+            f"{built.config.image_vocab_size}: give the image tokenizer that the model was trained with."
+        )
+    max_positions = getattr(built.config.text_config, "max_position_embeddings", max_text_length)
+    if max_text_length > max_positions:
+        raise ValueError(
+            f"max_text_length is {max_text_length} and the text encoder has only {max_positions} positions."
+        )
+    return built
+
+
+def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces: int, num_image_tokens: int):
+    """A stream for which no pre-trained encoder is given is built from `config`."""
+    if text_model is None:
+        config.text_config.vocab_size = num_word_pieces
+        text_model = build_text_encoder(config.text_config)
+    if vision_model is None:
+        vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
+    elif vision_model.startswith("timm/"):
+        vision_model = load_timm_vit(vision_model, image_size=config.image_size[0])
+    return COTSForPreTraining.from_encoders(
+        text_model,
+        vision_model,
+        projection_dim=config.projection_dim,
+        temperature=config.temperature,
+        image_vocab_size=num_image_tokens,
+    )
+
+
+def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, vision_model: str | None) -> COTSProcessor:
+    """The processor of a model: pictures at the size of its vision encoder, any mode, normalised as that expects."""
+    height, width = config.image_size
+    size = {"height": height, "width": width}
+    normalisation = {}
+    if vision_model is not None and not vision_model.startswith("timm/"):
+        given = AutoImageProcessor.from_pretrained(vision_model)
+        normalisation = {"image_mean": given.image_mean, "image_std": given.image_std}
+    image_processor = ViTImageProcessor(
+        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalisation
+    )
+    video_processor = COTSVideoProcessor(
+        size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
+    )
+    return COTSProcessor(image_processor, tokenizer, video_processor)
+
+
+def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
+    """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
+    normalisation = processor.image_processor.image_mean, processor.image_processor.image_std
+    if name_or_path != RANDOM_IMAGE_TOKENIZER:
+        return ImageTokenizer.from_pretrained(name_or_path, *normalisation)
+    logger.warning(
+        f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantiser: its tokens "
+        "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
+    )
+    return ImageTokenizer.random(vocab_size, *normalisation)
+
+
+__all__ = ["build_image_tokenizer", "build_model", "build_processor", "build_tokenizer", "train_tokenizer"]

@@ -1,0 +1,110 @@
+"""Configuration of a COTS model: what its weights need, and nothing about how they were trained.
+
+The training constants of the paper (momentum, queue length, loss weights, filter) are fields of
+`COTSTrainingArguments`.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+PAPER_IMAGE_SIZE = 384  # supplement: "ViT-B/16, 384 x 384"; ViTConfig's own default is 224
+
+
+@strict
+class COTSConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`COTSModel`] and [`COTSForPreTraining`]. Without arguments: the model of the paper
+    (Lu et al., CVPR 2022), BERT-base and ViT-B/16 at 384 x 384, both projected to 256.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the text encoder; any encoder with `last_hidden_state`. A dict without `model_type`
+            is a BERT configuration.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision encoder; any encoder with a `[CLS]` vector whose `forward` takes
+            `bool_masked_pos`. A dict without `model_type` is a ViT configuration, at 384 x 384 unless it says
+            otherwise.
+        projection_dim (`int`, defaults to 256):
+            Length of the image and text embeddings (supplement).
+        temperature (`float`, defaults to 0.05):
+            Similarities are divided by it (supplement). It is fixed, not learnt.
+        image_vocab_size (`int`, defaults to 8192):
+            Number of visual tokens that the masked-image head tells apart: the codes of the DALL-E dVAE.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the normal initialisation of the projections and heads.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the masked-text head shares its output matrix with the word embeddings, as in BERT.
+
+    Raises `ValueError` for a temperature or a size that is not positive and for an image size that the patch size
+    does not divide.
+
+    ```python
+    >>> from modeling_cots import COTSConfig, COTSModel
+
+    >>> config = COTSConfig(text_config={"num_hidden_layers": 2}, vision_config={"num_hidden_layers": 2})
+    >>> model = COTSModel(config)
+    ```"""
+
+    model_type = "cots"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="vit", init_kwargs={"image_size": PAPER_IMAGE_SIZE}
+        ),
+    }
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    temperature: float | int = 0.05
+    image_vocab_size: int = 8192
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        vision_config = self.vision_config
+        if isinstance(vision_config, dict) and vision_config.get("model_type", "vit") == "vit":
+            # SubConfigSpec applies its init_kwargs only to an absent configuration, not to a partial dict.
+            self.vision_config = {"image_size": PAPER_IMAGE_SIZE, **vision_config}
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # here a plain ValueError; the strict dataclass wraps what it calls itself
+
+    def validate_architecture(self):
+        """Refuse what no model can be built from."""
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` divides the similarities and must be positive, got {self.temperature}.")
+        for name in ("projection_dim", "image_vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for image_side, patch_side in zip(_sides(self.vision_config, "image_size"), self.patch_size, strict=True):
+            if patch_side < 1:
+                raise ValueError(f"vision_config.patch_size must be at least 1, got {patch_side}.")
+            if image_side < patch_side or image_side % patch_side != 0:
+                raise ValueError(
+                    f"vision_config.image_size ({image_side}) must be a multiple of vision_config.patch_size "
+                    f"({patch_side}), such as {max(1, round(image_side / patch_side)) * patch_side}."
+                )
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _sides(self.vision_config, "patch_size")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the vision encoder is built for, in pixels."""
+        return _sides(self.vision_config, "image_size")
+
+
+def _sides(config: PreTrainedConfig, name: str) -> tuple[int, int]:
+    value = getattr(config, name, None)
+    if value is None:
+        raise ValueError(f"vision_config ({config.model_type}) has no `{name}`; COTS needs a patch-based encoder.")
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+__all__ = ["COTSConfig"]

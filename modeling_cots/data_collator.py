@@ -1,0 +1,246 @@
+"""Pictures and captions to batches: decoding, augmentation, the choice of a caption, tokens and masks (COTS, MVLM).
+
+A picture that cannot be read does not shrink the batch: its row is there with `valid` False, so that every process
+keeps batches of equal shape, and the trainer leaves it out of losses, queues and metrics.
+"""
+
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import DataCollatorForLanguageModeling
+from transformers.models.flava.image_processing_flava import FlavaMaskingGenerator
+from transformers.utils import logging
+
+from .image_reading import UnreadableImageError, read_image
+
+logger = logging.get_logger(__name__)
+
+MAX_REPORTED_NAMES = 100
+# BEiT masks blocks of at least 16 patches on a grid of 14 x 14; smaller grids get proportionally smaller blocks.
+BEIT_MIN_BLOCK, BEIT_NUM_PATCHES = 16, 196
+
+
+def build_image_transform(
+    image_size: tuple[int, int],
+    image_mean: list[float],
+    image_std: list[float],
+    *,
+    min_crop_scale: float = 0.5,
+    horizontal_flip: float = 0.0,
+    auto_augment: str | None = None,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's training augmentation: a PIL image to a normalised (3, H, W) float32 tensor.
+
+    Args:
+        image_size: Height and width of the result.
+        image_mean: Per channel, subtracted.
+        image_std: Per channel, divided by.
+        min_crop_scale: Smallest share of the picture that the random resized crop keeps.
+        horizontal_flip: Probability of mirroring; it makes captions with "left" and "right" untrue.
+        auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".
+    """
+    from timm.data import create_transform
+
+    return create_transform(
+        (3, *image_size),
+        is_training=True,
+        scale=(min_crop_scale, 1.0),
+        hflip=horizontal_flip,
+        auto_augment=auto_augment,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=image_mean,
+        std=image_std,
+    )
+
+
+@contextmanager
+def sample_randomness(seed: int | None):
+    """Draw from generators that depend on `seed` alone, and leave the ambient ones (random, numpy, torch) untouched.
+
+    What is drawn for a sample then does not depend on its batch, on workers, processes, or on where a run was resumed.
+    """
+    if seed is None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class COTSDataCollator:
+    """
+    Turns B items of a data set into one training batch.
+
+    Args:
+        processor: Has an `image_processor` and a `tokenizer`.
+        image_transform: PIL image -> normalised (3, H, W) tensor, see `build_image_transform`.
+        patch_size: Height and width of a patch, for the masks.
+        max_text_length: Longer captions are cut to so many tokens.
+        image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
+        text_mask_ratio: Share of word pieces that CMLM masks, by BERT's 80/10/10 rule.
+        mask_images, mask_texts: Whether to draw masks at all.
+
+    Returns a dict of tensors:
+        pixel_values (B, 3, H, W); input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
+        with `mask_images` bool_masked_pos (B, patches) bool;
+        with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
+    """
+
+    def __init__(
+        self,
+        processor,
+        *,
+        image_transform: Callable[[Image.Image], torch.Tensor],
+        patch_size: tuple[int, int],
+        max_text_length: int,
+        image_mask_ratio: float = 0.4,
+        text_mask_ratio: float = 0.15,
+        mask_images: bool = True,
+        mask_texts: bool = True,
+    ):
+        self.tokenizer = processor.tokenizer
+        self.image_transform = image_transform
+        self.patch_size = patch_size
+        self.max_text_length = max_text_length
+        self.image_mask_ratio = image_mask_ratio
+        self.mask_images = mask_images
+        self.word_masker = None
+        if mask_texts:
+            self.word_masker = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=text_mask_ratio)
+        self.image_size = (processor.image_processor.size["height"], processor.image_processor.size["width"])
+        self.report = SkipReport()
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        images, captions, bool_masked_pos = [], [], []
+        for item in items:
+            with sample_randomness(item.get("seed")):
+                captions.append(random.choice(item["captions"]))
+                images.append(self._load(item))
+                if self.mask_images:
+                    bool_masked_pos.append(self._mask_patches())
+        batch = {
+            "pixel_values": torch.stack([self._blank() if image is None else image for image in images]),
+            "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+            "valid": torch.tensor([image is not None for image in images]),
+        }
+        tokens = tokenize(self.tokenizer, captions, self.max_text_length)
+        batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        if self.mask_images:
+            batch["bool_masked_pos"] = torch.stack(bool_masked_pos)
+        if self.word_masker is not None:
+            batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))
+        return batch
+
+    def _load(self, item: dict) -> torch.Tensor | None:
+        try:
+            return self.image_transform(read_image(item["image"]))
+        except UnreadableImageError as error:
+            self.report.add(item["name"], error)
+            return None
+
+    def _blank(self) -> torch.Tensor:
+        return torch.zeros(3, *self.image_size)
+
+    def _mask_patches(self) -> torch.Tensor:
+        """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less."""
+        grid = tuple(side // patch_side for side, patch_side in zip(self.image_size, self.patch_size, strict=True))
+        num_patches = grid[0] * grid[1]
+        generator = FlavaMaskingGenerator(
+            grid,
+            total_mask_patches=round(self.image_mask_ratio * num_patches),
+            mask_group_min_patches=max(1, round(min(1, num_patches / BEIT_NUM_PATCHES) * BEIT_MIN_BLOCK)),
+        )
+        return generator().bool().flatten()
+
+    def _mask_words(self, tokens: dict, seeds: list[int | None]) -> dict[str, torch.Tensor]:
+        """BERT's corruption, drawn sample by sample over its own tokens, so that padding does not shift the draws."""
+        masked_input_ids = tokens["input_ids"].clone()
+        text_targets = torch.full_like(masked_input_ids, -100)
+        real = tokens["attention_mask"].bool()
+        for row, seed in enumerate(seeds):
+            with sample_randomness(seed):
+                masked, targets = self.word_masker.torch_mask_tokens(
+                    masked_input_ids[row, real[row]].unsqueeze(0),
+                    tokens["special_tokens_mask"][row, real[row]].unsqueeze(0),
+                )
+            masked_input_ids[row, real[row]] = masked[0]
+            text_targets[row, real[row]] = targets[0]
+        return {"masked_input_ids": masked_input_ids, "text_targets": text_targets}
+
+
+class COTSEvaluationCollator:
+    """
+    Turns B items of a data set into one batch for embedding: the picture as the processor prepares it, all captions.
+
+    Returns a dict of tensors: pixel_values (B, 3, H, W); pair_ids (B,); valid (B,) bool; and for the C captions of
+    the B images input_ids, attention_mask (C, L) and caption_pair_ids (C,).
+    """
+
+    def __init__(self, processor, *, max_text_length: int):
+        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        self.max_text_length = max_text_length
+        self.report = SkipReport()
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        images, valid = [], []
+        for item in items:
+            try:
+                images.append(read_image(item["image"]))
+                valid.append(True)
+            except UnreadableImageError as error:
+                self.report.add(item["name"], error)
+                images.append(Image.new("RGB", (1, 1)))
+                valid.append(False)
+        captions = [caption for item in items for caption in item["captions"]]
+        tokens = tokenize(self.tokenizer, captions, self.max_text_length)
+        return {
+            "pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
+            "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+            "valid": torch.tensor(valid),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "caption_pair_ids": torch.tensor([item["pair_id"] for item in items for _ in item["captions"]]),
+        }
+
+
+def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, special_tokens_mask of C captions: (C, L), padded to the longest of them."""
+    return tokenizer(
+        captions,
+        padding=True,
+        truncation=True,
+        max_length=max_text_length,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )
+
+
+class SkipReport:
+    """Names every picture that cannot be read, once each and up to a hundred; the trainer's log counts all."""
+
+    def __init__(self):
+        self.names: set[str] = set()
+
+    def add(self, name: str, error: Exception) -> None:
+        """Report the picture called `name`."""
+        if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
+            return
+        self.names.add(name)
+        logger.warning(f"Skipped the image {name}, which cannot be read ({error}).")
+        if len(self.names) == MAX_REPORTED_NAMES:
+            logger.warning("Further images that cannot be read are counted, but no longer named.")
+
+
+__all__ = ["COTSDataCollator", "COTSEvaluationCollator", "build_image_transform"]

@@ -1,0 +1,240 @@
+"""A user's own images and captions as one data set: one item an image, with all its captions; nothing is decoded here.
+
+Pictures are decoded in the collator, which skips and counts what it cannot read: an exception inside a data set's
+iterator would end the epoch. How files are found is in pair_files.py.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Hashable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from .pair_files import load_rows
+from .pair_items import EpochSeeds
+
+logger = logging.get_logger(__name__)
+
+IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
+JSON_CAPTIONS = ("caption", "captions", "text")
+MAX_REPORTED_NAMES = 10
+
+
+def open_pairs(
+    dataset: str,
+    split: str,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    seed: int = 0,
+) -> "PairDataset":
+    """
+    Open a split of image-caption pairs, grouped by image.
+
+    Rows are the same image when they name the same file, or when name and bytes of an embedded image agree (bytes are
+    compared by a digest, where name and length do not already tell them apart). An image without a caption is left
+    out and reported by name; an empty string is a caption.
+
+    Args:
+        dataset: A Hub id; a folder of images with metadata.jsonl or metadata.csv; a file, folder or glob of .parquet,
+            of WebDataset .tar shards, or of .jsonl, .json, .csv with image paths relative to that file.
+        split: Its name, with a slice of rows if wanted ("train[:1000]"). A single file is the split itself.
+        image_column: By default the first that is there of image, file_name, jpg, jpeg, png, webp. It holds images,
+            bytes, or paths.
+        caption_column: By default the first that is there of caption, captions, text, txt, json. It holds a string or
+            a list of strings a row; of a JSON object the field caption, captions or text, or "column.field" as given.
+        seed: Of what is drawn for each item in training.
+
+    Raises `ValueError` for a data set, split or column that is not there, an empty data set, captions that are no
+    strings, images that are none, image paths that leave the folder, and a folder where none of the images exists.
+    """
+    rows, root = load_rows(dataset, split)
+    if len(rows) == 0:
+        raise ValueError(f"The split {split!r} of {dataset!r} is empty.")
+    if "file_name" in rows.column_names and "image" not in rows.column_names:
+        rows = rows.rename_column("file_name", "image")  # as in a folder of images
+    images = _select_images(rows, image_column, root)
+    captions, field = _select_captions(rows, caption_column)
+    _check_paths(images, root)
+    items = _drop_uncaptioned(_group_rows(_image_keys(images)), images, captions, field)
+    if not items:
+        raise ValueError(f"No image of the split {split!r} of {dataset!r} has a caption.")
+    return PairDataset(images, captions, field, items, root, seed)
+
+
+class PairDataset(Dataset):
+    """
+    Map-style data set of N images with their captions.
+
+    An item is {"image": {"bytes": bytes | None, "path": str | None}, "captions": list of strings, "pair_id": its
+    number, "name": path or row of the image, for reports, "seed": int}.
+
+    Args:
+        images: R rows with an undecoded column "image".
+        captions: The same R rows with one column, a string or a list of strings each, or a JSON object.
+        field: Where the captions stand in that object; `None` without one.
+        items: For each of the N images its rows, the first of which gives the picture.
+        root: Folder that image paths are relative to; `None`: they stand as they are.
+        seed: Of what is drawn for each item in training.
+    """
+
+    def __init__(
+        self,
+        images: datasets.Dataset,
+        captions: datasets.Dataset,
+        field: str | None,
+        items: list[list[int]],
+        root: Path | None,
+        seed: int,
+    ):
+        self._images, self._captions, self._field, self._root = images, captions, field, root
+        # Two arrays in place of lists of lists, which worker processes would copy page by page as they count references.
+        self._rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in items])
+        self._starts = np.cumsum([0, *(len(rows) for rows in items)])
+        self._seeds = EpochSeeds(seed)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Item {index} of {len(self)}.")
+        index = int(index) % len(self)
+        rows = self._rows[self._starts[index] : self._starts[index + 1]].tolist()
+        image = self._images[rows[0]]["image"]
+        name = _name(image, rows[0])
+        if self._root is not None and image is not None and image["bytes"] is None and image["path"] is not None:
+            image = {"bytes": None, "path": os.path.join(self._root, image["path"])}
+        return {
+            "image": image,
+            "captions": [caption for row in rows for caption in _captions_of(self._captions, row, self._field)],
+            "pair_id": index,
+            "name": name,
+            "seed": self._seeds(index),
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give every item a fresh seed."""
+        self._seeds.set_epoch(epoch)
+
+
+def _select_images(rows: datasets.Dataset, image_column: str | None, root: Path | None) -> datasets.Dataset:
+    """One column "image" of {"bytes", "path"}, whatever form it had."""
+    column = _find_column(rows, image_column, IMAGE_COLUMNS, "image")
+    feature = rows.features[column]
+    storage = rows.data.schema.field(column).type
+    is_text = _is_text(feature)
+    if is_text and root is None:
+        raise ValueError(f"The column {column!r} holds text, and there is no one folder that paths could start from.")
+    if not (is_text or isinstance(feature, datasets.Image) or _can_hold_image(storage)):
+        raise ValueError(f"The column {column!r} holds {storage}, neither images nor paths.")
+    images = rows.select_columns([column])
+    if column != "image":
+        images = images.rename_column(column, "image")
+    return images.cast_column("image", datasets.Image(decode=False))
+
+
+def _can_hold_image(storage) -> bool:
+    fields = {field.name for field in storage} if str(storage).startswith("struct") else set()
+    return str(storage) in ("binary", "large_binary") or {"bytes", "path"} <= fields
+
+
+def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tuple[datasets.Dataset, str | None]:
+    """The column of captions, and the field of its JSON objects that holds them, if it has such."""
+    field = None
+    if caption_column is not None and caption_column not in rows.column_names and "." in caption_column:
+        caption_column, field = caption_column.split(".", 1)
+    column = _find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
+    feature = rows.features[column]
+    if isinstance(feature, dict):
+        fields = [name for name in JSON_CAPTIONS if name in feature] if field is None else [field]
+        if not fields or fields[0] not in feature:
+            raise ValueError(f"The objects in {column!r} have no field for captions; they have {', '.join(feature)}.")
+        field = fields[0]
+        feature = feature[field]
+    elif field is not None:
+        raise ValueError(f"The column {column!r} holds {_describe(feature)}: it has no field {field!r}.")
+    inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    if not _is_text(inner):
+        raise ValueError(f"Captions must be strings or lists of strings; {column!r} holds {_describe(feature)}.")
+    captions = rows.select_columns([column])
+    return (captions if column == "caption" else captions.rename_column(column, "caption")), field
+
+
+def _find_column(rows: datasets.Dataset, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
+    if wanted is not None and wanted not in rows.column_names:
+        raise ValueError(f"There is no {kind} column {wanted!r}; there are {', '.join(rows.column_names)}.")
+    found = [wanted] if wanted is not None else [name for name in usual if name in rows.column_names]
+    if not found:
+        raise ValueError(
+            f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {', '.join(rows.column_names)}."
+        )
+    return found[0]
+
+
+def _is_text(feature) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _describe(feature) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else str(feature)
+
+
+def _check_paths(images: datasets.Dataset, root: Path | None) -> None:
+    """Refuse image paths that leave `root`, as metadata from elsewhere could name any file of this machine."""
+    column = images.with_format("arrow")[:]["image"]
+    is_file = pc.and_(pc.is_null(pc.struct_field(column, "bytes")), pc.is_valid(pc.struct_field(column, "path")))
+    paths = pc.struct_field(column, "path").filter(is_file).to_pylist()
+    if root is None or not paths:
+        return
+    folder = os.path.abspath(root)
+    for path in paths:
+        if os.path.commonpath([folder, os.path.abspath(os.path.join(folder, path))]) != folder:
+            raise ValueError(f"The image path {path!r} leads out of {folder!r}; it must stay inside.")
+    if not any(os.path.exists(os.path.join(folder, path)) for path in paths):
+        raise ValueError(f"None of the {len(paths)} images exists: {paths[0]!r}, for one, is not in {folder!r}.")
+
+
+def _image_keys(images: datasets.Dataset) -> list[Hashable]:
+    """For each row something that is equal for the rows of one image, and for them alone."""
+    column = images.with_format("arrow")[:]["image"]
+    paths = pc.struct_field(column, "path").to_pylist()
+    lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+    alike = Counter(zip(paths, lengths, strict=True))
+    keys: list[Hashable] = []
+    for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+        if length is None:
+            keys.append(row if path is None else os.path.normpath(path))
+        elif length > 0 and alike[path, length] > 1:
+            digest = hashlib.blake2b(images[row]["image"]["bytes"], digest_size=16).digest()
+            keys.append((path, digest))
+        else:
+            keys.append(row)
+    return keys
+
+
+def _group_rows(keys: list[Hashable]) -> list[list[int]]:
+    """Rows with equal keys together, in the order in which keys first appear."""
+    items: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        items.setdefault(key, []).append(row)
+    return list(items.values())
+
+
+def _drop_uncaptioned(
+    items: list[list[int]], images: datasets.Dataset, captions: datasets.Dataset, field: str | None
+) -> list[list[int]]:
+    column = captions.with_format("arrow")[:]["caption"]
+    if field is not None:
+        column = pc.struct_field(column, field)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        offsets_of_strings = pc.list_parent_indices(column)
+    kept, dropped = [], []
+    return kept

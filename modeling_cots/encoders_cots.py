@@ -1,0 +1,68 @@
+"""Building the two streams from their configurations: which encoders fit, and a clear refusal of the rest.
+
+Encoders are transformers' own. The text stream needs `input_ids` and `last_hidden_state`; the vision stream needs a
+[CLS] vector (the global image feature of COTS) and `bool_masked_pos` (masked image modelling).
+"""
+
+import inspect
+
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+def accepts(function, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _build_encoder(config: PreTrainedConfig, **wanted) -> PreTrainedModel:
+    """`AutoModel.from_config` with those of the `wanted` constructor arguments that this encoder has."""
+    encoder_class = MODEL_MAPPING.get(type(config), AutoModel)
+    if isinstance(encoder_class, (tuple, list)):
+        encoder_class = encoder_class[0]
+    known = {name: value for name, value in wanted.items() if accepts(encoder_class.__init__, name)}
+    return AutoModel.from_config(config, **known)
+
+
+def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    encoder = _build_encoder(config, add_pooling_layer=False)
+    if config.is_encoder_decoder or not accepts(encoder.forward, "input_ids"):
+        raise ValueError(
+            f"`{config.model_type}` cannot be the text stream of COTS: it needs an encoder that takes `input_ids` and "
+            "returns `last_hidden_state`, such as bert, roberta, distilbert or modernbert."
+        )
+    return encoder
+
+
+def build_vision_encoder(config: PreTrainedConfig, use_mask_token: bool) -> PreTrainedModel:
+    encoder = _build_encoder(config, add_pooling_layer=False, use_mask_token=use_mask_token)
+    parameter_names = [name.rpartition(".")[2] for name, _ in encoder.named_parameters()]
+    if not accepts(encoder.forward, "bool_masked_pos") or "cls_token" not in parameter_names:
+        raise ValueError(
+            f"`{config.model_type}` cannot be the vision stream of COTS: it needs an encoder with a [CLS] vector "
+            "whose `forward` takes `bool_masked_pos`, such as vit, deit, beit or dinov2."
+        )
+    if use_mask_token and "mask_token" not in parameter_names:
+        raise ValueError(
+            f"This `{config.model_type}` encoder has no mask token, which masked image modelling needs: "
+            "set `use_mask_token=True` in its vision_config."
+        )
+    return encoder
+
+
+def max_text_length(encoder: PreTrainedModel) -> int | None:
+    """Number of tokens that a text encoder has positions for, or None where its configuration sets no limit."""
+    num_positions = getattr(encoder.config, "max_position_embeddings", None)
+    if num_positions is None:
+        return None
+    # RoBERTa and its kin count positions from the padding id on, so that the first ones are never used.
+    tables = [module for name, module in encoder.named_modules() if name.endswith("position_embeddings")]
+    unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return num_positions - max(unused, default=0)
+
+
+def copy_encoder_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    missing, _ = target.load_state_dict(source.state_dict(), strict=False)
+    missing = [name for name in missing if not name.endswith("mask_token")]
+    if missing:
+        raise ValueError(
+            f"The checkpoint of {type(source).__name__} lacks {len(missing)} weights of the stream, {missing[:3]} ..."
+        )

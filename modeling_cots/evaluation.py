@@ -1,0 +1,109 @@
+"""Embedding a whole data set of pairs, and measuring retrieval on it: every image once, with all of its captions.
+
+The measures themselves are in `retrieval_metrics.py`. Processes share the images by position, so nothing is padded
+or counted twice, and the result does not depend on how many there are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from .data_collator import COTSEvaluationCollator
+from .retrieval_metrics import retrieval_metrics
+
+
+@dataclass
+class PairEmbeddings:
+    """Unit-length embeddings of a data set of N readable images with C captions; equal ids belong together.
+
+    Args:
+        image_embeds: (N, d) float32.
+        text_embeds: (C, d) float32.
+        image_ids: (N,) int64, the `pair_id` of every image.
+        text_ids: (C,) int64, the `pair_id` of the image that a caption describes.
+        num_skipped_images: Images that could not be read; they and their captions are left out.
+    """
+
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    image_ids: torch.Tensor
+    text_ids: torch.Tensor
+    num_skipped_images: int
+
+
+@torch.no_grad()
+def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True):
+    """
+    Embed all images and captions of `dataset` (items as `open_pairs` gives them) with a [`COTSModel`].
+
+    Returns [`PairEmbeddings`] on the CPU, the same on every process. Raises `ValueError` if no image could be read.
+    """
+    share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    loader = DataLoader(
+        share,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=COTSEvaluationCollator(processor, max_text_length=max_text_length),
+    )
+    was_training = model.training
+    model.eval()
+    parts = []
+    # A data loader draws a seed; evaluating must not shift the random numbers of the training around it.
+    with torch.random.fork_rng(devices=[]), accelerator.autocast():
+        for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            parts.append(_embed_batch(model, batch))
+    model.train(was_training)
+    image_embeds, text_embeds, image_ids, text_ids = _collect(parts)
+    if len(image_embeds) == 0:
+        raise ValueError(f"None of the {len(dataset)} images of the evaluation set could be read.")
+    return PairEmbeddings(image_embeds, text_embeds, image_ids, text_ids, len(dataset) - len(image_embeds))
+
+
+def _embed_batch(model, batch: dict) -> tuple[torch.Tensor, ...]:
+    readable = batch["valid"]
+    described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
+    if not readable.any():
+        empty = torch.empty(0, model.config.projection_dim)
+        return empty, empty, batch["pair_ids"][readable].cpu(), batch["caption_pair_ids"][described].cpu()
+    image_embeds = model.encode_image(batch["pixel_values"][readable])
+    text_embeds = model.encode_text(batch["input_ids"][described], batch["attention_mask"][described])
+    parts = image_embeds, text_embeds, batch["pair_ids"][readable], batch["caption_pair_ids"][described]
+    return tuple(part.cpu() for part in parts)
+
+
+def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """The parts of all processes, joined; an image that several rows of the data set share counts once."""
+    parts = gather_object(parts)
+    image_embeds, text_embeds, image_ids, text_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+    unique_ids, position = image_ids.unique(return_inverse=True)
+    first = torch.full_like(unique_ids, len(image_ids)).scatter_reduce(
+        0, position, torch.arange(len(image_ids)), reduce="amin"
+    )
+    return image_embeds[first], text_embeds, unique_ids, text_ids
+
+
+def evaluate_retrieval(
+    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`."""
+    embeds = embed_pairs(
+        model,
+        dataset,
+        processor,
+        accelerator,
+        batch_size=batch_size,
+        max_text_length=max_text_length,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    metrics = retrieval_metrics(embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids)
+    if embeds.num_skipped_images > 0:
+        metrics["skipped_images"] = embeds.num_skipped_images
+    return metrics
+
+
+__all__ = ["PairEmbeddings", "embed_pairs", "evaluate_retrieval"]

@@ -1,0 +1,36 @@
+"""Adaptive momentum filter (COTS, CVPR 2022, section 5 of the supplement): which pairs of a batch look like noise.
+
+The similarity of a pair's two momentum embeddings scores it; the last N_Q scores model what is usual. Not here: the
+queue of scores (`feature_queue.py`) and what leaving a pair out means for the losses (`losses.py`).
+"""
+
+import torch
+
+
+def filter_threshold(queue_scores: torch.Tensor, num_std: float) -> torch.Tensor:
+    """mean - `num_std` * (population) standard deviation of the (N_Q,) scores of a full queue; () float32."""
+    scores = queue_scores.float()
+    return scores.mean() - num_std * scores.std(correction=0)
+
+
+def adaptive_momentum_filter(
+    scores: torch.Tensor, queue_scores: torch.Tensor | None, num_std: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the pairs that do not score below the threshold.
+
+    Args:
+        scores: (B,), momentum similarity g_i^v . g_i^l of every pair.
+        queue_scores: (N_Q,) earlier scores, or None while the queue is not full: then every pair is kept.
+        num_std: k, how many standard deviations below the mean noise begins.
+
+    Returns:
+        keep (B,) bool, and the threshold () float32, which is -inf while the filter is idle.
+    """
+    if queue_scores is None:
+        threshold = torch.tensor(float("-inf"), device=scores.device)
+    else:
+        threshold = filter_threshold(queue_scores, num_std)
+    return scores.float() >= threshold, threshold
+
+
+__all__ = ["adaptive_momentum_filter", "filter_threshold"]

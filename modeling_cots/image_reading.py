@@ -1,0 +1,67 @@
+"""Reading one picture from the wild: any mode, any damage, bounded in size. Either an RGB image or a clear error."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
+
+
+def read_image(source) -> Image.Image:
+    """
+    Decode a picture to RGB, upright by its EXIF orientation.
+
+    Args:
+        source: What `datasets.Image(decode=False)` gives ({"bytes": ..., "path": ...}), a path, bytes or a PIL image.
+            Grey, palette, CMYK, 16-bit and transparent pictures are converted.
+
+    Raises [`UnreadableImageError`] for anything that cannot be decoded, and for more than `PIL.Image.MAX_IMAGE_PIXELS`
+    pixels (a decompression bomb).
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _to_upright_rgb(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(_as_file(source)) as image:
+                return _to_upright_rgb(image)
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _as_file(source):
+    if isinstance(source, dict):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data around a sound picture
+        image.load()
+    if image.mode in SIXTEEN_BIT_MODES:  # PIL would clip these at 255 and leave white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def check_readable(dataset, num_tries: int = 200) -> None:
+    """Raise `ValueError` if none of the first `num_tries` pictures of a data set of pairs can be read."""
+    errors = []
+    for index in range(min(num_tries, len(dataset))):
+        item = dataset[index]
+        try:
+            read_image(item["image"])
+            return
+        except UnreadableImageError as error:
+            errors.append(f"{item['name']} ({error})")
+    raise ValueError(f"None of the first {len(errors)} images can be read, beginning with {errors[0]}.")
+
+
+__all__ = ["UnreadableImageError", "check_readable", "read_image"]

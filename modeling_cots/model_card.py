@@ -1,0 +1,113 @@
+"""The card of a trained model, filled from its configuration, its arguments and its measured metrics; never by hand."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .training_args import COTSTrainingArguments
+
+TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
+
+# What a reader wants to know of a run; all of it is in the checkpoint folders as well.
+REPORTED_SETTINGS = (
+    "seed",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "learning_rate",
+    "lr_hold_epochs",
+    "weight_decay",
+    "momentum",
+    "queue_size",
+    "batch_candidates",
+    "mcl_weight",
+    "kl_weight",
+    "kl_warmup_steps",
+    "cmvm_weight",
+    "cmlm_weight",
+    "image_mask_ratio",
+    "text_mask_ratio",
+    "adaptive_filter",
+    "filter_num_std",
+    "min_crop_scale",
+    "horizontal_flip",
+    "auto_augment",
+)
+
+
+def build_model_card(
+    model: PreTrainedModel,
+    args: COTSTrainingArguments,
+    *,
+    model_name: str,
+    num_steps: int,
+    train_dataset,
+    eval_dataset,
+    metrics: dict[str, float] | None,
+) -> ModelCard:
+    """
+    Fill the template.
+
+    Args:
+        model: The trained [`COTSModel`].
+        args: What it was trained with.
+        model_name: Title, and where the example loads it from.
+        num_steps: Optimiser steps taken.
+        train_dataset, eval_dataset: Data sets; their `name`, if they have one, is reported.
+        metrics: What `retrieval_metrics` measured on the evaluation set after training, or None.
+    """
+    eval_name = getattr(eval_dataset, "name", "the evaluation set")
+    card_data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["cots", "image-text-retrieval", "two-stream"],
+        model_name=model_name,
+        eval_results=None if metrics is None else _eval_results(metrics, eval_name),
+    )
+    config = model.config
+    return ModelCard.from_template(
+        card_data,
+        template_path=TEMPLATE_PATH,
+        model_name=model_name,
+        model_id=model_name,
+        text_encoder=_describe(config.text_config),
+        vision_encoder=f"{_describe(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
+        projection_dim=config.projection_dim,
+        temperature=config.temperature,
+        num_parameters=f"{model.num_parameters():,}",
+        dataset_name=getattr(train_dataset, "name", "a data set of pairs"),
+        num_train_images=f"{len(train_dataset):,}",
+        num_steps=f"{num_steps:,}",
+        training_settings={name: getattr(args, name) for name in REPORTED_SETTINGS},
+        eval_dataset_name=eval_name,
+        num_eval_images=None if eval_dataset is None else f"{len(eval_dataset):,}",
+        metrics=None if metrics is None else {name: round(value, 1) for name, value in metrics.items()},
+    )
+
+
+def _describe(config) -> str:
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
+        f"{config.num_attention_heads} heads"
+    )
+
+
+def _eval_results(metrics: dict[str, float], dataset_name: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-text-retrieval",
+            dataset_type=os.path.basename(dataset_name),
+            dataset_name=dataset_name,
+            metric_type=name,
+            metric_value=round(value, 2),
+        )
+        for name, value in metrics.items()
+        if "recall_at" in name
+    ]
+
+
+__all__ = ["build_model_card"]

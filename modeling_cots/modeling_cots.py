@@ -1,0 +1,313 @@
+"""`COTSModel`: the two streams of COTS (Lu et al., CVPR 2022, arXiv 2204.07441), which is what people download.
+
+A text encoder and a vision encoder that never attend to each other, each projected to one unit-length embedding;
+retrieval is a dot product. Not here: the heads of masked pre-training (`modeling_cots_pretraining.py`) and the losses,
+momentum copy and queues of training (`COTSTrainer`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from .configuration_cots import COTSConfig
+from .encoders_cots import (
+    accepts,
+    build_text_encoder,
+    build_vision_encoder,
+    copy_encoder_weights,
+    max_text_length,
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class COTSOutput(ModelOutput):
+    """
+    Output of [`COTSModel`]. B images, C texts, d = `projection_dim`.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, with `return_loss=True`):
+            Symmetric in-batch contrastive loss.
+        logits_per_image (`torch.Tensor` of shape `(B, C)`, float32):
+            Cosine similarities of images and texts, divided by the temperature.
+        logits_per_text (`torch.Tensor` of shape `(C, B)`, float32):
+            Its transpose.
+        text_embeds (`torch.Tensor` of shape `(C, d)`, float32):
+            Unit-length text embeddings.
+        image_embeds (`torch.Tensor` of shape `(B, d)`, float32):
+            Unit-length image embeddings.
+        text_model_output (`BaseModelOutputWithPooling`):
+            What `get_text_features` returns.
+        vision_model_output (`BaseModelOutputWithPooling`):
+            What `get_image_features` returns.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens that `attention_mask` (B, L) keeps, of `hidden_states` (B, L, H): (B, H).
+
+    The global text feature of COTS (supplement): all text tokens, padding excluded.
+    """
+    if attention_mask is None:
+        return hidden_states.mean(dim=1)
+    weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def image_text_contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
+    """Mean of the image-to-text and text-to-image cross-entropies of (B, B) logits, pairs on the diagonal."""
+    targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_image.t(), targets)) / 2
+
+
+class COTSPreTrainedModel(PreTrainedModel):
+    """Weights, initialisation, saving and loading that the COTS models share."""
+
+    config: COTSConfig
+    base_model_prefix = "cots"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # A pre-training checkpoint loads into COTSModel: its heads and its mask token are of no use there.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(cmvm_head|cmlm_head|text_to_image|image_to_text)\.",
+        r"vision_model\..*mask_token$",
+    ]
+
+    @classmethod
+    def from_encoders(
+        cls, text_model: str | PreTrainedModel, vision_model: str | PreTrainedModel, **config_kwargs
+    ) -> "COTSPreTrainedModel":
+        """
+        Build a model from a pair of pre-trained encoders; projections (and heads) are fresh.
+
+        Args:
+            text_model (`str` or `PreTrainedModel`):
+                Hub id or folder of a text encoder, or the loaded model.
+            vision_model (`str` or `PreTrainedModel`):
+                Hub id or folder of a vision encoder, or the loaded model.
+            config_kwargs:
+                Other fields of [`COTSConfig`], such as `projection_dim` or `temperature`.
+
+        Raises `ValueError` for an encoder that cannot be a stream of COTS, or whose weights do not cover its stream.
+        """
+        encoders = [
+            encoder if isinstance(encoder, PreTrainedModel) else AutoModel.from_pretrained(encoder)
+            for encoder in (text_model, vision_model)
+        ]
+        text_config, vision_config = (type(e.config).from_dict(e.config.to_dict()) for e in encoders)
+        # The streams train in float32 whatever the checkpoints are stored in.
+        text_config.dtype = vision_config.dtype = None
+        model = cls(COTSConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
+        streams = model.base_model.text_model, model.base_model.vision_model
+        for stream, encoder in zip(streams, encoders, strict=True):
+            copy_encoder_weights(encoder, stream)
+        return model
+
+
+class COTSModel(COTSPreTrainedModel):
+    """
+    The two streams of COTS: images and texts in, one unit-length embedding each out.
+
+    Args:
+        config ([`COTSConfig`]): The architecture.
+        use_mask_token (`bool`, defaults to `False`):
+            Whether the vision encoder has the mask token of masked image modelling ([`COTSForPreTraining`] does).
+    """
+
+    def __init__(self, config: COTSConfig, use_mask_token: bool = False):
+        super().__init__(config)
+        self.text_model = build_text_encoder(config.text_config)
+        self.max_text_length = max_text_length(self.text_model)
+        self.vision_model = build_vision_encoder(config.vision_config, use_mask_token)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    def _requested_outputs(self) -> dict[str, bool]:
+        """What the composite configuration asks of both streams; their own configurations they heed themselves."""
+        return {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
+
+    def run_text_model(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """The text encoder's output; its `pooler_output` is the global text feature (B, text hidden size).
+
+        Texts longer than the encoder's positions are cut, with a warning: pipelines do not truncate.
+        """
+        if self.max_text_length is not None and input_ids.shape[1] > self.max_text_length:
+            logger.warning_once(f"Texts of {input_ids.shape[1]} tokens are cut to the first {self.max_text_length}.")
+            input_ids, attention_mask, token_type_ids, position_ids = (
+                None if tensor is None else tensor[:, : self.max_text_length]
+                for tensor in (input_ids, attention_mask, token_type_ids, position_ids)
+            )
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        for name, value in optional.items():  # tokenizers and encoders do not always agree on these two
+            if value is not None and accepts(self.text_model.forward, name):
+                kwargs[name] = value
+        kwargs = {**self._requested_outputs(), **kwargs, "return_dict": True}
+        outputs = self.text_model(input_ids, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=masked_mean(outputs.last_hidden_state, attention_mask),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def run_vision_model(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """The vision encoder's output; its `pooler_output` is the [CLS] vector (B, vision hidden size)."""
+        if bool_masked_pos is not None:
+            kwargs["bool_masked_pos"] = bool_masked_pos
+        if interpolate_pos_encoding and accepts(self.vision_model.forward, "interpolate_pos_encoding"):
+            kwargs["interpolate_pos_encoding"] = True
+        kwargs = {**self._requested_outputs(), **kwargs, "return_dict": True}
+        outputs = self.vision_model(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state[:, 0],
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Text features in the form of transformers 5: `last_hidden_state` (B, L, text hidden size) of the encoder and,
+        in `pooler_output` (B, `projection_dim`), the projection, *not* normalised. For embeddings see `encode_text`.
+        """
+        outputs = self.run_text_model(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Image features in the form of transformers 5: `last_hidden_state` (B, 1 + patches, vision hidden size) of the
+        encoder and, in `pooler_output` (B, `projection_dim`), the projection, *not* normalised. For embeddings see
+        `encode_image`.
+        """
+        outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
+        return outputs
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """Unit-length text embeddings (B, `projection_dim`), float32, of token ids (B, L)."""
+        return unit_length(
+            self.get_text_features(input_ids, attention_mask, **{**kwargs, "return_dict": True}).pooler_output
+        )
+
+    def encode_image(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Unit-length image embeddings (B, `projection_dim`), float32, of pixels (B, 3, H, W)."""
+        return unit_length(self.get_image_features(pixel_values, **{**kwargs, "return_dict": True}).pooler_output)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | COTSOutput:
+        """
+        Embed texts, images or both; with both, also compare every image with every text.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(C, L)`, *optional*): Token ids.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalised pixels.
+            attention_mask (`torch.Tensor` of shape `(C, L)`, *optional*): 1 for tokens, 0 for padding.
+            return_loss (`bool`, *optional*): Fill `loss`; image i and text i are a pair, so B = C.
+            interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.
+
+        Raises `ValueError` without any input, and for `return_loss` without both.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("COTSModel needs `input_ids`, `pixel_values` or both.")
+        if return_loss and (input_ids is None or pixel_values is None):
+            raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
+        output = COTSOutput()
+        kwargs["return_dict"] = True
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            output.vision_model_output = image_features
+            output.image_embeds = unit_length(image_features.pooler_output)
+        if input_ids is not None:
+            text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
+            output.text_model_output = text_features
+            output.text_embeds = unit_length(text_features.pooler_output)
+        if output.image_embeds is not None and output.text_embeds is not None:
+            text_embeds = output.text_embeds.to(output.image_embeds.device)
+            output.logits_per_image = image_text_logits(output.image_embeds, text_embeds, self.config.temperature)
+            output.logits_per_text = output.logits_per_image.t()
+            if return_loss:
+                output.loss = image_text_contrastive_loss(output.logits_per_image)
+        return COTSOutput(**output)  # in the order of the fields, whatever the order of the assignments above
+
+
+def unit_length(features: torch.Tensor) -> torch.Tensor:
+    """L2-normalise the rows of `features` (B, d) in float32, whatever precision the model runs in."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def image_text_logits(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Similarities (B, C) of unit-length embeddings (B, d) and (C, d) over the temperature, float32 under autocast."""
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        return image_embeds @ text_embeds.t() / temperature
+
+
+__all__ = ["COTSModel", "COTSOutput", "COTSPreTrainedModel"]

@@ -1,0 +1,174 @@
+"""`COTSForPreTraining`: the two streams with the heads of the paper's token level (COTS, CVPR 2022).
+
+Its `forward` encodes; the four losses, the momentum copy and the queues are the trainer's. It is a file of its own
+because a downloaded `COTSModel` carries its code along, and has no use for these heads.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_cots import COTSConfig
+from .modeling_cots import COTSModel, COTSPreTrainedModel, unit_length
+
+
+@dataclass
+class COTSForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`COTSForPreTraining`]: what the four losses of COTS are computed from.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(B, d)`, float32):
+            Unit-length embeddings of the unmasked images.
+        text_embeds (`torch.Tensor` of shape `(B, d)`, float32):
+            Unit-length embeddings of the unmasked texts.
+        image_token_logits (`torch.Tensor` of shape `(masked patches, image_vocab_size)`, with `bool_masked_pos`):
+            Scores of the visual tokens, one row for every masked patch, in row-major order of the mask (CMVM).
+        text_token_logits (`torch.Tensor` of shape `(masked words, vocab_size)`, with `masked_input_ids`):
+            Scores of the word pieces, one row for every masked one, in row-major order of the mask (CMLM).
+        text_model_output (`BaseModelOutputWithPooling`):
+            Output of the text encoder for the unmasked texts, with the global text feature as `pooler_output`.
+        vision_model_output (`BaseModelOutputWithPooling`):
+            Output of the vision encoder for the unmasked images, with the global image feature as `pooler_output`.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_token_logits: torch.Tensor | None = None
+    text_token_logits: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class COTSForPreTraining(COTSPreTrainedModel):
+    """
+    [`COTSModel`], as `.cots`, with the heads of masked vision-language modelling (the paper's token level).
+
+    `forward` encodes; the losses are the trainer's. One call makes the clean and the masked pass of both streams.
+    """
+
+    def __init__(self, config: COTSConfig):
+        super().__init__(config)
+        text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.cots = COTSModel(config, use_mask_token=True)
+        self.text_to_image = nn.Linear(text_size, vision_size)
+        self.image_to_text = nn.Linear(vision_size, text_size)
+        self.cmvm_head = nn.Linear(vision_size, config.image_vocab_size)
+        # BERT's MLM head, whatever the text encoder is. Not `BertOnlyMLMHead`, which keeps its output bias twice.
+        self.cmlm_head = nn.Sequential(
+            BertPredictionHeadTransform(BertConfig(hidden_size=text_size)),
+            nn.Linear(text_size, config.text_config.vocab_size),
+        )
+        self._tied_weights_keys = self._name_tied_weights()
+        self.post_init()
+
+    def _name_tied_weights(self) -> dict[str, str]:
+        if not self.config.tie_word_embeddings:
+            return {}
+        embeddings, decoder = self.get_input_embeddings(), self.get_output_embeddings()
+        if embeddings.weight.shape != decoder.weight.shape:
+            raise ValueError(
+                f"The word embeddings {tuple(embeddings.weight.shape)} and the masked-text head "
+                f"{tuple(decoder.weight.shape)} differ in shape: set `tie_word_embeddings=False`."
+            )
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        return {"cmlm_head.1.weight": f"{name}.weight"}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.cots.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.cots.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cmlm_head[1]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.cmlm_head[1] = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        masked_input_ids: torch.Tensor | None = None,
+        masked_token_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | COTSForPreTrainingOutput:
+        """
+        Encode B pairs, unmasked and masked.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, L)`): Token ids.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised pixels.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
+            bool_masked_pos (`torch.Tensor` of shape `(B, patches)`, *optional*):
+                Patches to hide from the masked pass and to predict. Without it there is no masked pass of images.
+            masked_input_ids (`torch.Tensor` of shape `(B, L)`, *optional*):
+                Token ids after BERT's 80/10/10 corruption. Without them there is no masked pass of texts.
+            masked_token_pos (`torch.Tensor` of shape `(B, L)`, bool, required with `masked_input_ids`):
+                Tokens to predict.
+            interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.
+
+        Raises `ValueError` for only one of `masked_input_ids` and `masked_token_pos`.
+        """
+        if (masked_input_ids is None) != (masked_token_pos is None):
+            raise ValueError("`masked_input_ids` and `masked_token_pos` go together.")
+        kwargs["return_dict"] = True
+        vision_output = self.cots.run_vision_model(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        text_output = self.cots.run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        image_feature, text_feature = vision_output.pooler_output, text_output.pooler_output
+        image_token_logits = text_token_logits = None
+        if bool_masked_pos is not None:
+            image_token_logits = self._predict_image_tokens(
+                pixel_values, bool_masked_pos.bool(), text_feature, interpolate_pos_encoding, **kwargs
+            )
+        if masked_input_ids is not None:
+            text_token_logits = self._predict_text_tokens(
+                masked_input_ids, masked_token_pos.bool(), image_feature, attention_mask, token_type_ids, **kwargs
+            )
+        return COTSForPreTrainingOutput(
+            image_embeds=unit_length(self.cots.vision_projection(image_feature)),
+            text_embeds=unit_length(self.cots.text_projection(text_feature)),
+            image_token_logits=image_token_logits,
+            text_token_logits=text_token_logits,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+
+    def _predict_image_tokens(
+        self, pixel_values, bool_masked_pos, text_feature, interpolate_pos_encoding, **kwargs
+    ) -> torch.Tensor:
+        outputs = self.cots.run_vision_model(pixel_values, bool_masked_pos, interpolate_pos_encoding, **kwargs)
+        # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
+        patches = outputs.last_hidden_state[:, -bool_masked_pos.shape[1] :]
+        # COTS, token level (CMVM): the paired text's global feature is added to each masked patch's vector.
+        helped = patches + self.text_to_image(text_feature).unsqueeze(1)
+        return self.cmvm_head(helped[bool_masked_pos])
+
+    def _predict_text_tokens(
+        self, masked_input_ids, masked_token_pos, image_feature, attention_mask, token_type_ids, **kwargs
+    ) -> torch.Tensor:
+        outputs = self.cots.run_text_model(masked_input_ids, attention_mask, token_type_ids, **kwargs)
+        # COTS, token level (CMLM): the paired image's global feature is added to each masked word's vector.
+        helped = outputs.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
+        return self.cmlm_head(helped[masked_token_pos])
+
+
+__all__ = ["COTSForPreTraining", "COTSForPreTrainingOutput"]

@@ -1,0 +1,38 @@
+"""Seeds of items: what a sample draws depends on the data set's seed, the epoch and its index, and on nothing else."""
+
+import hashlib
+
+import torch
+
+
+class EpochSeeds:
+    """
+    Gives each item of a data set a fresh seed every epoch.
+
+    The epoch lies in shared memory, so that a data loader's persistent workers, which hold copies of the data set,
+    see `set_epoch` too.
+
+    Args:
+        seed: The data set's own seed.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch last set, 0 at first."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change every item's seed, in running workers too."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, index: int) -> int:
+        """The seed of item `index` in this epoch, in [0, 2**63): a hash, so that neighbours are not alike."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.epoch}/{index}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+__all__ = ["EpochSeeds"]

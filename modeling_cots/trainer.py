@@ -1,0 +1,365 @@
+"""`COTSTrainer`: collaborative two-stream pre-training (Lu et al., CVPR 2022) on transformers' training loop.
+
+`compute_loss` reads like the method: encode, momentum-encode, gather, filter, four losses, push. The momentum
+copy and the paired queues live here and not in the model: they are built from the loaded model, saved beside every
+checkpoint and restored exactly. The formulas are in `losses.py`, `filtering.py`, `feature_queue.py`, `momentum.py`.
+"""
+
+import math
+import os
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import logging
+
+from .data_collator import COTSDataCollator, build_image_transform
+from .evaluation import evaluate_retrieval
+from .filtering import adaptive_momentum_filter
+from .image_tokenizer import ImageTokenizer
+from .losses import (
+    excluded_candidates,
+    masked_token_loss,
+    momentum_contrastive_loss,
+    queue_logits,
+    task_kl_loss,
+)
+from .model_card import build_model_card
+from .modeling_cots import COTSModel
+from .modeling_cots_pretraining import COTSForPreTraining
+from .momentum_state import MomentumState
+from .training_args import COTSTrainingArguments
+from .training_log import CollapseWatch, TrainingLog
+from .training_setup import check_setup, freeze_unused_parameters, hold_then_decay
+
+logger = logging.get_logger(__name__)
+
+
+class COTSTrainer(Trainer):
+    """
+    Trains a [`COTSForPreTraining`] with the four losses of COTS; everything else is `transformers.Trainer`.
+
+    Args:
+        model ([`COTSForPreTraining`]): The model, already loaded.
+        args ([`COTSTrainingArguments`]): Training arguments.
+        train_dataset: Items as `open_pairs` and `ScenesDataset` give them; one item an image.
+        eval_dataset: Likewise; all captions of an image are its texts.
+        processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
+        image_tokenizer ([`ImageTokenizer`], *optional*):
+            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0.
+        max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
+        data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
+
+    Raises `ValueError` at construction for a model, tokenizer or launch mode that the method cannot work with.
+    """
+
+    # The losses are means over the batch: the Trainer divides them by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: COTSForPreTraining,
+        args: COTSTrainingArguments,
+        *,
+        image_tokenizer: ImageTokenizer | None = None,
+        max_text_length: int = 64,
+        data_collator=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        check_setup(model, args, processing_class, image_tokenizer)
+        self.max_text_length = max_text_length
+        if data_collator is None:
+            data_collator = self._build_collator(model, args, processing_class)
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
+                "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
+            )
+        freeze_unused_parameters(model, args)
+        self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
+        self.queue = self.momentum_state.queue
+        self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
+        self.training_log = TrainingLog()
+        self.collapse_watch = CollapseWatch(args)
+        self.add_callback(_MethodCallback(self))
+
+    def _build_collator(self, model, args, processor) -> COTSDataCollator:
+        transform = build_image_transform(
+            model.config.image_size,
+            processor.image_processor.image_mean,
+            processor.image_processor.image_std,
+            min_crop_scale=args.min_crop_scale,
+            horizontal_flip=args.horizontal_flip,
+            auto_augment=args.auto_augment,
+        )
+        return COTSDataCollator(
+            processor,
+            image_transform=transform,
+            max_text_length=self.max_text_length,
+            patch_size=model.config.patch_size,
+            image_mask_ratio=args.image_mask_ratio,
+            text_mask_ratio=args.text_mask_ratio,
+            mask_images=args.cmvm_weight > 0,
+            mask_texts=args.cmlm_weight > 0,
+        )
+
+    # ------------------------------------------------------------------------------------------- one training step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of COTS of one batch: w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM."""
+        args = self.args
+        outputs = model(**self._model_inputs(inputs))
+        momentum_image_embeds, momentum_text_embeds = self._momentum_encode(inputs)
+
+        # Everything below is about the global batch: equal shapes are gathered from every process, then filtered.
+        everyone = self._gather(
+            image_embeds=momentum_image_embeds,
+            text_embeds=momentum_text_embeds,
+            pair_ids=inputs["pair_ids"],
+            valid=inputs["valid"],
+        )
+        scores = (everyone["image_embeds"] * everyone["text_embeds"]).sum(dim=-1)
+        keep, threshold = self._filter(scores, everyone["valid"])
+        mine = self._my_rows(len(inputs["valid"]))
+        # Processes average their gradients, so a sum over my pairs over this number is the mean over all pairs.
+        num_kept = keep.sum() / args.world_size
+
+        logits_i2t, logits_t2i = self._contrast(outputs, everyone, mine)
+        losses = {
+            "loss_i2t": momentum_contrastive_loss(logits_i2t, keep[mine], num_kept),
+            "loss_t2i": momentum_contrastive_loss(logits_t2i, keep[mine], num_kept),
+        }
+        with torch.set_grad_enabled(args.kl_weight > 0):  # with weight 0 it is logged only
+            losses["loss_kl"] = task_kl_loss(logits_i2t, logits_t2i, keep[mine], num_kept)
+        losses.update(self._token_losses(outputs, inputs, keep[mine]))
+        loss = (
+            args.mcl_weight * (losses["loss_i2t"] + losses["loss_t2i"])
+            + self._kl_weight() * losses["loss_kl"]
+            + args.cmvm_weight * losses.get("loss_cmvm", 0.0)
+            + args.cmlm_weight * losses.get("loss_cmlm", 0.0)
+        )
+        self._record(losses, keep, everyone["valid"], threshold)
+        if model.training:
+            self._push(everyone, scores)
+        return (loss, outputs) if return_outputs else loss
+
+    def _model_inputs(self, inputs: dict) -> dict:
+        """The part of the batch that the model encodes; masked views only for the losses that are switched on."""
+        names = ["input_ids", "pixel_values", "attention_mask"]
+        model_inputs = {name: inputs[name] for name in names}
+        if self.args.cmvm_weight > 0:
+            model_inputs["bool_masked_pos"] = inputs["bool_masked_pos"]
+        if self.args.cmlm_weight > 0:
+            model_inputs["masked_input_ids"] = inputs["masked_input_ids"]
+            model_inputs["masked_token_pos"] = inputs["text_targets"] != -100
+        return model_inputs
+
+    @torch.no_grad()
+    def _momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        momentum_model = self.momentum_state.encoder.model
+        with self.accelerator.autocast():
+            image_embeds = momentum_model.encode_image(inputs["pixel_values"])
+            text_embeds = momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+        return image_embeds, text_embeds
+
+    def _gather(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: self.accelerator.gather(tensor) for name, tensor in tensors.items()}
+
+    def _my_rows(self, batch_size: int) -> slice:
+        start = self.args.process_index * batch_size
+        return slice(start, start + batch_size)
+
+    def _filter(self, scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adaptive momentum filter: which pairs of the global batch enter the losses of this step."""
+        active = self.args.adaptive_filter and self.queue.is_full
+        keep, threshold = adaptive_momentum_filter(
+            scores, self.queue.scores if active else None, self.args.filter_num_std
+        )
+        return keep & valid, threshold
+
+    def _contrast(self, outputs, everyone: dict, mine: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of my pairs against the candidates, (B, 1 + candidates) each; class j is the same pair in both."""
+        # Clones, as the queue is written in place before the backward pass reads them.
+        image_candidates, text_candidates = self.queue.image_embeds.clone(), self.queue.text_embeds.clone()
+        candidate_ids, filled = self.queue.pair_ids, self.queue.filled
+        if self.args.batch_candidates:
+            image_candidates = torch.cat([image_candidates, everyone["image_embeds"]])
+            text_candidates = torch.cat([text_candidates, everyone["text_embeds"]])
+            candidate_ids = torch.cat([candidate_ids, everyone["pair_ids"]])
+            filled = torch.cat([filled, everyone["valid"]])
+        excluded = excluded_candidates(everyone["pair_ids"][mine], candidate_ids, filled)
+        temperature = self.model.config.temperature
+        logits_i2t = queue_logits(
+            outputs["image_embeds"], everyone["text_embeds"][mine], text_candidates, excluded, temperature
+        )
+        logits_t2i = queue_logits(
+            outputs["text_embeds"], everyone["image_embeds"][mine], image_candidates, excluded, temperature
+        )
+        return logits_i2t, logits_t2i
+
+    def _token_losses(self, outputs, inputs: dict, keep: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Masked modelling of my kept pairs: means over the masked tokens of all kept pairs of the global batch."""
+        losses = {}
+        if self.args.cmvm_weight > 0:
+            masked = inputs["bool_masked_pos"].bool()
+            image_tokens = self.image_tokenizer(inputs["pixel_values"], self.model.config.patch_size)
+            losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], image_tokens, masked, keep)
+        if self.args.cmlm_weight > 0:
+            masked = inputs["text_targets"] != -100
+            losses["loss_cmlm"] = self._masked_loss(outputs["text_token_logits"], inputs["text_targets"], masked, keep)
+        return losses
+
+    def _masked_loss(self, logits, targets, masked, keep) -> torch.Tensor:
+        keep_tokens = keep.unsqueeze(1).expand_as(masked)[masked]
+        num_tokens = self.accelerator.reduce(keep_tokens.sum(), reduction="sum") / self.args.world_size
+        return masked_token_loss(logits, targets[masked], keep_tokens, num_tokens)
+
+    def _kl_weight(self) -> float:
+        warmup_share = (self.state.global_step + 1) / max(1, self.args.kl_warmup_steps)
+        return self.args.kl_weight * min(1.0, warmup_share)
+
+    def _push(self, everyone: dict, scores: torch.Tensor) -> None:
+        """All readable pairs of the global batch enter the queues, the filtered ones too."""
+        valid = everyone["valid"]
+        self.queue.push(
+            everyone["image_embeds"][valid], everyone["text_embeds"][valid], scores[valid], everyone["pair_ids"][valid]
+        )
+
+    # ------------------------------------------------------------------------------------------- logging
+
+    def _record(self, losses, keep, valid, threshold) -> None:
+        self.training_log.add_losses(losses)
+        self.training_log.add_counts(kept=keep.sum(), readable=valid.sum(), skipped_images=(~valid).sum())
+        self.training_log.set_latest(filter_threshold=threshold, queue_fill=self.queue.fill)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what happened since the last log to the Trainer's own line of training logs."""
+        if "loss" in logs:
+            method_logs = self.training_log.drain(self.accelerator)
+            self.collapse_watch.check(method_logs, self.state.global_step, self.queue.size)
+            logs = {**logs, **method_logs}
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Retrieval in both directions over the whole evaluation set; see `retrieval_metrics.py` for the measures."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("COTSTrainer needs an eval_dataset to evaluate.")
+        if isinstance(dataset, dict):
+            results = {}
+            for name, part in dataset.items():
+                results.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return results
+        metrics = evaluate_retrieval(
+            self.model.cots,
+            dataset,
+            self.processing_class,
+            self.accelerator,
+            batch_size=self.args.eval_batch_size,
+            max_text_length=self.max_text_length,
+            num_workers=self.args.dataloader_num_workers,
+            progress=not self.args.disable_tqdm,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ------------------------------------------------------------------------------------------- schedule and state
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """With `lr_hold_epochs`: warm-up, a constant learning rate for that long, then linear decay to zero."""
+        if self.args.lr_hold_epochs == 0 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        hold_share = self.args.lr_hold_epochs / self._num_epochs(num_training_steps)
+        factor = hold_then_decay(
+            num_training_steps,
+            num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            num_hold_steps=round(hold_share * num_training_steps),
+        )
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _num_epochs(self, num_training_steps: int) -> float:
+        if self.args.max_steps <= 0:
+            return self.args.num_train_epochs
+        batches = len(self.get_train_dataloader())
+        return num_training_steps / max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        # Checkpoints keep the names of the running model: Trainer resumes with `load_state_dict(strict=False)`, to
+        # which the legacy names that `save_pretrained` writes by default are unknown, so that the vision stream would
+        # keep its fresh weights with no more than a warning (tests/test_resume.py).
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.momentum_state.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.momentum_state.load(checkpoint)
+
+    def export_model(self, output_dir: str) -> None:
+        """Write the Hub-ready folder: the weights and configuration of `COTSModel`, the processor and the card."""
+        if not self.args.should_save:
+            return
+        trained = self.model.cots
+        exported = COTSModel(self.model.config)
+        weights = {name: tensor for name, tensor in trained.state_dict().items() if not name.endswith("mask_token")}
+        exported.load_state_dict(weights)
+        exported.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+        self._build_card(exported).save(os.path.join(output_dir, "README.md"))
+
+    def _build_card(self, model: COTSModel):
+        logs = [entry for entry in self.state.log_history if "eval_recall_sum" in entry]
+        metrics = {name.removeprefix("eval_"): value for name, value in logs[-1].items()} if logs else None
+        return build_model_card(
+            model,
+            self.args,
+            model_name=self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
+            num_steps=self.state.global_step,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            metrics=metrics,
+        )
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
+        if self.is_world_process_zero():
+            self._build_card(self.model.cots).save(os.path.join(self.args.output_dir, "README.md"))
+
+
+class _MethodCallback(TrainerCallback):
+    """Two moments of the training loop at which the method has something to do."""
+
+    def __init__(self, trainer: COTSTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "set_epoch"):  # accelerate's own call does not reach the data set in every launch mode
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.momentum_state.encoder.update_(self.trainer.model.cots, args.momentum)
+
+
+__all__ = ["COTSTrainer"]

@@ -1,0 +1,66 @@
+"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, the schedule."""
+
+from collections.abc import Callable
+
+from .image_tokenizer import ImageTokenizer
+from .modeling_cots_pretraining import COTSForPreTraining
+from .training_args import COTSTrainingArguments
+
+
+def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: ImageTokenizer | None) -> None:
+    """Raise `ValueError` for parts that do not fit each other or the method."""
+    if not isinstance(model, COTSForPreTraining):
+        raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(model).__name__}.")
+    if not isinstance(args, COTSTrainingArguments):
+        raise ValueError(f"COTSTrainer needs COTSTrainingArguments, got {type(args).__name__}.")
+    if processor is None:
+        raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs: start one for each, `torchrun --nproc_per_node {args.n_gpu} ...`."
+        )
+    if args.cmvm_weight > 0:
+        if image_tokenizer is None:
+            raise ValueError("Masked vision modelling needs an image_tokenizer; or set cmvm_weight to 0.")
+        if image_tokenizer.vocab_size != model.config.image_vocab_size:
+            raise ValueError(
+                f"The image tokenizer has {image_tokenizer.vocab_size} tokens and the model's masked-image head "
+                f"{model.config.image_vocab_size}: set image_vocab_size in the configuration."
+            )
+    num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
+    if num_words > vocab_size:
+        raise ValueError(f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size}.")
+
+
+def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:
+    """Distributed data parallelism refuses parameters that get no gradient: those of a switched-off head."""
+    unused = []
+    if args.cmvm_weight == 0:
+        unused += [*model.cmvm_head.parameters(), *model.text_to_image.parameters()]
+        unused += [tensor for name, tensor in model.cots.named_parameters() if name.endswith("mask_token")]
+    if args.cmlm_weight == 0:
+        shared = {id(parameter) for parameter in model.cots.parameters()}  # the tied word embeddings are in use
+        heads = [*model.cmlm_head.parameters(), *model.image_to_text.parameters()]
+        unused += [parameter for parameter in heads if id(parameter) not in shared]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+
+
+def hold_then_decay(num_training_steps: int, *, num_warmup_steps: int, num_hold_steps: int) -> Callable[[int], float]:
+    """Share of the full learning rate at a step: linear warm-up, constant until `num_hold_steps`, linear to zero.
+
+    The paper's schedule: "5e-5 for the first epochs, then linear decay over the rest".
+    """
+    decay_from = min(max(num_warmup_steps, num_hold_steps), num_training_steps)
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        if step < decay_from:
+            return 1.0
+        return max(0.0, (num_training_steps - step) / max(1, num_training_steps - decay_from))
+
+    return factor
+
+
+__all__ = ["check_setup", "freeze_unused_parameters", "hold_then_decay"]

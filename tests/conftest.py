@@ -1,0 +1,111 @@
+"""One tiny configuration, and a processor to match, for all tests. Offline, on one CPU thread."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from modeling_cots import COTSConfig, COTSProcessor, COTSVideoProcessor
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+VOCAB_SIZE = 99
+IMAGE_SIZE = 32
+PATCH_SIZE = 8
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CAPTIONS = [
+    "a red circle above a small blue square",
+    "two green triangles beside one large yellow star",
+    "the white dog runs on dark grass",
+    "people walk along the beach near a boat",
+]
+TINY_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    # At the usual 0.02 attention is so flat that a wrong scale or mask passes unnoticed.
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture
+def tiny_config() -> COTSConfig:
+    """Two layers, 32 wide, 99 words, 16 patches of 8 x 8; a fresh object for every test."""
+    return COTSConfig(
+        text_config={
+            **TINY_ENCODER,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 40,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        vision_config={**TINY_ENCODER, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        projection_dim=16,
+        image_vocab_size=50,
+        initializer_range=0.1,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of at most 99 pieces in BERT's format, trained on `CAPTIONS`."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        CAPTIONS, trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    )
+    cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=40,
+    )
+
+
+@pytest.fixture
+def tiny_processor(tiny_tokenizer) -> COTSProcessor:
+    """32 x 32 images of any mode, the tiny tokenizer, videos of 4 frames."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return COTSProcessor(
+        ViTImageProcessor(size=size, do_convert_rgb=True), tiny_tokenizer, COTSVideoProcessor(size=size, num_frames=4)
+    )
+
+
+@pytest.fixture
+def tiny_inputs() -> dict[str, torch.Tensor]:
+    """Four random pairs: `input_ids`, `attention_mask` (4, 7), padded on the right; `pixel_values` (4, 3, 32, 32)."""
+    generator = torch.Generator().manual_seed(0)
+    attention_mask = torch.ones(4, 7, dtype=torch.long)
+    attention_mask[1, 5:] = 0
+    attention_mask[3, 2:] = 0
+    input_ids = torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, (4, 7), generator=generator)
+    return {
+        "input_ids": input_ids * attention_mask,  # [PAD] is 0
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+    }
+
+
+@pytest.fixture
+def tiny_masked_inputs(tiny_inputs) -> dict[str, torch.Tensor]:
+    """`tiny_inputs` with all that `COTSForPreTraining` takes for its masked passes; rows differ in what is masked."""
+    generator = torch.Generator().manual_seed(1)
+    masked_token_pos = (torch.rand(4, 7, generator=generator) < 0.4) & tiny_inputs["attention_mask"].bool()
+    mask_id = SPECIAL_TOKENS.index("[MASK]")
+    return {
+        **tiny_inputs,
+        "bool_masked_pos": torch.rand(4, (IMAGE_SIZE // PATCH_SIZE) ** 2, generator=generator) < 0.4,
+        "masked_input_ids": tiny_inputs["input_ids"].masked_fill(masked_token_pos, mask_id),
+        "masked_token_pos": masked_token_pos,
+    }
