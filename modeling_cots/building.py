@@ -4,8 +4,12 @@ Used by the training scripts before any work is done: what is fresh follows what
 do not fit are refused with both numbers.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -27,12 +31,34 @@ from .video_processing_cots import COTSVideoProcessor
 logger = logging.get_logger(__name__)
 
 DEFAULT_VOCAB_SIZE = 30_522  # BERT's
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> BertTokenizer:
-    """A WordPiece tokenizer in BERT's format, of at most `vocab_size` pieces, each seen at least twice."""
-    return BertTokenizer().train_new_from_iterator(captions, vocab_size, min_frequency=2, show_progress=False)
+    """
+    A WordPiece tokenizer in BERT's format, of at most `vocab_size` pieces, each seen at least twice in `captions`.
+
+    The same captions give the same tokenizer, on every process and in every run.
+    """
+    captions = list(captions)
+    blank = BertTokenizer().backend_tokenizer
+    letters = Counter(letter for caption in captions for letter in blank.normalizer.normalize_str(caption))
+    alphabet = sorted(letter for letter, _ in letters.most_common(MAX_ALPHABET) if not letter.isspace())
+    # The library numbers the letters inside words in the order of a hash table that is seeded anew every time, and
+    # breaks ties between merges by those numbers. Handed over as special tokens, they are numbered beforehand.
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in alphabet)],
+        limit_alphabet=MAX_ALPHABET,
+        show_progress=False,
+    )
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    tokenizer.train_from_iterator(captions, trainer)
+    return BertTokenizer(vocab=tokenizer.get_vocab())
 
 
 def build_tokenizer(

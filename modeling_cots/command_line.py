@@ -19,9 +19,8 @@ def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = No
     parser = HfArgumentParser(dataclass_types)
     if argv and not argv[0].startswith("-"):
         parser.set_defaults(**_read_options(Path(argv.pop(0)), dataclass_types))
-    # An option that the file gives is no longer required on the command line.
-    for action in parser._actions:
-        action.required = action.required and action.default in (None, dataclasses.MISSING)
+    for action in parser._actions:  # what the file gives is no longer required on the command line
+        action.required = action.required and parser.get_default(action.dest) in (None, dataclasses.MISSING)
     return parser.parse_args_into_dataclasses(argv)
 
 
@@ -38,12 +37,4 @@ def _read_options(path: Path, dataclass_types: tuple[type, ...]) -> dict:
     return options
 
 
-def find_beside(path: str, config_dir: Path) -> Path:
-    """A file named in a configuration: as given, or in `config_dir`. Raises `ValueError` where it is in neither."""
-    for candidate in (Path(path), config_dir / path):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"There is no file {path}, neither here nor in {config_dir}.")
-
-
-__all__ = ["find_beside", "parse_config_and_options"]
+__all__ = ["parse_config_and_options"]

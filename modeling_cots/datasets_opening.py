@@ -23,7 +23,7 @@ def open_dataset(
         split: Name of the split.
         image_column, caption_column: See `open_pairs`; the scenes have no columns.
         image_size: Pixels a side that scenes are drawn at.
-        seed: Of what is drawn for each item in training.
+        seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
     """
     if dataset == "scenes":
         return ScenesDataset(split, image_size=image_size)

@@ -7,11 +7,12 @@ iterator would end the epoch. How files are found is in pair_files.py.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -63,7 +64,7 @@ def open_pairs(
     images = _select_images(rows, image_column, root)
     captions, field = _select_captions(rows, caption_column)
     _check_paths(images, root)
-    items = _drop_uncaptioned(_group_rows(_image_keys(images)), images, captions, field)
+    items = _drop_uncaptioned(_group_rows(_image_keys(images, root)), images, _count_captions(captions, field))
     if not items:
         raise ValueError(f"No image of the split {split!r} of {dataset!r} has a caption.")
     return PairDataset(images, captions, field, items, root, seed)
@@ -95,7 +96,7 @@ class PairDataset(Dataset):
         seed: int,
     ):
         self._images, self._captions, self._field, self._root = images, captions, field, root
-        # Two arrays in place of lists of lists, which worker processes would copy page by page as they count references.
+        # Not lists of lists: counting their references would make each worker process copy them, page by page.
         self._rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in items])
         self._starts = np.cumsum([0, *(len(rows) for rows in items)])
         self._seeds = EpochSeeds(seed)
@@ -120,6 +121,11 @@ class PairDataset(Dataset):
             "seed": self._seeds(index),
         }
 
+    def iter_captions(self) -> Iterator[str]:
+        """All captions, without touching an image."""
+        for row in self._rows.tolist():
+            yield from _captions_of(self._captions, row, self._field)
+
     def set_epoch(self, epoch: int) -> None:
         """Give every item a fresh seed."""
         self._seeds.set_epoch(epoch)
@@ -141,9 +147,10 @@ def _select_images(rows: datasets.Dataset, image_column: str | None, root: Path 
     return images.cast_column("image", datasets.Image(decode=False))
 
 
-def _can_hold_image(storage) -> bool:
-    fields = {field.name for field in storage} if str(storage).startswith("struct") else set()
-    return str(storage) in ("binary", "large_binary") or {"bytes", "path"} <= fields
+def _can_hold_image(storage: pa.DataType) -> bool:
+    if pa.types.is_struct(storage):
+        return {"bytes", "path"} <= {field.name for field in storage}
+    return pa.types.is_binary(storage) or pa.types.is_large_binary(storage)
 
 
 def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tuple[datasets.Dataset, str | None]:
@@ -190,32 +197,32 @@ def _describe(feature) -> str:
 def _check_paths(images: datasets.Dataset, root: Path | None) -> None:
     """Refuse image paths that leave `root`, as metadata from elsewhere could name any file of this machine."""
     column = images.with_format("arrow")[:]["image"]
-    is_file = pc.and_(pc.is_null(pc.struct_field(column, "bytes")), pc.is_valid(pc.struct_field(column, "path")))
-    paths = pc.struct_field(column, "path").filter(is_file).to_pylist()
+    without_bytes = pc.is_null(pc.struct_field(column, "bytes"))
+    paths = [path for path in pc.unique(pc.struct_field(column, "path").filter(without_bytes)).to_pylist() if path]
     if root is None or not paths:
         return
-    folder = os.path.abspath(root)
+    folder = os.path.join(os.path.abspath(root), "")
     for path in paths:
-        if os.path.commonpath([folder, os.path.abspath(os.path.join(folder, path))]) != folder:
+        if not os.path.abspath(os.path.join(folder, path)).startswith(folder):
             raise ValueError(f"The image path {path!r} leads out of {folder!r}; it must stay inside.")
     if not any(os.path.exists(os.path.join(folder, path)) for path in paths):
         raise ValueError(f"None of the {len(paths)} images exists: {paths[0]!r}, for one, is not in {folder!r}.")
 
 
-def _image_keys(images: datasets.Dataset) -> list[Hashable]:
+def _image_keys(images: datasets.Dataset, root: Path | None) -> list[Hashable]:
     """For each row something that is equal for the rows of one image, and for them alone."""
     column = images.with_format("arrow")[:]["image"]
     paths = pc.struct_field(column, "path").to_pylist()
     lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
-    alike = Counter(zip(paths, lengths, strict=True))
+    num_alike = Counter(zip(paths, lengths, strict=True))
     keys: list[Hashable] = []
     for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
-        if length is None:
-            keys.append(row if path is None else os.path.normpath(path))
-        elif length > 0 and alike[path, length] > 1:
+        if length is None and path:
+            keys.append(os.path.abspath(os.path.join(root or "", path)))
+        elif length and num_alike[path, length] > 1:
             digest = hashlib.blake2b(images[row]["image"]["bytes"], digest_size=16).digest()
             keys.append((path, digest))
-        else:
+        else:  # one of its kind, or nothing to compare
             keys.append(row)
     return keys
 
@@ -228,13 +235,38 @@ def _group_rows(keys: list[Hashable]) -> list[list[int]]:
     return list(items.values())
 
 
-def _drop_uncaptioned(
-    items: list[list[int]], images: datasets.Dataset, captions: datasets.Dataset, field: str | None
-) -> list[list[int]]:
+def _drop_uncaptioned(items: list[list[int]], images: datasets.Dataset, num_captions: np.ndarray) -> list[list[int]]:
+    kept = [rows for rows in items if num_captions[rows].any()]
+    if len(kept) < len(items):
+        names = [_name(images[rows[0]]["image"], rows[0]) for rows in items if not num_captions[rows].any()]
+        more = f" and {len(names) - MAX_REPORTED_NAMES} more" if len(names) > MAX_REPORTED_NAMES else ""
+        shown = ", ".join(names[:MAX_REPORTED_NAMES]) + more
+        logger.warning(f"Left out {len(names)} of {len(items)} images, which have no caption: {shown}.")
+    return kept
+
+
+def _count_captions(captions: datasets.Dataset, field: str | None) -> np.ndarray:
+    """(R,) number of captions in each row; missing ones do not count."""
     column = captions.with_format("arrow")[:]["caption"]
     if field is not None:
         column = pc.struct_field(column, field)
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        offsets_of_strings = pc.list_parent_indices(column)
-    kept, dropped = [], []
-    return kept
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.is_valid().to_numpy().astype(np.int64)
+    is_there = pc.list_flatten(column).is_valid()
+    return np.bincount(pc.list_parent_indices(column).filter(is_there).to_numpy(), minlength=len(column))
+
+
+def _captions_of(captions: datasets.Dataset, row: int, field: str | None) -> list[str]:
+    value = captions[row]["caption"]
+    if field is not None and value is not None:
+        value = value[field]
+    if isinstance(value, str):
+        return [value]
+    return [caption for caption in value or [] if caption is not None]
+
+
+def _name(image: dict | None, row: int) -> str:
+    return image["path"] if image is not None and image["path"] else f"row {row}"
+
+
+__all__ = ["PairDataset", "open_pairs"]

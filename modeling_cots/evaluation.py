@@ -76,14 +76,11 @@ def _embed_batch(model, batch: dict) -> tuple[torch.Tensor, ...]:
 
 
 def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """The parts of all processes, joined; an image that several rows of the data set share counts once."""
+    """The parts of all processes, joined in the order of the data set."""
     parts = gather_object(parts)
     image_embeds, text_embeds, image_ids, text_ids = (torch.cat(column) for column in zip(*parts, strict=True))
-    unique_ids, position = image_ids.unique(return_inverse=True)
-    first = torch.full_like(unique_ids, len(image_ids)).scatter_reduce(
-        0, position, torch.arange(len(image_ids)), reduce="amin"
-    )
-    return image_embeds[first], text_embeds, unique_ids, text_ids
+    images, texts = image_ids.argsort(stable=True), text_ids.argsort(stable=True)
+    return image_embeds[images], text_embeds[texts], image_ids[images], text_ids[texts]
 
 
 def evaluate_retrieval(

@@ -10,7 +10,9 @@ import torch
 def filter_threshold(queue_scores: torch.Tensor, num_std: float) -> torch.Tensor:
     """mean - `num_std` * (population) standard deviation of the (N_Q,) scores of a full queue; () float32."""
     scores = queue_scores.float()
-    return scores.mean() - num_std * scores.std(correction=0)
+    # Relative to one of them: equal scores (a collapsed model) must give exactly that score, not a rounding above it.
+    centred = scores - scores[0]
+    return scores[0] + (centred.mean() - num_std * centred.std(correction=0))
 
 
 def adaptive_momentum_filter(
@@ -30,7 +32,8 @@ def adaptive_momentum_filter(
         threshold = torch.tensor(float("-inf"), device=scores.device)
     else:
         threshold = filter_threshold(queue_scores, num_std)
-    return scores.float() >= threshold, threshold
+    # Not `>=`: a score that is NaN is kept, so that a model that has diverged shows in the loss and does not read 0.
+    return ~(scores.float() < threshold), threshold
 
 
 __all__ = ["adaptive_momentum_filter", "filter_threshold"]

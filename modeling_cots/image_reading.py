@@ -4,9 +4,18 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last is 32 bits wide, but holds 16-bit PGM and TIFF
+UPRIGHT = {  # by the value of EXIF's orientation tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableImageError(ValueError):
@@ -42,12 +51,16 @@ def _as_file(source):
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
     try:
-        image = ImageOps.exif_transpose(image)
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF data around a sound picture
-        image.load()
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in SIXTEEN_BIT_MODES:  # PIL would clip these at 255 and leave white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

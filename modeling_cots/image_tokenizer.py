@@ -47,7 +47,7 @@ class ImageTokenizer(nn.Module):
         of the picture is a task. For tests and for places that no model hub reaches.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the accelerator for good
             codebook = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=hidden_size, vocab_size=vocab_size))
             _spread_codes(codebook)
         return cls(codebook, image_mean, image_std)

@@ -43,7 +43,10 @@ class MomentumState(nn.Module):
         saved_size = len(state["queue.scores"])
         if saved_size != self.queue.size:
             raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
-        self.load_state_dict(state)
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} was saved with another model than this one. {error}") from error
 
 
 __all__ = ["MOMENTUM_STATE_NAME", "MomentumState"]

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
+from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,6 +34,8 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
 
     Raises `ValueError` where nothing is found or readable, and for a split that is not there.
     """
+    if not dataset:
+        raise ValueError("Name a data set: a file, a folder, a glob or a Hub id; got an empty string.")
     path = Path(dataset).expanduser()
     if path.is_file():
         files = [path]
@@ -54,17 +58,24 @@ def _load_files(files: list[Path], split: str) -> datasets.Dataset:
     suffixes = {file.suffix for file in files}
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
         raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {_shorten(files)}.")
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"The data set is empty: {_shorten(files)}.")
     builder = BUILDERS[suffixes.pop()]
     # pandas would read the captions "null" and "nan" as missing.
     options = {"keep_default_na": False} if builder == "csv" else {}
-    patterns = [glob.escape(os.path.abspath(file)) for file in files]
     try:
+        # Builders fail at a file without rows; one such shard must not spoil the rest.
+        patterns = [glob.escape(os.path.abspath(file)) for file in files if not _is_empty(file)]
+        if not patterns:
+            return datasets.Dataset.from_dict({})
         return datasets.load_dataset(builder, data_files={_base(split): patterns}, split=split, **options)
     except Exception as error:  # each builder has its own: pyarrow's, pandas', tarfile's, UnicodeDecodeError, ...
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # datasets' words for no rows, as in a csv file of a header alone
+            return datasets.Dataset.from_dict({})
         raise ValueError(f"{_shorten(files)} cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+def _is_empty(file: Path) -> bool:
+    return file.stat().st_size == 0 or (file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0)
 
 
 def _load_repository(dataset: str, split: str) -> datasets.Dataset:
@@ -151,7 +162,7 @@ def _base(split: str) -> str:
 def _has_dataset_card(folder: Path) -> bool:
     """Whether a folder is laid out as a Hub repository whose card says which files are which split."""
     card = folder / "README.md"
-    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    return card.is_file() and "configs" in (metadata_load(card) or {})
 
 
 def _is_hub_id(name: str) -> bool:

@@ -109,3 +109,43 @@ def tiny_masked_inputs(tiny_inputs) -> dict[str, torch.Tensor]:
         "masked_input_ids": tiny_inputs["input_ids"].masked_fill(masked_token_pos, mask_id),
         "masked_token_pos": masked_token_pos,
     }
+
+
+@pytest.fixture
+def make_trainer(tiny_config, tiny_processor, tmp_path):
+    """A function that builds a COTSTrainer on 24 small scenes; keywords replace training arguments or trainer parts."""
+    from modeling_cots import COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ImageTokenizer, ScenesDataset
+
+    def make(config=None, train_dataset=None, eval_dataset=None, image_tokenizer="random", **arguments) -> COTSTrainer:
+        config = tiny_config if config is None else config
+        image_processor = tiny_processor.image_processor
+        if image_tokenizer == "random":
+            image_tokenizer = ImageTokenizer.random(
+                config.image_vocab_size, image_processor.image_mean, image_processor.image_std
+            )
+        torch.manual_seed(0)
+        return COTSTrainer(
+            model=COTSForPreTraining(config),
+            args=COTSTrainingArguments(
+                **{
+                    "output_dir": str(tmp_path / "run"),
+                    "per_device_train_batch_size": 8,
+                    "max_steps": 3,
+                    "lr_hold_epochs": 0,
+                    "learning_rate": 1e-3,
+                    "queue_size": 20,
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "disable_tqdm": True,
+                    "use_cpu": True,
+                    **arguments,
+                }
+            ),
+            train_dataset=ScenesDataset("train", 24, IMAGE_SIZE) if train_dataset is None else train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tiny_processor,
+            image_tokenizer=image_tokenizer,
+            max_text_length=24,
+        )
+
+    return make

@@ -19,7 +19,7 @@ from modeling_cots.datasets_scenes import (
     is_held_out,
 )
 from modeling_cots.pair_items import EpochSeeds
-from modeling_cots.scene_drawing import BACKGROUND_COLOURS, COLOURS, Scene, draw_scene
+from modeling_cots.scene_drawing import BACKGROUND_COLOURS, COLOURS, Scene, SceneObject, draw_scene
 
 
 def alternatives(words) -> str:
@@ -47,7 +47,7 @@ APART = {  # by the boxes, where the generator goes by cells
 
 
 def read_caption(caption: str) -> dict:
-    """What a caption says, from its words alone: named objects, their places if told, a relation, a background, and that there is no more."""
+    """What a caption says, from its words alone: objects, places, a relation, a background, whether that is all."""
     found = list(OBJECT.finditer(caption))
     between = [caption[a.end() : b.start()] for a, b in zip(found, found[1:], strict=False)]
     relation = next((RELATIONS[match[1]] for text in between[:1] if (match := RELATION.match(text))), None)
@@ -55,7 +55,7 @@ def read_caption(caption: str) -> dict:
     places = [PLACES[match[0]] for match in PLACE.finditer(caption)]
     return {
         "objects": [(SIZES.get(match[1]), match[2], SHAPES[match[3]]) for match in found],
-        "alone": caption.startswith("only ") or caption.endswith(" and nothing else") or " only " in caption,
+        "alone": re.search(r"\bonly\b|\bnothing else$", caption) is not None,
         "relation": relation,
         "background": background and (PATTERNS[background[1]], background[2]),
         "places": places or [None] * len(found),
@@ -183,6 +183,14 @@ def test_an_object_has_its_colour_and_large_is_larger_than_small():
             assert min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], item.rgb)).sum()) == item.colour
             sides[item.size].append(right - left)
     assert max(sides["small"]) < min(sides["large"])
+
+
+@pytest.mark.parametrize("shape", SHAPE_WORDS)
+def test_only_a_ring_is_open_in_the_middle(shape):
+    item = SceneObject("red", shape, "small", (215, 35, 35), (1, 1), (20, 20, 32, 32))
+    picture = draw_scene(Scene((item,), "plain", "navy", 0), 64)
+    background = picture.getpixel((0, 0))
+    assert picture.getpixel((26, 26)) == (background if shape == "ring" else item.rgb)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What transformers asks of every model, for COTSModel and COTSForPreTraining: building, saving, loading, outputs,
-resizing. Training, attention and precision: `test_modeling_cots_running.py`. What the numbers mean is tested beside each
-model."""
+resizing. Training, attention, precision: `test_modeling_cots_running.py`. What the numbers mean: beside each model."""
 
 import copy
 

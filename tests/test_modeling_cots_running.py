@@ -1,4 +1,4 @@
-"""COTSModel and COTSForPreTraining at work: gradients, checkpointing, overfitting, attention, precision, compilation."""
+"""COTSModel and COTSForPreTraining at work: gradients, checkpointing, learning, attention, precision, compilation."""
 
 import pytest
 import torch
@@ -48,17 +48,20 @@ def gradients(model: PreTrainedModel, inputs: dict) -> dict[str, torch.Tensor]:
 
 @both_models
 def test_every_parameter_gets_a_gradient(model, inputs):
-    without = [name for name, gradient in gradients(model, inputs).items() if gradient is None or not gradient.any()]
+    found = gradients(model, inputs)
+    assert [name for name, gradient in found.items() if gradient is None] == []
     # A bias of the keys shifts all scores of a query alike, which softmax does not see: zero but for rounding.
-    assert [name for name in without if "key.bias" not in name and "k_proj.bias" not in name] == []
+    zero = [name for name, gradient in found.items() if not gradient.any()]
+    assert [name for name in zero if "key.bias" not in name and "k_proj.bias" not in name] == []
 
 
 @both_models
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # the new name is not in all of 5.x
 @pytest.mark.parametrize("arguments", [None, {"use_reentrant": True}, {"use_reentrant": False}])
 def test_gradient_checkpointing_changes_no_gradient(model, inputs, arguments):
     model.train()
     expected = gradients(model, inputs)
-    model.activation_checkpointing_enable(arguments)
+    model.gradient_checkpointing_enable(arguments)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert len(layers) == 4 and all(layer.gradient_checkpointing for layer in layers)
     runs = []
@@ -67,7 +70,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, inputs, arguments):
     assert len(runs) == 2 * (1 if isinstance(model, COTSModel) else 2)  # once forward and once more backward, per pass
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert not any(layer.gradient_checkpointing for layer in layers)
 
 
@@ -110,10 +113,9 @@ def test_eager_equals_sdpa(model, inputs, side, dtype, tolerance):
 
 @both_models
 def test_attention_can_be_switched_as_a_whole_and_by_stream(model):
-    implementations = lambda: (  # noqa: E731
-        model.config.text_config._attn_implementation,
-        model.config.vision_config._attn_implementation,
-    )
+    def implementations() -> tuple[str, str]:
+        return model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation
+
     model.set_attn_implementation("eager")
     assert implementations() == ("eager", "eager")
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
@@ -168,4 +170,6 @@ def test_compiles_as_one_graph(model, inputs):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert_same_outputs(compiled(**inputs), model(**inputs), atol=1e-5, rtol=1e-5)
+        output, expected = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(output.image_embeds, expected.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.text_embeds, expected.text_embeds, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,165 @@
+"""Frames of a video file, decoded one by one with PyAV; only those that are asked for are kept in memory.
+
+transformers has a reader with PyAV too, which could not be used: it returns a repeated position once, so that a video
+shorter than the sample gives too few frames, and it believes the number of frames in the file's header, which is 0
+for webm. `tests/test_video_reading_cots.py` guards what this one does instead.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from transformers.utils import is_av_available, requires_backends
+from transformers.video_utils import VideoMetadata
+
+# Containers that lead to the key frame before a given time; the others are decoded from their start.
+SEEKABLE_CONTAINERS = ("mp4", "matroska")
+
+
+class UnreadableVideoError(ValueError):
+    """A file of which no frame can be decoded: missing, empty, cut off, without pictures, or no video at all."""
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """
+    When the frames of a stream are shown, as its packets tell without being decoded.
+
+    Args:
+        num_frames: Their number, whatever the file's header says.
+        shown_at: Their times in order, in the stream's own unit; `None` where the packets do not tell them reliably.
+        key_frames: (shown at, where to seek) of the frames that decoding can start from, in order.
+    """
+
+    num_frames: int
+    shown_at: list[int] | None
+    key_frames: list[tuple[int, int]]
+
+
+def read_video(
+    path: str, sample_indices_fn: Callable[..., np.ndarray] | None = None
+) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Decode frames of a video file: mp4, webm, avi, or whatever else FFmpeg reads.
+
+    Frames are counted, not timed, so that a variable frame rate changes nothing; they are turned upright as the file
+    says. In place of a frame that is damaged stands the next that can be decoded, or the last.
+
+    Args:
+        path: Of the file.
+        sample_indices_fn: Called with `metadata`, gives the positions (T,) of the frames, in any order, with
+            repetitions if wanted. `None` takes all frames.
+
+    Returns frames (T, H, W, 3), uint8 RGB, and their `VideoMetadata`, as transformers' decoders do.
+
+    Raises [`UnreadableVideoError`] for a file of which no frame can be decoded.
+    """
+    requires_backends(read_video, ["av"])
+    with _opened(path) as container:
+        stream = _picture_stream(container)
+        times = _frame_times(container, stream)
+        rate = stream.average_rate or stream.guessed_rate
+        metadata = VideoMetadata(
+            total_num_frames=times.num_frames,
+            fps=float(rate) if rate else None,
+            width=stream.width,
+            height=stream.height,
+            duration=float(times.num_frames / rate) if rate else None,
+            video_backend="pyav",
+        )
+    indices = np.arange(times.num_frames) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+    metadata.frames_indices = indices
+    wanted, row = np.unique(np.asarray(indices), return_inverse=True)
+    with _opened(path) as container:
+        frames = _to_array(_frames_at(container, _picture_stream(container), times, wanted.tolist()))
+    return frames if np.array_equal(row, np.arange(len(wanted))) else frames[row], metadata
+
+
+@contextmanager
+def _opened(path: str) -> Iterator:
+    if is_av_available():  # the Hub's import check takes an import for optional only under such an `if`
+        import av
+    try:
+        with av.open(path) as container:
+            yield container
+    except UnreadableVideoError:
+        raise
+    except Exception as error:  # FFmpeg's errors derive from OSError, ValueError, EOFError, ...
+        raise UnreadableVideoError(f"{type(error).__name__}: {error}") from error
+
+
+def _picture_stream(container):
+    if is_av_available():
+        from av.stream import Disposition
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
+            return stream
+    raise UnreadableVideoError("The file has no video stream.")
+
+
+def _frame_times(container, stream) -> FrameTimes:
+    """Walk over all packets of a stream; none is decoded, and none is kept."""
+    packets = [
+        (packet.pts, packet.dts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size > 0 and not packet.is_discard
+    ]
+    if not packets:
+        raise UnreadableVideoError("The video stream has no frames.")
+    is_seekable = any(name in container.format.name for name in SEEKABLE_CONTAINERS)
+    if not is_seekable or any(shown_at is None for shown_at, _, _ in packets):
+        return FrameTimes(len(packets), None, [])
+    shown_at = sorted({shown_at for shown_at, _, _ in packets})
+    # mp4 finds packets by the time of decoding, which comes first where frames are reordered.
+    key_frames = [(shown, shown if dts is None else min(shown, dts)) for shown, dts, is_key in packets if is_key]
+    return FrameTimes(len(shown_at), shown_at, sorted(key_frames))
+
+
+def _frames_at(container, stream, times: FrameTimes, wanted: list[int]) -> Iterator:
+    """One decoded frame for each of the wanted positions, in ascending order."""
+    is_timed = times.shown_at is not None
+    targets = [times.shown_at[index] for index in wanted] if is_timed else wanted
+    key_times = [shown_at for shown_at, _ in times.key_frames]
+    frames = _decoded(container, stream, is_timed)
+    reached, frame = -np.inf, None
+    for target in targets:
+        key = bisect_right(key_times, target) - 1
+        if key >= 0 and key_times[key] > reached:
+            container.seek(times.key_frames[key][1], stream=stream)
+            frames = _decoded(container, stream, is_timed)
+        while reached < target:
+            following = next(frames, None)
+            if following is None:
+                break
+            reached, frame = following
+        if frame is None:
+            raise UnreadableVideoError("None of its frames can be decoded.")
+        yield frame
+
+
+def _decoded(container, stream, is_timed: bool) -> Iterator[tuple[int, object]]:
+    """Frames from where the container stands, each with the time it is shown at, or else its number."""
+    number = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except ValueError:  # FFmpeg's InvalidDataError: a damaged packet; later ones may be whole
+            continue
+        for frame in frames:
+            if not is_timed or frame.pts is not None:
+                yield (frame.pts if is_timed else number), frame
+            number += 1
+
+
+def _to_array(frames: Iterator) -> np.ndarray:
+    """(T, H, W, 3) uint8, upright, of the size of the first: a stream may change its own midway."""
+    arrays, size = [], {}
+    for frame in frames:
+        size = size or {"width": frame.width, "height": frame.height}
+        arrays.append(np.rot90(frame.to_ndarray(format="rgb24", **size), k=round(frame.rotation / 90)))
+    return np.stack(arrays)
+
+
+__all__ = ["UnreadableVideoError", "read_video"]

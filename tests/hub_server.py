@@ -1,0 +1,306 @@
+"""A model hub on the loopback that the real huggingface_hub client takes for the real one.
+
+It speaks the part of the Hub's HTTP API that pushing and pulling models needs (seen with huggingface_hub 2.4): accounts
+and tokens, creating and deleting repositories, private ones, preupload, LFS batch with basic transfers, commits, tags,
+branches, trees, model info and resolve with range requests. Large files lie behind signed addresses of a second server,
+which is another origin, as the Hub's storage is: a client that sends its token there is caught.
+
+Not here: pull requests, datasets, spaces, and xet. The client uses xet for every upload if `hf_xet` is installed,
+whatever the server says, unless `HF_HUB_DISABLE_XET` is set; `hub_client.py` sets it.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from urllib.parse import unquote
+
+from hub_network import Answer, Network, Request, Server
+from hub_repository import Account, Commit, File, Hub, HubError, Repository
+
+USER = "tester"
+WRITE_TOKEN, READ_TOKEN, STRANGERS_TOKEN = "hf_write", "hf_read", "hf_stranger"
+TOKENS = {
+    WRITE_TOKEN: Account(USER, can_write=True),
+    READ_TOKEN: Account(USER, can_write=False),
+    STRANGERS_TOKEN: Account("stranger", can_write=True),
+}
+REPO = r"(?P<repo>[^/]+/[^/]+)"
+MODEL = f"/api/models/{REPO}"
+ROUTES: list[tuple[str, re.Pattern, Callable]] = []
+
+
+def route(method: str, path: str):
+    """Register a method of [`HubServer`] for a path, a regular expression; named groups become arguments, unquoted."""
+
+    def register(function: Callable) -> Callable:
+        ROUTES.append((method, re.compile(path), function))
+        return function
+
+    return register
+
+
+def card_fields(readme: bytes) -> dict[str, str]:
+    """What the Hub reads out of a card and `pipeline(model=...)` asks it for."""
+    header = readme.decode().partition("\n---")[0]
+    return dict(re.findall(r"^(pipeline_tag|library_name): *(\S+)$", header, re.MULTILINE))
+
+
+def file_info(path: str, file: File) -> dict:
+    info = {"type": "file", "path": path, "size": file.size, "oid": file.blob_id}
+    if file.lfs_oid is not None:
+        info["lfs"] = {"oid": file.lfs_oid, "size": file.size, "pointerSize": file.pointer_size}
+    return info
+
+
+def sibling_info(path: str, file: File) -> dict:
+    info = {"rfilename": path, "size": file.size, "blobId": file.blob_id}
+    if file.lfs_oid is not None:
+        info["lfs"] = {"sha256": file.lfs_oid, "size": file.size, "pointerSize": file.pointer_size}
+    return info
+
+
+class HubServer:
+    """
+    The hub and its storage, both serving from entering the context until leaving it.
+
+    `hub` is what they hold, `network` the wire in front of both, `url` what goes into `HF_ENDPOINT`.
+    """
+
+    def __init__(self):
+        self.hub = Hub(TOKENS)
+        self.network = Network()
+        self._signed: dict[str, tuple[Repository, str]] = {}  # signature -> the large object it opens
+        self.url = Server(self.network, self.answer).url
+        self.storage_url = Server(self.network, self.answer_storage).url
+
+    def __enter__(self) -> "HubServer":
+        for server in self.network.servers:
+            server.open()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.network.come_back()
+        for server in self.network.servers:
+            server.close()
+            server.server_close()
+
+    def answer(self, request: Request) -> Answer:
+        try:
+            token = request.headers.get("authorization", "").removeprefix("Bearer ") or None
+            account = self.hub.authenticate(token)
+            for method, path, function in ROUTES:
+                is_method = method == request.method or (method == "GET" and request.method == "HEAD")
+                if is_method and (match := path.fullmatch(request.path)):
+                    arguments = {name: unquote(value) for name, value in match.groupdict().items() if value}
+                    result = function(self, request, account, **arguments)
+                    return result if isinstance(result, Answer) else self._json(result)
+            raise HubError(501, f"This hub does not know {request.method} {request.path}")
+        except HubError as error:
+            headers = {"X-Error-Message": str(error), **({"X-Error-Code": error.code} if error.code else {})}
+            return self._json({"error": str(error)}, error.status, headers)
+
+    @staticmethod
+    def _json(payload, status: int = 200, headers: dict | None = None) -> Answer:
+        return Answer(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(payload).encode())
+
+    # --- accounts and repositories
+
+    @route("GET", "/api/whoami-v2")
+    def whoami(self, request: Request, account: Account | None):
+        if account is None:
+            raise HubError(401, "Invalid username or password.")
+        role = "write" if account.can_write else "read"
+        return {"type": "user", "name": account.user, "orgs": [], "auth": {"accessToken": {"role": role}}}
+
+    @route("POST", "/api/validate-yaml")
+    def validate_yaml(self, request: Request, account: Account | None):
+        return {"errors": [], "warnings": []}
+
+    @route("POST", "/api/repos/create")
+    def create_repo(self, request: Request, account: Account | None):
+        payload = request.json()
+        if payload.get("type", "model") != "model":
+            raise HubError(501, "This hub has models only")
+        self.hub.writer(account, payload.get("organization") or account and account.user)
+        id = f"{payload.get('organization') or account.user}/{payload['name']}"
+        facts = {"url": f"{self.url}/{id}", "name": id}
+        try:
+            self.hub.create(id, account, payload.get("visibility") == "private")
+        except HubError as error:
+            if error.status != 409:
+                raise
+            return self._json({"error": str(error), **facts}, 409)
+        return facts
+
+    @route("DELETE", "/api/repos/delete")
+    def delete_repo(self, request: Request, account: Account | None):
+        payload = request.json()
+        self.hub.delete(f"{payload['organization'] or account and account.user}/{payload['name']}", account)
+        return {}
+
+    @route("PUT", f"{MODEL}/settings")
+    def settings(self, request: Request, account: Account | None, repo: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        repository.private = request.json()["visibility"] == "private"
+        return {"private": repository.private}
+
+    # --- reading
+
+    @route("GET", f"{MODEL}(/revision/(?P<revision>[^/]+))?")
+    def model_info(self, request: Request, account: Account | None, repo: str, revision: str = "main"):
+        repository = self.hub.find(repo, account)
+        commit = repository.resolve(revision)
+        card = repository.content(commit.files["README.md"]) if "README.md" in commit.files else b""
+        return {
+            "id": repo,
+            "author": repo.partition("/")[0],
+            "sha": commit.id,
+            "lastModified": commit.date,
+            "private": repository.private,
+            "tags": [],
+            "siblings": [sibling_info(path, file) for path, file in sorted(commit.files.items())],
+            **card_fields(card),
+        }
+
+    @route("GET", f"{MODEL}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?")
+    def tree(self, request: Request, account: Account | None, repo: str, revision: str, folder: str = ""):
+        files = self.hub.find(repo, account).resolve(revision).files
+        root = PurePosixPath(folder)
+        inside = {path: file for path, file in files.items() if root in PurePosixPath(path).parents}
+        if folder and not inside:
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
+        folders = {str(p) for path in inside for p in PurePosixPath(path).parents if root in p.parents}
+        entries = [{"type": "directory", "path": p, "oid": hashlib.sha1(p.encode()).hexdigest()} for p in folders]
+        entries += [file_info(path, file) for path, file in inside.items()]
+        if request.query.get("recursive") != "true":
+            entries = [entry for entry in entries if PurePosixPath(entry["path"]).parent == root]
+        return sorted(entries, key=lambda entry: entry["path"])
+
+    @route("GET", f"{MODEL}/commits/(?P<revision>[^/]+)")
+    def commits(self, request: Request, account: Account | None, repo: str, revision: str):
+        return [
+            {"id": c.id, "title": c.title, "message": c.description, "date": c.date, "authors": [{"user": USER}]}
+            for c in self.hub.find(repo, account).history(revision)
+        ]
+
+    @route("GET", f"{MODEL}/refs")
+    def refs(self, request: Request, account: Account | None, repo: str):
+        repository = self.hub.find(repo, account)
+
+        def listed(kind: str, refs: dict[str, str]) -> list[dict]:
+            return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": id} for n, id in refs.items()]
+
+        return {
+            "branches": listed("heads", repository.branches),
+            "tags": listed("tags", repository.tags),
+            "converts": [],
+        }
+
+    @route("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    def resolve(self, request: Request, account: Account | None, repo: str, revision: str, path: str):
+        repository = self.hub.find(repo, account)
+        try:
+            commit, file = repository.file(revision, path)
+        except HubError as error:
+            if error.code == "EntryNotFound":  # with the commit the client remembers that the file is not there
+                headers = {"X-Error-Code": error.code, "X-Repo-Commit": repository.resolve(revision).id}
+                return self._json({"error": str(error)}, 404, headers)
+            raise
+        headers = {"X-Repo-Commit": commit.id, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if file.lfs_oid is None:
+            return Answer(200, headers, repository.content(file))
+        headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
+        return Answer(302, headers | {"Location": self._sign(repository, file.lfs_oid)})
+
+    # --- writing
+
+    @route("POST", f"{MODEL}/preupload/(?P<revision>[^/]+)")
+    def preupload(self, request: Request, account: Account | None, repo: str, revision: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        known = repository.resolve(revision).files
+        return {
+            "files": [
+                {
+                    "path": (path := entry["path"]),
+                    "uploadMode": repository.upload_mode(
+                        revision, path, entry["size"], base64.b64decode(entry["sample"])
+                    ),
+                    "shouldIgnore": False,
+                    "oid": known[path].etag if path in known else None,
+                }
+                for entry in request.json()["files"]
+            ]
+        }
+
+    @route("POST", f"/{REPO}[.]git/info/lfs/objects/batch")
+    def lfs_batch(self, request: Request, account: Account | None, repo: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in request.json()["objects"]]
+        for object in objects:
+            if object["oid"] not in repository.objects:
+                verify = {"href": f"{self.url}/api/models/{repo}/lfs-verify"}
+                object["actions"] = {
+                    "upload": {"href": self._sign(repository, object["oid"])},
+                    "verify": verify,
+                }
+        return {"transfer": "basic", "objects": objects}
+
+    @route("POST", f"{MODEL}/lfs-verify")
+    def lfs_verify(self, request: Request, account: Account | None, repo: str):
+        objects = self.hub.find(repo, account, to_write=True).objects
+        wanted = request.json()
+        if len(objects.get(wanted["oid"], b"")) != wanted["size"]:
+            raise HubError(404, "The object did not arrive")
+        return {}
+
+    @route("POST", f"{MODEL}/commit/(?P<revision>[^/]+)")
+    def commit(self, request: Request, account: Account | None, repo: str, revision: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        if "create_pr" in request.query:
+            raise HubError(501, "This hub has no pull requests")
+        header, *operations = (json.loads(line) for line in request.body.splitlines())
+        commit: Commit = repository.commit(revision, header["value"], operations)
+        url = f"{self.url}/{repo}/commit/{commit.id}"
+        return {"success": True, "commitOid": commit.id, "commitUrl": url, "hookOutput": ""}
+
+    @route("POST", f"{MODEL}/(?P<kind>tag|branch)/(?P<name>[^/]+)")
+    def create_ref(self, request: Request, account: Account | None, repo: str, kind: str, name: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        payload = request.json()
+        if kind == "tag":  # here the path names the revision, and the body the tag
+            refs, name, start = repository.tags, payload["tag"], name
+        else:
+            refs, start = repository.branches, payload.get("startingPoint", "main")
+        if name in refs:
+            raise HubError(409, f"Reference already exists: {name}")
+        refs[name] = repository.resolve(start).id
+        return {}
+
+    @route("DELETE", f"{MODEL}/(?P<kind>tag|branch)/(?P<name>[^/]+)")
+    def delete_ref(self, request: Request, account: Account | None, repo: str, kind: str, name: str):
+        repository = self.hub.find(repo, account, to_write=True)
+        if (repository.tags if kind == "tag" else repository.branches).pop(name, None) is None:
+            raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
+        return {}
+
+    # --- storage: whoever has a signed address may read and write that one object, and needs no token
+
+    def _sign(self, repository: Repository, oid: str) -> str:
+        signature = secrets.token_urlsafe()
+        self._signed[signature] = repository, oid
+        return f"{self.storage_url}/{signature}"
+
+    def answer_storage(self, request: Request) -> Answer:
+        repository, oid = self._signed.get(request.path[1:], (None, ""))
+        if repository is None:
+            return Answer(403, content=b"no such signature")
+        if request.method == "PUT":
+            if hashlib.sha256(request.body).hexdigest() != oid:
+                return Answer(400, content=b"the content is not what was announced")
+            repository.objects[oid] = request.body
+            return Answer()
+        return Answer(200, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}, repository.objects[oid])

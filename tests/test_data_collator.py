@@ -1,0 +1,413 @@
+"""From items to batches: what a sample's row depends on, masks, tokens, augmentation, and pictures that cannot be read."""
+
+import io
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from modeling_cots.data_collator import (
+    MAX_REPORTED_NAMES,
+    COTSDataCollator,
+    COTSEvaluationCollator,
+    build_image_transform,
+)
+from modeling_cots.datasets_scenes import ScenesDataset
+
+SIZE, PATCH, MAX_TEXT_LENGTH = 32, 8, 24
+MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
+WORDS = "a red circle above small blue square two green triangles the white dog runs people walk unheard".split()
+TEXT = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
+    """Noise, so that no two crops are alike."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def item(number: int, captions=("a red circle",), image=None, **values) -> dict:
+    image = {"bytes": encode(picture(number)), "path": None} if image is None else image
+    return {
+        "image": image,
+        "captions": list(captions),
+        "pair_id": number,
+        "name": f"{number}.png",
+        "seed": 1000 + number,
+        **values,
+    }
+
+
+def collator(processor, **options) -> COTSDataCollator:
+    transform = build_image_transform((SIZE, SIZE), MEAN, STD)
+    defaults = {"image_transform": transform, "patch_size": (PATCH, PATCH), "max_text_length": MAX_TEXT_LENGTH}
+    return COTSDataCollator(processor, **{**defaults, **options})
+
+
+def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollator:
+    """One that masks a grid of patches of 1 x 1 and has no pictures to speak of."""
+    size = {"height": grid[0], "width": grid[1]}
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(size=size))
+    return collator(processor, image_transform=lambda image: torch.zeros(3, *grid), patch_size=(1, 1), **options)
+
+
+def row_of(batch: dict, index: int) -> dict[str, torch.Tensor]:
+    """One sample of a batch, without the padding that its neighbours cost it."""
+    length = int(batch["attention_mask"][index].sum())
+    tokens = ("input_ids", "attention_mask", "masked_input_ids", "text_targets")
+    return {name: value[index, :length] if name in tokens else value[index] for name, value in batch.items()}
+
+
+def assert_equal(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def ambient_states() -> tuple:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# The batch
+
+
+@pytest.mark.parametrize("mask_images", [True, False])
+@pytest.mark.parametrize("mask_texts", [True, False])
+def test_a_batch_has_the_agreed_format(tiny_processor, mask_images, mask_texts):
+    captions = ["a red circle", "", "two green triangles beside one large yellow star"]
+    items = [item(7 + i, [caption]) for i, caption in enumerate(captions)]
+    batch = collator(tiny_processor, mask_images=mask_images, mask_texts=mask_texts)(items)
+    length = batch["input_ids"].shape[1]
+    expected = {
+        "pixel_values": ((3, 3, SIZE, SIZE), torch.float32),
+        "pair_ids": ((3,), torch.int64),
+        "valid": ((3,), torch.bool),
+        "input_ids": ((3, length), torch.int64),
+        "attention_mask": ((3, length), torch.int64),
+    }
+    if mask_images:
+        expected["bool_masked_pos"] = ((3, (SIZE // PATCH) ** 2), torch.bool)
+    if mask_texts:
+        expected["masked_input_ids"] = expected["text_targets"] = ((3, length), torch.int64)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == expected
+    assert batch["pair_ids"].tolist() == [7, 8, 9]
+    assert batch["valid"].all()
+
+
+def test_captions_are_cut_and_padded_to_the_longest_of_the_batch(tiny_processor):
+    tokenizer = tiny_processor.tokenizer
+    for captions, length in [(["", "a e"], 4), (["", ""], 2), (["", "dog " * 500], MAX_TEXT_LENGTH)]:
+        batch = collator(tiny_processor)([item(i, [caption]) for i, caption in enumerate(captions)])
+        assert batch["input_ids"].shape == (2, length)
+        assert batch["attention_mask"].sum(1).tolist() == [2, length]
+        empty = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        assert batch["input_ids"][0].tolist() == empty + [tokenizer.pad_token_id] * (length - 2)
+        assert batch["input_ids"][1, -1] == tokenizer.sep_token_id
+
+
+def test_each_caption_of_an_image_is_as_likely(tiny_tokenizer):
+    captions, num_draws = ["a", "e", "o", "s", "t"], 1000  # letters, so single word pieces
+    batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False, mask_texts=False)(
+        [item(0, captions, picture(0, 2, 2), seed=seed) for seed in range(num_draws)]
+    )
+    counts = Counter(batch["input_ids"][:, 1].tolist())
+    assert counts.keys() == {tiny_tokenizer.convert_tokens_to_ids(caption) for caption in captions}
+    assert all(abs(count - 200) < 4 * (num_draws * 0.2 * 0.8) ** 0.5 for count in counts.values())
+
+
+# What a sample's row depends on
+
+
+@pytest.mark.parametrize("auto_augment", [None, "rand-m9-n2-mstd0.5"])
+def test_a_row_depends_on_its_item_alone(tiny_processor, auto_augment):
+    transform = build_image_transform((SIZE, SIZE), MEAN, STD, horizontal_flip=0.5, auto_augment=auto_augment)
+    collate = collator(tiny_processor, image_transform=transform)
+    items = [item(i, ["a dog", "two green triangles", " ".join(WORDS)]) for i in range(5)]
+    batch = collate(items)
+    seed_everything(99)
+    backwards = collate([item(5, ["dog " * 30], image={"bytes": b"", "path": None}), *items[::-1]])
+    for i in range(5):
+        assert_equal(row_of(batch, i), row_of(backwards, 5 - i))
+        assert_equal(row_of(batch, i), row_of(collate([items[i]]), 0))
+
+
+def test_another_seed_draws_everything_anew(tiny_processor):
+    collate = collator(tiny_processor, text_mask_ratio=0.5)
+    one, other = (row_of(collate([item(0, [" ".join(WORDS)], seed=seed)]), 0) for seed in (1, 2))
+    for name in ("pixel_values", "bool_masked_pos", "text_targets"):
+        assert not torch.equal(one[name], other[name])
+
+
+def test_worker_processes_change_nothing(tiny_processor):
+    def batches(num_workers: int, epoch: int) -> list[dict]:
+        dataset = ScenesDataset("train", 12, SIZE)
+        dataset.set_epoch(epoch)
+        return list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collator(tiny_processor)))
+
+    alone, helped = batches(0, epoch=1), batches(2, epoch=1)
+    assert len(alone) == len(helped) == 3
+    for left, right in zip(alone, helped, strict=True):
+        assert_equal(left, right)
+    assert not torch.equal(alone[0]["pixel_values"], batches(0, epoch=2)[0]["pixel_values"])
+
+
+def test_ambient_random_numbers_are_left_alone(tiny_processor):
+    transform = build_image_transform((SIZE, SIZE), MEAN, STD, horizontal_flip=0.5, auto_augment="rand-m9-n2-mstd0.5")
+    before = ambient_states()
+    collator(tiny_processor, image_transform=transform)([item(0), item(1, image={"bytes": b"", "path": None})])
+    assert ambient_states() == before
+
+
+def test_an_error_of_the_augmentation_is_not_taken_for_a_bad_picture(tiny_processor):
+    def broken_transform(image):
+        random.random(), torch.rand(1)
+        raise OSError("disk full")
+
+    before = ambient_states()
+    with pytest.raises(OSError, match="disk full"):
+        collator(tiny_processor, image_transform=broken_transform)([item(0)])
+    assert ambient_states() == before
+
+
+def test_items_without_a_seed_draw_from_the_ambient_generators(tiny_processor):
+    items = [item(i, [" ".join(WORDS)], seed=None) for i in range(3)]
+    del items[1]["seed"]
+    collate = collator(tiny_processor)
+    seed_everything(0)
+    first, second = collate(items), collate(items)
+    seed_everything(0)
+    assert_equal(first, collate(items))
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert not torch.equal(first["text_targets"], second["text_targets"])
+
+
+# Masks
+
+
+def largest_blocks(masks: torch.Tensor) -> torch.Tensor:
+    """(N,) area of the largest rectangle that is masked throughout, by trying them all, in masks (N, rows, columns)."""
+    largest = torch.zeros(len(masks))
+    for height in range(1, masks.shape[1] + 1):
+        for width in range(1, masks.shape[2] + 1):
+            share = F.avg_pool2d(masks.float()[:, None], (height, width), stride=1)
+            is_there = (share == 1).flatten(1).any(dim=1)
+            largest = torch.where(is_there, largest.clamp_min(height * width), largest)
+    return largest
+
+
+def image_masks(tokenizer, grid: tuple[int, int], num_masks: int, ratio: float = 0.4) -> torch.Tensor:
+    collate = grid_collator(tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
+    return collate([item(i, image=picture(0, 2, 2), seed=i) for i in range(num_masks)])["bool_masked_pos"]
+
+
+@given(
+    grid=st.tuples(st.integers(2, 16), st.integers(2, 16)),
+    ratio=st.floats(0, 0.9),
+    first_seed=st.integers(0, 2**63 - 4),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_mask_covers_more_than_its_ratio(tiny_tokenizer, grid, ratio, first_seed):
+    collate = grid_collator(tiny_tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
+    items = [item(i, image=picture(0, 2, 2), seed=first_seed + i) for i in range(4)]
+    masks = collate(items)["bool_masked_pos"]
+    assert masks.shape == (4, grid[0] * grid[1])
+    assert masks.sum(dim=1).max() <= round(ratio * grid[0] * grid[1])
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (6, 6), (14, 14), (12, 7)])
+@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.6])
+def test_masks_cover_their_ratio_but_for_a_few_patches(tiny_tokenizer, grid, ratio):
+    target = round(ratio * grid[0] * grid[1])
+    covered = image_masks(tiny_tokenizer, grid, 50, ratio).sum(dim=1)
+    assert covered.float().mean() >= 0.97 * target
+    assert covered.min() >= 0.8 * target
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (14, 14), (12, 7), (7, 12)])
+def test_masks_are_blocks(tiny_tokenizer, grid):
+    """And not as many patches at random; a tall grid tells rows from columns."""
+    masks = image_masks(tiny_tokenizer, grid, 50)
+    generator = torch.Generator().manual_seed(0)
+    scattered = torch.stack([mask[torch.randperm(len(mask), generator=generator)] for mask in masks])
+    blocks, rest = (largest_blocks(each.unflatten(1, grid)).mean() for each in (masks, scattered))
+    assert blocks > 2 * rest
+
+
+def test_blocks_have_the_least_size_of_beit(tiny_tokenizer):
+    """16 patches on its grid of 14 x 14, but for the rounding of both sides (14 at worst, as 2 x 7)."""
+    masks = image_masks(tiny_tokenizer, (14, 14), 200, ratio=20 / 196)
+    assert largest_blocks(masks.unflatten(1, (14, 14))).min() >= 14
+
+
+def test_no_patch_is_out_of_reach_and_mirror_images_are_masked_alike(tiny_tokenizer):
+    often = image_masks(tiny_tokenizer, (6, 6), 500).float().mean(dim=0).view(6, 6)
+    assert often.min() > 0.05
+    for mirrored in (often.flip(0), often.flip(1)):
+        assert (often - mirrored).abs().max() < 5 * (2 * 0.25 / 500) ** 0.5  # five standard deviations at most
+
+
+@given(captions=st.lists(TEXT, min_size=1, max_size=4), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**63 - 10))
+@settings(max_examples=60, deadline=None)
+def test_word_masks_spare_special_tokens_and_tell_the_truth(tiny_tokenizer, captions, ratio, seed):
+    collate = grid_collator(tiny_tokenizer, (2, 2), text_mask_ratio=ratio, mask_images=False)
+    items = [item(i, [caption], picture(0, 2, 2), seed=seed + i) for i, caption in enumerate(captions)]
+    batch = collate(items)
+    input_ids, targets, masked = batch["input_ids"], batch["text_targets"], batch["masked_input_ids"]
+    predicted = targets != -100
+    special = [tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id, tiny_tokenizer.pad_token_id]
+    assert not (predicted & torch.isin(input_ids, torch.tensor(special))).any()
+    assert torch.equal(targets[predicted], input_ids[predicted])
+    assert torch.equal(masked[~predicted], input_ids[~predicted])
+
+
+def test_words_are_corrupted_as_in_bert(tiny_tokenizer):
+    """15 % of the word pieces; of these 80 % become [MASK], 10 % any piece and 10 % stay."""
+    num_draws, num_pieces = 1500, 20
+    items = [item(i, ["a e o s t " * 4], picture(0, 2, 2), seed=i) for i in range(num_draws)]
+    batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False)(items)
+    assert batch["input_ids"].shape == (num_draws, num_pieces + 2)
+    predicted = batch["text_targets"] != -100
+    now, before = batch["masked_input_ids"][predicted], batch["input_ids"][predicted]
+    by_chance = 0.1 / len(tiny_tokenizer)  # a random piece may be [MASK], or the old one
+    is_mask, is_same = now == tiny_tokenizer.mask_token_id, now == before
+    for count, total, share in [
+        (len(now), num_draws * num_pieces, 0.15),
+        (is_mask.sum(), len(now), 0.8 + by_chance),
+        (is_same.sum(), len(now), 0.1 + by_chance),
+        ((~is_mask & ~is_same).sum(), len(now), 0.1 - 2 * by_chance),
+    ]:
+        assert abs(count - share * total) < 4 * (total * share * (1 - share)) ** 0.5
+    often = predicted[:, 1 : 1 + num_pieces].float().mean(dim=0)
+    assert (often - 0.15).abs().max() < 5 * (0.15 * 0.85 / num_draws) ** 0.5  # at every place alike
+
+
+# Augmentation
+
+
+def test_a_full_crop_is_a_normalised_resize():
+    image = picture(0, 64, 64)
+    got = build_image_transform((16, 24), MEAN, STD, min_crop_scale=1.0)(image)
+    resized = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    assert torch.allclose(got, torch.tensor((resized - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("min_crop_scale", [0.2, 0.5, 0.9])
+def test_crops_keep_their_share_of_the_picture(min_crop_scale):
+    """Each pixel tells its own place, so that a crop's first and last ones tell its area."""
+    rows, columns = np.mgrid[0:128, 0:128].astype(np.uint8)
+    image = Image.fromarray(np.stack([rows, columns, rows], axis=2))
+    transform = build_image_transform((128, 128), [0.0] * 3, [1.0] * 3, min_crop_scale=min_crop_scale)
+    random.seed(0)
+    areas = []
+    for _ in range(100):
+        down, across = (transform(image) * 255)[:2]
+        areas.append(float((down.max() - down.min() + 1) * (across.max() - across.min() + 1)) / 128**2)
+    assert min_crop_scale - 0.03 <= min(areas) < min_crop_scale + 0.1
+    assert max(areas) <= 1
+
+
+@pytest.mark.parametrize("horizontal_flip", [0.0, 0.5, 1.0])
+def test_pictures_are_mirrored_as_often_as_asked_for(horizontal_flip):
+    image = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    transform = build_image_transform((SIZE, SIZE), MEAN, STD, horizontal_flip=horizontal_flip)
+    seed_everything(0)
+    crops = [transform(image) for _ in range(400)]
+    share = sum(bool(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops) / 400
+    assert abs(share - horizontal_flip) <= 4 * (horizontal_flip * (1 - horizontal_flip) / 400) ** 0.5
+
+
+# Pictures in the wild
+
+
+def test_pictures_of_every_mode_and_shape_are_trained_through(tiny_processor):
+    colours = picture(0)
+    images = [
+        *(encode(colours.convert(mode)) for mode in ("1", "L", "LA", "P", "RGBA")),
+        *(encode(colours.convert("CMYK"), format) for format in ("JPEG", "TIFF")),
+        encode(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)),
+        *(encode(picture(0, *shape)) for shape in ((1, 1), (1, 400), (400, 1))),
+    ]
+    items = [item(i, image={"bytes": data, "path": None}) for i, data in enumerate(images)]
+    for batch in (collator(tiny_processor)(items), evaluation_collator(tiny_processor)(items)):
+        assert batch["valid"].all()
+        assert batch["pixel_values"].shape == (len(images), 3, SIZE, SIZE)
+        assert batch["pixel_values"].isfinite().all()
+
+
+def evaluation_collator(processor) -> COTSEvaluationCollator:
+    return COTSEvaluationCollator(processor, max_text_length=MAX_TEXT_LENGTH)
+
+
+@pytest.fixture
+def warnings_logged(monkeypatch) -> list[str]:
+    messages = []
+    monkeypatch.setattr("modeling_cots.data_collator.logger.warning", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("build", [collator, evaluation_collator])
+def test_unreadable_pictures_keep_their_row_and_are_named_once(tiny_processor, warnings_logged, build):
+    damaged = {"bytes": encode(picture(1), "JPEG")[:400], "path": None}
+    missing = {"bytes": None, "path": "no/such/file.jpg"}
+    items = [item(0), item(1, image=damaged), item(2), item(3, image=missing)]
+    collate = build(tiny_processor)
+    batch = collate(items)
+    assert batch["valid"].tolist() == [True, False, True, False]
+    assert batch["pair_ids"].tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch["pixel_values"][::2], build(tiny_processor)(items[::2])["pixel_values"])
+    assert batch["pixel_values"].shape == (4, 3, SIZE, SIZE)
+    collate(items)
+    assert [message.split(",")[0] for message in warnings_logged] == [f"Skipped the image {i}.png" for i in (1, 3)]
+    assert "FileNotFoundError" in warnings_logged[1]
+
+
+def test_rows_without_a_picture_are_blank(tiny_processor, warnings_logged):
+    batch = collator(tiny_processor)([item(0, image={"bytes": b"", "path": None})])
+    assert not batch["valid"].any()
+    assert torch.equal(batch["pixel_values"], torch.zeros(1, 3, SIZE, SIZE))
+
+
+def test_no_more_than_a_hundred_names_are_logged(tiny_tokenizer, warnings_logged):
+    collate = grid_collator(tiny_tokenizer, (2, 2))
+    items = [item(i, image={"bytes": b"", "path": None}) for i in range(MAX_REPORTED_NAMES + 20)]
+    assert not collate(items)["valid"].any()
+    assert len(warnings_logged) == MAX_REPORTED_NAMES + 1
+    assert warnings_logged[-1] == "Further images that cannot be read are counted, but no longer named."
+
+
+# Evaluation
+
+
+def test_evaluation_takes_the_picture_as_the_processor_prepares_it_and_all_captions(tiny_processor):
+    captions = [["a dog", ""], ["two green triangles"], ["dog " * 500, "a", "the beach"]]
+    items = [item(10 + i, texts) for i, texts in enumerate(captions)]
+    before = ambient_states()
+    batch = evaluation_collator(tiny_processor)(items)
+    assert ambient_states() == before
+    prepared = tiny_processor.image_processor([picture(10 + i) for i in range(3)], return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], prepared["pixel_values"])
+    assert batch["pair_ids"].tolist() == [10, 11, 12]
+    assert batch["caption_pair_ids"].tolist() == [10, 10, 11, 12, 12, 12]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (6, MAX_TEXT_LENGTH)
+    texts = [text for each in captions for text in each]
+    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+        alone = tiny_processor.tokenizer(text, truncation=True, max_length=MAX_TEXT_LENGTH)["input_ids"]
+        assert ids[mask.bool()].tolist() == alone

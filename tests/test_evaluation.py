@@ -1,0 +1,76 @@
+"""Embedding a data set: every readable image and caption once, in order, whatever the batches."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.evaluation import embed_pairs, evaluate_retrieval
+
+
+class WithBroken(ScenesDataset):
+    """Validation scenes of which number 3 and 4 cannot be read."""
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        return {**item, "image": b"\xff\xd8 truncated"} if index in (3, 4) else item
+
+
+@pytest.fixture
+def model(tiny_config) -> COTSModel:
+    torch.manual_seed(0)
+    return COTSModel(tiny_config)
+
+
+def embed(model, dataset, processor, batch_size: int):
+    return embed_pairs(
+        model, dataset, processor, Accelerator(cpu=True), batch_size=batch_size, max_text_length=24, progress=False
+    )
+
+
+def test_equals_one_picture_and_one_caption_at_a_time(model, tiny_processor):
+    dataset = ScenesDataset("validation", 5, 32)
+    embeds = embed(model, dataset, tiny_processor, batch_size=3)
+    model.eval()
+    assert embeds.image_ids.tolist() == [0, 1, 2, 3, 4]
+    assert embeds.text_ids.tolist() == [i for i in range(5) for _ in range(5)]
+    for i in range(5):
+        item = dataset[i]
+        inputs = tiny_processor(images=[item["image"]], return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(embeds.image_embeds[i], model.encode_image(**inputs)[0])
+        for j, caption in enumerate(item["captions"]):
+            tokens = tiny_processor(text=[caption], truncation=True, max_length=24, return_tensors="pt")
+            with torch.no_grad():
+                expected = model.encode_text(tokens["input_ids"], tokens["attention_mask"])[0]
+            torch.testing.assert_close(embeds.text_embeds[5 * i + j], expected)
+
+
+def test_unreadable_images_and_their_captions_are_left_out_and_counted(model, tiny_processor):
+    dataset = WithBroken("validation", 8, 32)
+    embeds = embed(model, dataset, tiny_processor, batch_size=2)  # batches with one, and with no readable image
+    assert embeds.num_skipped_images == 2
+    assert embeds.image_ids.tolist() == [0, 1, 2, 5, 6, 7]
+    assert sorted(set(embeds.text_ids.tolist())) == [0, 1, 2, 5, 6, 7]
+    whole = embed(model, dataset, tiny_processor, batch_size=8)
+    torch.testing.assert_close(whole.image_embeds, embeds.image_embeds)
+    metrics = evaluate_retrieval(
+        model, dataset, tiny_processor, Accelerator(cpu=True), batch_size=4, max_text_length=24, progress=False
+    )
+    assert metrics["skipped_images"] == 2
+
+
+def test_no_readable_image_at_all_is_an_error(model, tiny_processor):
+    class AllBroken(ScenesDataset):
+        def __getitem__(self, index: int) -> dict:
+            return {**super().__getitem__(index), "image": b""}
+
+    with pytest.raises(ValueError, match="None of the 3 images"):
+        embed(model, AllBroken("validation", 3, 32), tiny_processor, batch_size=2)
+
+
+def test_leaves_the_mode_and_the_random_numbers_as_they_were(model, tiny_processor):
+    model.train()
+    state = torch.get_rng_state()
+    embed(model, ScenesDataset("validation", 4, 32), tiny_processor, batch_size=2)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)

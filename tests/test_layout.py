@@ -1,0 +1,101 @@
+"""The walls of the package: who may import whom, and that a downloaded model needs nothing but torch and transformers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "modeling_cots"
+
+# A file imports from the layers before its own. In the tools layer nobody imports another, but for the named helpers.
+HUB_CLOSURE = {
+    "configuration_cots",
+    "encoders_cots",
+    "modeling_cots",
+    "modeling_cots_pretraining",
+    "processing_cots",
+    "video_processing_cots",
+}
+MATHEMATICS = {"losses", "momentum", "feature_queue", "filtering", "momentum_state"}
+TOOLS = {
+    "image_tokenizer",
+    "data_collator",
+    "datasets_pairs",
+    "datasets_scenes",
+    "timm_weights",
+    "retrieval_metrics",
+}
+HELPERS_OF_TOOLS = {"image_reading", "pair_files", "pair_items", "scene_drawing"}
+TRAINING = {
+    "building",
+    "command_line",
+    "datasets_opening",
+    "evaluation",
+    "model_card",
+    "reporting",
+    "trainer",
+    "training_args",
+    "training_log",
+    "training_setup",
+}
+ALLOWED = {
+    **dict.fromkeys(HUB_CLOSURE, HUB_CLOSURE),
+    **dict.fromkeys(MATHEMATICS, MATHEMATICS),
+    **dict.fromkeys(HELPERS_OF_TOOLS, set()),
+    **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
+    **dict.fromkeys(TRAINING, HUB_CLOSURE | MATHEMATICS | TOOLS | HELPERS_OF_TOOLS | TRAINING),
+}
+THIRD_PARTY = {
+    **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy"}),
+    **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
+}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports_of(module: str) -> tuple[set[str], set[str]]:
+    """Modules of the package, and third-party packages, that a file imports anywhere in it."""
+    ours, theirs = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            ours.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            theirs.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            theirs.update(alias.name.partition(".")[0] for alias in node.names)
+    return ours, theirs - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_from_the_layers_below(module):
+    assert module in ALLOWED, f"{module}.py stands in no layer: say where it belongs"
+    ours, theirs = imports_of(module)
+    assert ours <= ALLOWED[module]
+    assert theirs <= THIRD_PARTY.get(module, theirs)
+    assert "modeling_cots" not in theirs
+
+
+def test_importing_the_package_loads_nothing_of_training():
+    code = (
+        "import sys, modeling_cots\n"
+        "heavy = {'datasets', 'evaluate', 'timm', 'modeling_cots.trainer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import modeling_cots
+
+    for name in modeling_cots.__all__:
+        assert getattr(modeling_cots, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute"):
+        modeling_cots.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "a name is missing: extract it"

@@ -1,0 +1,67 @@
+"""A run that was stopped and resumed equals the run that was not, bit for bit."""
+
+import shutil
+
+import pytest
+import torch
+
+from modeling_cots.momentum_state import MOMENTUM_STATE_NAME
+
+ARGUMENTS = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1, "momentum": 0.9}
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    state = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    state |= {f"momentum.{name}": tensor for name, tensor in trainer.momentum_state.state_dict().items()}
+    for index, values in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.fixture
+def dropout_config(tiny_config):
+    """Drop-out on, so that a random number out of place would show."""
+    tiny_config.text_config.hidden_dropout_prob = 0.1
+    tiny_config.vision_config.hidden_dropout_prob = 0.1
+    return tiny_config
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 4])  # in the first epoch, at its end, in the second; 3 steps an epoch
+def test_resumed_run_equals_the_whole_run(make_trainer, dropout_config, tmp_path, stopped_at):
+    whole = make_trainer(dropout_config, output_dir=str(tmp_path / "whole"), **ARGUMENTS)
+    whole.train()
+    checkpoint = tmp_path / "stopped" / f"checkpoint-{stopped_at}"
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stopped_at}", checkpoint)
+
+    resumed = make_trainer(dropout_config, output_dir=str(tmp_path / "stopped"), **ARGUMENTS)
+    with torch.no_grad():  # whatever a fresh process would start from
+        for parameter in resumed.model.parameters():
+            parameter.add_(1.0)
+    torch.manual_seed(123)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    expected, got = state_of(whole), state_of(resumed)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+    losses = [
+        [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+def test_missing_momentum_state_is_an_error(make_trainer, tmp_path):
+    trainer = make_trainer(**ARGUMENTS)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / MOMENTUM_STATE_NAME).unlink()
+    with pytest.raises(ValueError, match="has no momentum_state.safetensors"):
+        make_trainer(**ARGUMENTS).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_queue_of_another_size_is_an_error(make_trainer, tmp_path):
+    make_trainer(**ARGUMENTS).train()
+    with pytest.raises(ValueError, match="queue of 20 pairs, and queue_size is 30"):
+        make_trainer(**ARGUMENTS, queue_size=30).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
