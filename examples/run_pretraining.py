@@ -14,8 +14,14 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
-from modeling_cots.building import build_image_tokenizer, build_model, build_processor, build_tokenizer
+from modeling_cots import COTSTrainer, COTSTrainingArguments
+from modeling_cots.building import (
+    build_config,
+    build_image_tokenizer,
+    build_model,
+    build_processor,
+    build_tokenizer,
+)
 from modeling_cots.command_line import parse_config_and_options
 from modeling_cots.datasets_opening import open_dataset
 from modeling_cots.image_reading import check_readable
@@ -61,13 +67,10 @@ def main() -> None:
     script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments)
     set_seed(args.seed)
 
-    # 1. The configuration: of the checkpoint, of a file, or the paper's.
-    if script_args.model is not None:
-        config = COTSConfig.from_pretrained(script_args.model)
-    elif script_args.model_config is not None:
-        config = COTSConfig.from_json_file(script_args.model_config)
-    else:
-        config = COTSConfig()
+    # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
+    config = build_config(
+        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
+    )
 
     # 2. The data.
     columns = {"image_column": script_args.image_column, "caption_column": script_args.caption_column}
@@ -121,11 +124,13 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     trainer.export_model(args.output_dir)
+    report = []
+    if eval_dataset is not None:
+        num_captions = sum(1 for _ in eval_dataset.iter_captions())
+        report.append(format_recall(metrics, len(eval_dataset), num_captions))
+        report.append(format_example_retrievals(model.cots, eval_dataset, processor, script_args.max_text_length))
     if trainer.is_world_process_zero():
-        if eval_dataset is not None:
-            num_captions = sum(1 for _ in eval_dataset.iter_captions())
-            print("\n" + format_recall(metrics, len(eval_dataset), num_captions))
-            print("\n" + format_example_retrievals(model.cots, eval_dataset, processor, script_args.max_text_length))
+        print("", *report, sep="\n\n")
         print(f"\nThe model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
 
 

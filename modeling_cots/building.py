@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     BertTokenizer,
@@ -34,6 +35,24 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
+
+
+def build_config(
+    model: str | None, model_config: str | None, text_model: str | None, vision_model: str | None
+) -> COTSConfig:
+    """The configuration of a COTS checkpoint; or of a JSON file (default: the paper) with the given encoders in it."""
+    if model is not None:
+        return COTSConfig.from_pretrained(model)
+    config = COTSConfig() if model_config is None else COTSConfig.from_json_file(model_config)
+    if text_model is not None:
+        config.text_config = AutoConfig.from_pretrained(text_model)
+    if vision_model is not None and not _is_timm(vision_model):
+        config.vision_config = AutoConfig.from_pretrained(vision_model)
+    return config
+
+
+def _is_timm(vision_model: str) -> bool:
+    return vision_model.startswith("timm/")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> BertTokenizer:
@@ -117,8 +136,8 @@ def build_model(
             f"The image tokenizer has {num_image_tokens} tokens and the model's masked-image head "
             f"{built.config.image_vocab_size}: give the image tokenizer that the model was trained with."
         )
-    max_positions = getattr(built.config.text_config, "max_position_embeddings", max_text_length)
-    if max_text_length > max_positions:
+    max_positions = built.base_model.max_text_length
+    if max_positions is not None and max_text_length > max_positions:
         raise ValueError(
             f"max_text_length is {max_text_length} and the text encoder has only {max_positions} positions."
         )
@@ -132,7 +151,7 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces
         text_model = build_text_encoder(config.text_config)
     if vision_model is None:
         vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
-    elif vision_model.startswith("timm/"):
+    elif _is_timm(vision_model):
         vision_model = load_timm_vit(vision_model, image_size=config.image_size[0])
     return COTSForPreTraining.from_encoders(
         text_model,
@@ -148,7 +167,7 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     height, width = config.image_size
     size = {"height": height, "width": width}
     normalisation = {}
-    if vision_model is not None and not vision_model.startswith("timm/"):
+    if vision_model is not None and not _is_timm(vision_model):
         given = AutoImageProcessor.from_pretrained(vision_model)
         normalisation = {"image_mean": given.image_mean, "image_std": given.image_std}
     image_processor = ViTImageProcessor(
@@ -172,4 +191,11 @@ def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_siz
     return ImageTokenizer.random(vocab_size, *normalisation)
 
 
-__all__ = ["build_image_tokenizer", "build_model", "build_processor", "build_tokenizer", "train_tokenizer"]
+__all__ = [
+    "build_config",
+    "build_image_tokenizer",
+    "build_model",
+    "build_processor",
+    "build_tokenizer",
+    "train_tokenizer",
+]

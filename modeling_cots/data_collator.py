@@ -84,7 +84,7 @@ class COTSDataCollator:
     Turns B items of a data set into one training batch.
 
     Args:
-        processor: Has an `image_processor` and a `tokenizer`.
+        processor: Has an `image_processor` with a `size` of height and width, and a `tokenizer`.
         image_transform: PIL image -> normalised (3, H, W) tensor, see `build_image_transform`.
         patch_size: Height and width of a patch, for the masks.
         max_text_length: Longer captions are cut to so many tokens.
@@ -154,15 +154,22 @@ class COTSDataCollator:
         return torch.zeros(3, *self.image_size)
 
     def _mask_patches(self) -> torch.Tensor:
-        """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less."""
+        """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
+
+        On a grid too small or too narrow for blocks, which have to be smaller than it, single patches are masked.
+        """
         grid = tuple(side // patch_side for side, patch_side in zip(self.image_size, self.patch_size, strict=True))
         num_patches = grid[0] * grid[1]
+        num_masked = round(self.image_mask_ratio * num_patches)
         generator = FlavaMaskingGenerator(
             grid,
-            total_mask_patches=round(self.image_mask_ratio * num_patches),
+            total_mask_patches=num_masked,
             mask_group_min_patches=max(1, round(min(1, num_patches / BEIT_NUM_PATCHES) * BEIT_MIN_BLOCK)),
         )
-        return generator().bool().flatten()
+        mask = generator().bool().flatten()
+        if not mask.any():
+            mask[random.sample(range(num_patches), num_masked)] = True
+        return mask
 
     def _mask_words(self, tokens: dict, seeds: list[int | None]) -> dict[str, torch.Tensor]:
         """BERT's corruption, drawn sample by sample over its own tokens, so that padding does not shift the draws."""
@@ -171,13 +178,24 @@ class COTSDataCollator:
         real = tokens["attention_mask"].bool()
         for row, seed in enumerate(seeds):
             with sample_randomness(seed):
-                masked, targets = self.word_masker.torch_mask_tokens(
-                    masked_input_ids[row, real[row]].unsqueeze(0),
-                    tokens["special_tokens_mask"][row, real[row]].unsqueeze(0),
+                masked, targets = self._mask_caption(
+                    masked_input_ids[row, real[row]], tokens["special_tokens_mask"][row, real[row]]
                 )
-            masked_input_ids[row, real[row]] = masked[0]
-            text_targets[row, real[row]] = targets[0]
+            masked_input_ids[row, real[row]] = masked
+            text_targets[row, real[row]] = targets
         return {"masked_input_ids": masked_input_ids, "text_targets": text_targets}
+
+    def _mask_caption(self, input_ids: torch.Tensor, is_special: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corrupted ids and targets, both (L,), of one caption; like BERT, at least one of its words is masked."""
+        masked, targets = self.word_masker.torch_mask_tokens(
+            input_ids.clone().unsqueeze(0), is_special.clone().unsqueeze(0)
+        )
+        masked, targets = masked[0], targets[0]
+        words = (is_special == 0).nonzero().flatten().tolist()
+        if words and (targets == -100).all():
+            chosen = random.choice(words)
+            masked[chosen], targets[chosen] = self.tokenizer.mask_token_id, input_ids[chosen]
+        return masked, targets
 
 
 class COTSEvaluationCollator:

@@ -26,8 +26,8 @@ class ImageTokenizer(nn.Module):
 
     def __init__(self, codebook: FlavaImageCodebook, image_mean: list[float], image_std: list[float]):
         super().__init__()
-        # Again after loading: `from_pretrained` turns the gradients of a frozen codebook back on.
-        self.codebook = codebook.requires_grad_(False).eval()
+        # Frozen again after loading: `from_pretrained` turns the gradients back on. Channels last convolve faster.
+        self.codebook = codebook.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1))
 
@@ -77,7 +77,7 @@ def _spread_codes(codebook: FlavaImageCodebook) -> None:
     With the library's initialisation (standard deviation 0.02 through 25 convolutions) the features all but vanish
     and a handful of ids, those with the largest bias, win everywhere: 8 of 512 on photographs. So the convolutions
     keep the scale of their input (He et al., 2015), and the codes are random directions in features that are
-    standardised over smooth random pictures, folded into the weights of the last convolution.
+    whitened over smooth random pictures, folded into the weights of the last convolution.
     """
     for module in codebook.modules():
         if isinstance(module, nn.Conv2d):
@@ -86,12 +86,15 @@ def _spread_codes(codebook: FlavaImageCodebook) -> None:
     side = 6 * PIXELS_PER_TOKEN
     pictures = F.interpolate(torch.rand(64, codebook.input_channels, 12, 12), size=side, mode="bilinear")
     features = F.relu(codebook.blocks[:-1](pictures))
-    std, mean = torch.std_mean(features, dim=(0, 2, 3))
+    features = features.transpose(0, 1).flatten(1)
+    variances, axes = torch.linalg.eigh(torch.cov(features))
+    variances = variances.clamp(min=1e-3 * variances.max())  # directions that hardly vary are noise
     last = codebook.blocks.output.conv
-    codes = F.normalize(torch.randn(last.out_channels, last.in_channels), dim=1) / (std + 1e-6)
+    directions = F.normalize(torch.randn(last.out_channels, last.in_channels), dim=1)
+    codes = directions @ (axes * variances.rsqrt()) @ axes.T
     with torch.no_grad():
         last.weight.copy_(codes[:, :, None, None])
-        last.bias.copy_(-codes @ mean)
+        last.bias.copy_(-codes @ features.mean(dim=1))
 
 
 __all__ = ["ImageTokenizer"]

@@ -57,7 +57,9 @@ def queue_logits(
         return torch.cat([positives, negatives], dim=1) / temperature
 
 
-def momentum_contrastive_loss(logits: torch.Tensor, keep: torch.Tensor, num_kept: torch.Tensor | float):
+def momentum_contrastive_loss(
+    logits: torch.Tensor, keep: torch.Tensor, num_kept: torch.Tensor | float
+) -> torch.Tensor:
     """One direction of the contrastive loss: mean over the kept pairs of -log p_i[0], p_i = softmax of row i.
 
     COTS, instance level: L_I2T of the image-to-text logits, L_T2I of the text-to-image ones.
@@ -73,7 +75,7 @@ def momentum_contrastive_loss(logits: torch.Tensor, keep: torch.Tensor, num_kept
 
 def task_kl_loss(
     logits_i2t: torch.Tensor, logits_t2i: torch.Tensor, keep: torch.Tensor, num_kept: torch.Tensor | float
-):
+) -> torch.Tensor:
     """Symmetric KL divergence of the two rows of every kept pair, a scalar >= 0.
 
     COTS, task level: mean_i [KL(p_i^T2I || p_i^I2T) + KL(p_i^I2T || p_i^T2I)]. As the queues are paired, class j
@@ -94,7 +96,7 @@ def task_kl_loss(
 
 def masked_token_loss(
     logits: torch.Tensor, targets: torch.Tensor, keep: torch.Tensor, num_tokens: torch.Tensor | float
-):
+) -> torch.Tensor:
     """Cross-entropy of the masked tokens of the kept pairs; images (CMVM) and texts (CMLM) share it.
 
     Args:

@@ -1,4 +1,4 @@
-"""The card of a trained model, filled from its configuration, its arguments and its measured metrics; never by hand."""
+"""The card of a trained model, filled from its configuration, arguments and measured metrics; never by hand."""
 
 import os
 from pathlib import Path

@@ -240,7 +240,9 @@ class COTSTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what happened since the last log to the Trainer's own line of training logs."""
         if "loss" in logs:
-            method_logs = self.training_log.drain(self.accelerator)
+            # The history survives a resumed run, so the count goes on where it stopped.
+            counts = [entry["skipped_images"] for entry in self.state.log_history if "skipped_images" in entry]
+            method_logs = self.training_log.drain(self.accelerator, skipped_before=counts[-1] if counts else 0)
             self.collapse_watch.check(method_logs, self.state.global_step, self.queue.size)
             logs = {**logs, **method_logs}
         super().log(logs, start_time)

@@ -101,8 +101,17 @@ class COTSTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be between 0 and 1, got {value}.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"min_crop_scale must be above 0 and at most 1, got {self.min_crop_scale}.")
-        for name in ("mcl_weight", "kl_weight", "cmvm_weight", "cmlm_weight", "kl_warmup_steps", "lr_hold_epochs"):
-            if getattr(self, name) < 0:
+        not_negative = (
+            "mcl_weight",
+            "kl_weight",
+            "cmvm_weight",
+            "cmlm_weight",
+            "kl_warmup_steps",
+            "lr_hold_epochs",
+            "filter_num_std",
+        )
+        for name in not_negative:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not any((self.mcl_weight, self.kl_weight, self.cmvm_weight, self.cmlm_weight)):
             raise ValueError("All four loss weights are 0: there is nothing to train.")

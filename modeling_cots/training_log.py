@@ -17,7 +17,6 @@ class TrainingLog:
     """Collects tensors on the device between two logs; nothing is copied to the host before `drain`."""
 
     def __init__(self):
-        self.skipped_images = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -41,20 +40,22 @@ class TrainingLog:
         """State of which the last value is reported."""
         self._latest.update(values)
 
-    def drain(self, accelerator) -> dict[str, float]:
-        """Everything since the last call, as Python numbers; all processes must call it together."""
+    def drain(self, accelerator, *, skipped_before: int = 0) -> dict[str, float]:
+        """Everything since the last call, as Python numbers; all processes must call it together.
+
+        `skipped_images` is the sum of a whole run, of which `skipped_before` have been reported.
+        """
         if self._num_batches == 0:
             return {}
         means = torch.stack([value / self._num_batches for value in self._sums.values()])
         means = accelerator.reduce(means, reduction="mean").tolist()
         logs = dict(zip(self._sums, means, strict=True))
         counts = {name: int(value) for name, value in self._totals.items()}
-        self.skipped_images += counts["skipped_images"]
         logs["kept_fraction"] = counts["kept"] / max(1, counts["readable"])
         # An idle filter has the threshold -inf, which JSON cannot hold; no cosine lies below -1 either.
         logs["filter_threshold"] = max(LOWEST_COSINE, float(self._latest["filter_threshold"]))
         logs["queue_fill"] = self._latest["queue_fill"]
-        logs["skipped_images"] = self.skipped_images
+        logs["skipped_images"] = skipped_before + counts["skipped_images"]
         self._clear()
         return logs
 
@@ -89,8 +90,8 @@ class CollapseWatch:
             logger.warning(
                 f"Step {step}: the model seems to have collapsed. loss_kl is {logs['loss_kl']:.1e}, and the two "
                 f"contrastive losses sum to {logs['loss_i2t'] + logs['loss_t2i']:.2f}, where chance is {chance:.2f}: "
-                "all pairs look alike to it. Start again with a larger kl_warmup_steps or a smaller kl_weight, a longer "
-                "warm-up of the learning rate, or pre-trained encoders."
+                "all pairs look alike to it. Start again with a larger kl_warmup_steps or a smaller kl_weight, a "
+                "longer warm-up of the learning rate, or pre-trained encoders."
             )
 
 

@@ -1,7 +1,5 @@
 """`COTSVideoProcessor`: 16 uniformly sampled frames, prepared as images are (COTS, CVPR 2022, supplement)."""
 
-import os
-
 import numpy as np
 import torch
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
@@ -86,9 +84,10 @@ class COTSVideoProcessor(BaseVideoProcessor):
         return ((np.arange(num_frames) + offsets) * total / num_frames).astype(int)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
-        """Decode files with `read_video` where PyAV is installed; all else is the base class's."""
-        is_file = isinstance(video_url_or_urls, str) and os.path.exists(video_url_or_urls)
-        if is_file and is_av_available():
+        """Decode files with `read_video` where PyAV is installed; URLs and all else are the base class's."""
+        if isinstance(video_url_or_urls, list):
+            return list(zip(*(self.fetch_videos(url, sample_indices_fn) for url in video_url_or_urls), strict=True))
+        if isinstance(video_url_or_urls, str) and "://" not in video_url_or_urls and is_av_available():
             return read_video(video_url_or_urls, sample_indices_fn)
         return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
 

@@ -126,7 +126,8 @@ def _frames_at(container, stream, times: FrameTimes, wanted: list[int]) -> Itera
     reached, frame = -np.inf, None
     for target in targets:
         key = bisect_right(key_times, target) - 1
-        if key >= 0 and key_times[key] > reached:
+        # Only over a whole group of frames: a jump may land one key frame early, where frames were reordered.
+        if key > bisect_right(key_times, reached):
             container.seek(times.key_frames[key][1], stream=stream)
             frames = _decoded(container, stream, is_timed)
         while reached < target:

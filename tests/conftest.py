@@ -113,7 +113,7 @@ def tiny_masked_inputs(tiny_inputs) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def make_trainer(tiny_config, tiny_processor, tmp_path):
-    """A function that builds a COTSTrainer on 24 small scenes; keywords replace training arguments or trainer parts."""
+    """A function that builds a COTSTrainer on 24 small scenes; keywords replace arguments or parts."""
     from modeling_cots import COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ImageTokenizer, ScenesDataset
 
     def make(config=None, train_dataset=None, eval_dataset=None, image_tokenizer="random", **arguments) -> COTSTrainer:

@@ -2,7 +2,7 @@
 
 huggingface_hub reads `HF_ENDPOINT`, `HF_HOME` and the rest of its environment when it is imported, so clients cannot
 live in the process of the tests, which is offline. For each token one process is started with the right environment;
-it imports huggingface_hub once and forks for every call, so that no call sees what another one left behind.
+it imports what the calls need once and forks for each, so that no call sees what another one left behind.
 
     def upload(folder, repo_id):  # at the top of a test file: the client imports it by name
         return HfApi().upload_folder(folder_path=folder, repo_id=repo_id).oid
@@ -11,6 +11,7 @@ it imports huggingface_hub once and forks for every call, so that no call sees w
         commit_id = hub.run(upload, str(tmp_path), hub.new_repo_id())
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -118,8 +119,11 @@ class ClientProcess:
     """A process with an environment of its own, that forks for every call."""
 
     def __init__(self, environment: dict[str, str]):
-        self._process = subprocess.Popen([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self._address = self._process.stdout.readline().strip()
+        if not self._address:
+            raise ClientError("The client's process did not start")
 
     def start(self, function: Callable, *args, **kwargs) -> "Call":
         connection = Client(self._address)
@@ -176,8 +180,11 @@ def serve_calls() -> None:
         print(listener.address, flush=True)
         while True:
             with listener.accept() as connection:
+                call = connection.recv()
+                with contextlib.suppress(Exception):  # here for all forks; what is wrong with it, the fork will say
+                    importlib.import_module(call[0])
                 if os.fork() == 0:
-                    connection.send(answer(*connection.recv()))
+                    connection.send(answer(*call))
                     os._exit(0)
 
 

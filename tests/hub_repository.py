@@ -1,7 +1,7 @@
 """What a model hub keeps: accounts, repositories, commits, large objects. No HTTP here; `hub_server.py` speaks that.
 
 A repository is a chain of immutable snapshots; a commit is built completely and then put in place under a lock, so
-that nobody can see half of one. Errors carry the status and the `X-Error-Code` by which huggingface_hub tells them apart.
+that nobody can see half of one. Errors carry the status and the `X-Error-Code` by which huggingface_hub knows them.
 """
 
 import base64
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
-LFS_SUFFIXES = ("bin", "safetensors", "pt", "npy", "npz", "onnx", "parquet", "arrow", "zip", "gz", "tar", "h5", "msgpack")
+LFS_SUFFIXES = "arrow bin gz h5 msgpack npy npz onnx parquet pt safetensors tar zip".split()
 GIT_ATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 MAX_REGULAR_BYTES = 10 * 2**20
 
@@ -111,7 +111,7 @@ class Repository:
         return self.blobs[file.blob_id] if file.lfs_oid is None else self.objects[file.lfs_oid]
 
     def upload_mode(self, revision: str, path: str, size: int, sample: bytes) -> str:
-        """"lfs" for what `.gitattributes` says, for large files and for binary ones; else "regular"."""
+        """How a file is to come: as "lfs" if `.gitattributes` says so, and if large or binary; else "regular"."""
         _, attributes = self.file(revision, ".gitattributes")
         lines = [line.split() for line in self.content(attributes).decode().splitlines()]
         patterns = [words[0] for words in lines if "filter=lfs" in words]
@@ -149,7 +149,8 @@ class Repository:
             size = len(self.objects[value["oid"]])
             files[path] = File(size, git_blob_id(lfs_pointer(value["oid"], size)), value["oid"])
         elif key in ("deletedFile", "deletedFolder"):
-            doomed = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(path.rstrip("/") + "/"))]
+            folder = path.rstrip("/") + "/"
+            doomed = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(folder))]
             if not doomed:
                 raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
             for p in doomed:

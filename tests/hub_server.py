@@ -1,9 +1,9 @@
 """A model hub on the loopback that the real huggingface_hub client takes for the real one.
 
-It speaks the part of the Hub's HTTP API that pushing and pulling models needs (seen with huggingface_hub 2.4): accounts
-and tokens, creating and deleting repositories, private ones, preupload, LFS batch with basic transfers, commits, tags,
-branches, trees, model info and resolve with range requests. Large files lie behind signed addresses of a second server,
-which is another origin, as the Hub's storage is: a client that sends its token there is caught.
+It speaks the part of the Hub's HTTP API that pushing and pulling models needs (seen with huggingface_hub 2.4):
+accounts and tokens, creating and deleting repositories, private ones, preupload, LFS batch with basic transfers,
+commits, tags, branches, trees, model info, and resolve with range requests. Large files lie behind signed addresses of
+a second server, which is another origin, as the Hub's storage is: a client that sends its token there is caught.
 
 Not here: pull requests, datasets, spaces, and xet. The client uses xet for every upload if `hf_xet` is installed,
 whatever the server says, unless `HF_HUB_DISABLE_XET` is set; `hub_client.py` sets it.

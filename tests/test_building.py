@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer, BertModel, FlavaImageCodebook, FlavaImageCodebookConfig, ViTModel
+
 from modeling_cots.building import (
     build_image_tokenizer,
     build_model,
@@ -9,7 +11,6 @@ from modeling_cots.building import (
     build_tokenizer,
     train_tokenizer,
 )
-from transformers import AutoTokenizer, BertModel, FlavaImageCodebook, FlavaImageCodebookConfig, ViTModel
 
 CAPTIONS = ["a red circle left of a blue square", "a green circle above a red square", "two red circles"] * 3
 
@@ -64,9 +65,7 @@ def test_given_encoders_are_kept_and_the_other_stream_is_fresh(tiny_config, toke
     vision = ViTModel(tiny_config.vision_config, add_pooling_layer=False)
     vision.save_pretrained(tmp_path / "vit")
     model = build(tiny_config, tokenizer, vision_model=str(tmp_path / "vit"))
-    assert torch.equal(
-        model.cots.vision_model.embeddings.position_embeddings, vision.embeddings.position_embeddings
-    )
+    assert torch.equal(model.cots.vision_model.embeddings.position_embeddings, vision.embeddings.position_embeddings)
     assert model.config.text_config.vocab_size == len(tokenizer)
 
     tiny_config.text_config.vocab_size = 120

@@ -1,9 +1,10 @@
 """One YAML file of options, and a command line that wins over it."""
 
-import pytest
-from modeling_cots.command_line import parse_config_and_options
-
 from dataclasses import dataclass
+
+import pytest
+
+from modeling_cots.command_line import parse_config_and_options
 
 
 @dataclass

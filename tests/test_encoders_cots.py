@@ -60,6 +60,15 @@ def test_text_encoders_that_fit(tiny_inputs, text):
     assert output.text_token_logits.shape == (tiny_inputs["attention_mask"].sum(), 99)
 
 
+@pytest.mark.parametrize(("text", "reaches"), [("bert", True), ("distilbert", False), ("modernbert", False)])
+def test_encoders_get_only_what_they_name(tiny_inputs, text, reaches):
+    model = COTSModel(cots_config(text=text))
+    received = {}
+    model.text_model.register_forward_pre_hook(lambda *args: received.update(args[2]), with_kwargs=True)
+    model.encode_text(tiny_inputs["input_ids"], token_type_ids=torch.zeros_like(tiny_inputs["input_ids"]))
+    assert ("token_type_ids" in received) is reaches
+
+
 @pytest.mark.parametrize("vision", VISION_CONFIGS)
 def test_vision_encoders_that_fit(tiny_inputs, vision):
     output = encode_masked(cots_config(vision=vision), tiny_inputs)

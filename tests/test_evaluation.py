@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.evaluation import embed_pairs, evaluate_retrieval
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_client import ClientError
+from hub_client import ClientError, HubForTests
 from hub_server import READ_TOKEN, STRANGERS_TOKEN
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, hf_hub_download
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -24,6 +24,8 @@ FILES = {
     "images/red circle.png": b"\x89PNG\0 not really",
     "onnx/model.onnx": b"small, but large files by name",
 }
+# What the client raises depends on where in its request the connection broke.
+NETWORK_ERRORS = "^(RuntimeError: Error while uploading|ConnectError|ReadError|WriteError|RemoteProtocolError)"
 
 
 @pytest.fixture
@@ -73,13 +75,8 @@ def create(repo_id: str, **kwargs) -> str:
 
 def info(repo_id: str, **kwargs) -> dict:
     model = HfApi().model_info(repo_id, **kwargs)
-    return {
-        "id": model.id,
-        "sha": model.sha,
-        "private": model.private,
-        "pipeline_tag": model.pipeline_tag,
-        "siblings": [sibling.rfilename for sibling in model.siblings],
-    }
+    siblings = [sibling.rfilename for sibling in model.siblings]
+    return {"sha": model.sha, "private": model.private, "pipeline_tag": model.pipeline_tag, "siblings": siblings}
 
 
 def test_a_repository_is_created_once(hub):
@@ -251,9 +248,8 @@ def test_a_push_through_a_vanished_network_leaves_nothing_half_and_can_be_repeat
     repo_id = own_hub.new_repo_id()
     own_hub.run(create, repo_id)
     before = own_hub.run(commit, repo_id, {"config.json": "before"})
-    num_bytes = {"PUT": len(WEIGHTS) // 2}.get(during, 100)
-    own_hub.server.network.vanish_after(num_bytes, during)
-    with pytest.raises(ClientError, match="^(RuntimeError: Error while uploading|ConnectError|ReadError|WriteError|Remote)"):
+    own_hub.server.network.vanish_after(len(WEIGHTS) // 2 if during == "PUT" else 100, during)
+    with pytest.raises(ClientError, match=NETWORK_ERRORS):
         own_hub.run(impatiently, "push", folder, repo_id)
     assert own_hub.server.network.is_down
     with pytest.raises(ClientError, match="^LocalEntryNotFoundError"):
@@ -287,12 +283,17 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(own_hub, folder):
     assert len(own_hub.run(history, repo_id)) == 2  # the first, of .gitattributes, and one push
 
 
+def download_in_pieces(*args) -> str:
+    constants.DOWNLOAD_CHUNK_SIZE = 10_000  # what it goes on from; usually 10 MiB
+    return impatiently("download", *args)
+
+
 def test_a_broken_download_goes_on_where_it_stopped(own_hub, folder):
     repo_id = own_hub.new_repo_id()
     own_hub.run(push, folder, repo_id)
     own_hub.server.network.requests.clear()
     own_hub.server.network.hiccup_after(100_000, "GET /[^/]+$")
-    assert own_hub.run(impatiently, "download", repo_id, "model.safetensors") == WEIGHTS.decode("latin-1")
+    assert own_hub.run(download_in_pieces, repo_id, "model.safetensors") == WEIGHTS.decode("latin-1")
     ranges = [request.headers.get("range") for request in own_hub.server.network.requests if request.method == "GET"]
     assert ranges == [None, "bytes=100000-"]
 
@@ -315,27 +316,18 @@ def test_of_concurrent_commits_on_one_parent_exactly_one_is_made(hub):
     assert without_attributes(hub.run(pull, repo_id)) == {winner: winner, "config.json": winner}
 
 
-def push_config(repo_id: str) -> list:
-    from transformers import BertConfig
+def push_configs(repo_id: str) -> list[int]:
+    from transformers import AutoConfig, BertConfig  # here, as only one client needs it
 
     BertConfig(hidden_size=7).push_to_hub(repo_id, private=True)
     HfApi().create_tag(repo_id, tag="seven")
     BertConfig(hidden_size=8).push_to_hub(repo_id)
-    return [load_config(repo_id), load_config(repo_id, revision="seven")]
-
-
-def load_config(repo_id: str, **kwargs) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(repo_id, **kwargs).hidden_size
+    revisions = ({}, {"revision": "seven"})
+    return [AutoConfig.from_pretrained(repo_id, **revision).hidden_size for revision in revisions]
 
 
 def test_transformers_pushes_and_pulls_through_the_environment(hub):
-    repo_id = hub.new_repo_id()
-    assert hub.run(push_config, repo_id) == [8, 7]
-    if hub.server is not None:
-        with pytest.raises(ClientError, match="^OSError.*is not a local folder"):
-            hub.run(load_config, repo_id, token=STRANGERS_TOKEN)
+    assert hub.run(push_configs, hub.new_repo_id()) == [8, 7]
 
 
 def test_the_tests_environment_does_not_reach_the_client(own_hub, monkeypatch):
@@ -343,3 +335,15 @@ def test_the_tests_environment_does_not_reach_the_client(own_hub, monkeypatch):
     environment = own_hub.environment(token=None)
     assert not {"HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"} & set(environment)
     assert environment["HF_ENDPOINT"] == own_hub.url
+
+
+def test_any_other_server_with_an_account_will_do(own_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    other = HubForTests(own_hub.url, own_hub.token, tmp_path)
+    repo_id = other.new_repo_id()
+    assert repo_id.startswith(f"{own_hub.user}/")
+    other.run(create, repo_id)
+    assert repo_id in own_hub.server.hub.repositories
+    other.reset_()
+    assert repo_id not in own_hub.server.hub.repositories
+    other.close()

@@ -108,10 +108,13 @@ def test_other_captions_of_the_same_image_are_no_negatives(batch):
     excluded = excluded_candidates(batch["pair_ids"], batch["queue_ids"], batch["filled"])
     assert excluded[1].nonzero().flatten().tolist() == [2, 8, 9, 10]
     assert excluded[4].nonzero().flatten().tolist() == [5, 6, 8, 9, 10]
-    i2t, _ = rows(batch)
-    probabilities = i2t.softmax(dim=1)[:, 1:]
-    assert (probabilities[excluded] == 0).all()
-    assert (probabilities[~excluded] > 0).all()
+    for temperature in (TEMPERATURE, 100.0):
+        logits = queue_logits(
+            batch["image_embeds"], batch["momentum_text_embeds"], batch["text_queue"], excluded, temperature
+        )
+        probabilities = logits.softmax(dim=1)[:, 1:]
+        assert (probabilities[excluded] == 0).all()
+        assert (probabilities[~excluded] > 0).all()
 
 
 def test_kl_is_zero_on_equal_rows_symmetric_and_never_negative(batch):
@@ -125,12 +128,17 @@ def test_kl_is_zero_on_equal_rows_symmetric_and_never_negative(batch):
     assert forward > 0.1
 
 
-def test_kl_moves_both_directions(batch):
-    for name in ("image_embeds", "text_embeds"):
-        batch[name].requires_grad_(True)
-    task_kl_loss(*rows(batch), batch["keep"], 4).backward()
-    assert batch["image_embeds"].grad.abs().sum() > 0
-    assert batch["text_embeds"].grad.abs().sum() > 0
+def test_kl_gradient_moves_both_directions_and_equals_its_closed_form(batch):
+    """With p the softmax of row a: d L / d a_k = p_k (log p_k - log q_k - KL(p || q)) + p_k - q_k, and likewise q."""
+    both = [row.detach().requires_grad_(True) for row in rows(batch)]
+    task_kl_loss(*both, batch["keep"], 4).backward()
+    for row, other in (both, both[::-1]):
+        p, q = row.detach().double().softmax(dim=1), other.detach().double().softmax(dim=1)
+        ratio = torch.where(p > 0, p / q, 1.0).log()
+        divergence = (p * ratio).sum(dim=1, keepdim=True)
+        expected = (p * (ratio - divergence) + p - q) / 4
+        expected[~batch["keep"]] = 0
+        torch.testing.assert_close(row.grad.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_filtered_pairs_get_no_gradient(batch):
@@ -162,6 +170,15 @@ def test_mean_of_the_processes_is_the_mean_over_all_pairs(batch, num_processes):
         momentum_contrastive_loss(i2t[r::num_processes], keep[r::num_processes], keep.sum() / num_processes)
         for r in range(num_processes)
     ]
+    assert torch.stack(shares).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_a_single_pair_kept_by_all_processes_counts_as_one(batch):
+    """Then each process divides by less than 1."""
+    i2t, _ = rows(batch)
+    keep = torch.arange(B) == 3
+    whole = momentum_contrastive_loss(i2t, keep, 1)
+    shares = [momentum_contrastive_loss(i2t[r::2], keep[r::2], keep.sum() / 2) for r in range(2)]
     assert torch.stack(shares).mean().item() == pytest.approx(whole.item(), rel=1e-6)
 
 
@@ -265,14 +282,15 @@ def test_random_embeddings_start_near_chance():
 
 
 def test_token_loss_of_half_precision_logits_is_taken_in_float32():
-    """Heads give bfloat16 logits under autocast; the logarithm of a sum over 30,522 needs more than 8 bits."""
+    """Heads give bfloat16 logits; the logarithm of a sum over 30,522 needs more than its 8 bits."""
     logits = torch.randn(4, 30_522, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     targets, keep = torch.arange(4), torch.tensor([True, True, False, True])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = masked_token_loss(logits, targets, keep, 3)
-    assert loss.dtype == torch.float32
     expected = F.cross_entropy(logits.double()[keep], targets[keep])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = masked_token_loss(logits, targets, keep, 3)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_half_precision_embeddings_are_compared_in_float32(batch):

@@ -213,6 +213,10 @@ def test_masked_text_head_untied(tiny_config, tmp_path):
     head, words = reloaded.get_output_embeddings().weight, reloaded.get_input_embeddings().weight
     assert head is not words and not torch.equal(head, words)
     assert torch.equal(head, model.get_output_embeddings().weight)
+    reloaded.resize_token_embeddings(120)
+    resized = reloaded.get_output_embeddings()
+    assert resized is reloaded.cmlm_head[1] and resized.weight.shape == (120, 32) and resized.bias.shape == (120,)
+    assert torch.equal(resized.weight[:99], head)
 
 
 def test_embeddings_narrower_than_the_model_cannot_be_tied(tiny_config):

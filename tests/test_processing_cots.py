@@ -94,6 +94,11 @@ def test_no_input_and_doubly_given_arguments_are_refused(tiny_processor, picture
         tiny_processor()
     with pytest.raises(ValueError):
         tiny_processor(images=picture, images_kwargs={"do_resize": False}, do_resize=True)
+    parts = tiny_processor.image_processor, tiny_processor.tokenizer, tiny_processor.video_processor
+    with pytest.raises(TypeError, match="feature_extractor"):
+        COTSProcessor(*parts, feature_extractor=tiny_processor.image_processor)
+    with pytest.raises(TypeError, match="video_processor"):
+        COTSProcessor(*parts[:2])
 
 
 def test_saving_keeps_every_part(tiny_processor, tmp_path, picture, video):

@@ -1,6 +1,7 @@
 """What a script prints at its end."""
 
 import torch
+
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.reporting import format_example_retrievals, format_recall
 

@@ -45,7 +45,11 @@ def test_resumed_run_equals_the_whole_run(make_trainer, dropout_config, tmp_path
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
     losses = [
-        [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in trainer.state.log_history if "loss" in entry]
+        [
+            (entry["step"], entry["loss"], entry["learning_rate"])
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
         for trainer in (whole, resumed)
     ]
     assert losses[0] == losses[1]

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from modeling_cots import COTSModel, ScenesDataset
 from torch.nn import functional as F
 from transformers import AutoProcessor
+
+from modeling_cots import COTSModel, ScenesDataset
 
 LOGGED = {
     "loss_i2t",

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+
 from modeling_cots import COTSTrainingArguments
 from modeling_cots import training_log as module
 from modeling_cots.training_log import CollapseWatch, TrainingLog
@@ -47,7 +48,7 @@ def test_reports_means_of_losses_sums_of_counts_and_the_last_state():
     log.add_losses({"loss_i2t": torch.tensor(4.0)})
     log.add_counts(kept=torch.tensor(4), readable=torch.tensor(4), skipped_images=torch.tensor(1))
     log.set_latest(filter_threshold=torch.tensor(0.25), queue_fill=1.0)
-    later = log.drain(accelerator)
+    later = log.drain(accelerator, skipped_before=2)
     assert (later["loss_i2t"], later["filter_threshold"], later["skipped_images"]) == (4.0, 0.25, 3)
 
 

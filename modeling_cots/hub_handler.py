@@ -1,0 +1,340 @@
+"""The handler of Inference Endpoints: lies in a model repository as `handler.py` and answers its requests.
+
+Three questions: how well labels fit a picture (zero-shot classification), the embedding of a picture, and embeddings
+of texts. What comes in is a stranger's. A payload is checked before anything is done with it; a picture is bounded in
+bytes and pixels; a URL is fetched only from public addresses: its name is resolved once, all addresses are checked,
+and the connection goes to one of these, again for every redirect. What cannot be answered is answered with
+`{"error": ...}`. This file stands alone: it is loaded by its path, outside any package.
+"""
+
+import base64
+import contextlib
+import http.client
+import io
+import ipaddress
+import logging
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoModel, AutoProcessor
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("image", "text", "candidate_labels", "hypothesis_template")
+MAX_TEXTS = 256
+MAX_TEXT_LENGTH = 10_000  # characters; the tokenizer cuts at far fewer
+MAX_IMAGE_BYTES = 20 * 2**20
+MAX_IMAGE_PIXELS = 50_000_000
+FETCH_SECONDS = 10.0  # for connecting, all redirects and the whole body together
+MAX_REDIRECTS = 3
+# Only what people send, as some of Pillow's other decoders run programs (EPS) or are little tested.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+DEFAULT_PORTS = {"http": 80, "https": 443}
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+HEADERS = {"User-Agent": "cots-handler", "Accept": "image/jpeg, image/png, image/webp", "Connection": "close"}
+URL_SAFE = "/%:@!$&'()*+,;=~?"
+SURROGATES = re.compile("[\ud800-\udfff]")  # what JSON can say and UTF-8 cannot
+
+
+class RequestError(ValueError):
+    """A request that is refused; the message is for whoever sent it."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """
+    A checked request.
+
+    Args:
+        image: A picture, or where it is: URL or base64. `None` if the question is about texts only.
+        texts: What to embed, or, for a picture, what to compare it with.
+        labels: The name of each text in the answer of a classification; empty if it is none.
+        is_batch: Whether a list of texts was given, and so a list of embeddings is expected.
+    """
+
+    image: Image.Image | str | None = None
+    texts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    is_batch: bool = False
+
+
+def parse_payload(data: Any) -> Query:
+    """
+    Check a request body.
+
+    `inputs` is a picture, a text, a list of texts, or a dict with `image` or `text`. A bare string is a picture if it
+    comes with labels or is a URL, else a text. `candidate_labels` (a list, or a string with commas) and
+    `hypothesis_template` stand in `parameters` or in the dict.
+
+    Raises [`RequestError`] for everything else.
+    """
+    if not isinstance(data, dict) or "inputs" not in data:
+        raise RequestError("the request must be an object with the field 'inputs'")
+    fields = _as_fields(data["inputs"], data.get("parameters"))
+    image, text, labels, template = (fields.pop(name, None) for name in FIELDS)
+    if fields:
+        raise RequestError(f"unknown field {min(map(repr, fields))[:50]}; known are {', '.join(FIELDS)}")
+    if (image is None) == (text is None):
+        raise RequestError("the request must have either an image or a text; labels go into 'candidate_labels'")
+    if labels is None and template is not None:
+        raise RequestError("'hypothesis_template' needs 'candidate_labels'")
+    if image is None:
+        if labels is not None:
+            raise RequestError("'candidate_labels' need an image")
+        return Query(texts=_check_texts("text", text), is_batch=isinstance(text, list))
+    if not isinstance(image, Image.Image | str):
+        raise RequestError("'image' must be a string: base64, or a URL of scheme http, https or data")
+    if labels is None:
+        return Query(image)
+    labels = labels.split(",") if isinstance(labels, str) else labels
+    labels = tuple(label.strip() for label in _check_texts("candidate_labels", labels))
+    return Query(image, _fill_in(template, labels), labels)
+
+
+def _fill_in(template: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
+    template = "This is a photo of {}." if template is None else template  # as the pipeline of the same task
+    (template,) = _check_texts("hypothesis_template", template if isinstance(template, str) else None)
+    if template.count("{}") != 1:
+        raise RequestError("'hypothesis_template' must have the place of the label, {}, once")
+    return tuple(template.replace("{}", label) for label in labels)
+
+
+def _as_fields(inputs: Any, parameters: Any) -> dict:
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, dict):
+        raise RequestError("'parameters' must be an object")
+    if isinstance(inputs, str):
+        has_labels = parameters.get("candidate_labels") is not None
+        is_image = has_labels or re.match(r"(data:image/|https?://)\S+$", inputs, re.IGNORECASE)
+        inputs = {"image" if is_image else "text": inputs}
+    elif isinstance(inputs, Image.Image):
+        inputs = {"image": inputs}
+    elif isinstance(inputs, list):
+        inputs = {"text": inputs}
+    elif not isinstance(inputs, dict):
+        raise RequestError("'inputs' must be a string, a list of strings, or an object with 'image' or 'text'")
+    if inputs.keys() & parameters.keys():
+        raise RequestError("a field stands both in 'inputs' and in 'parameters'")
+    return {**inputs, **parameters}
+
+
+def _check_texts(name: str, texts: Any) -> tuple[str, ...]:
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"'{name}' must be a string or a list of strings")
+    if not 1 <= len(texts) <= MAX_TEXTS or max(map(len, texts)) > MAX_TEXT_LENGTH:
+        raise RequestError(f"'{name}' must be 1 to {MAX_TEXTS} strings of at most {MAX_TEXT_LENGTH} characters")
+    for text in texts:
+        if not text.strip() or SURROGATES.search(text):
+            raise RequestError(f"'{name}' has a string that is empty or not valid Unicode")
+    return tuple(texts)
+
+
+def load_image(source: Image.Image | str) -> Image.Image:
+    """
+    A picture in RGB, upright.
+
+    Args:
+        source: A PIL image, an http, https or data URL, or base64. Never a path: no file of this machine is opened.
+
+    Raises [`RequestError`] for any other scheme, an address that is not public, too many bytes or pixels, a source
+    that takes too long, and what is not a picture.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):", source[:100], re.IGNORECASE)  # no base64 has a colon
+    if scheme is None:
+        return _to_rgb(_decode_base64(source))
+    if scheme[1].lower() == "data":
+        header, _, content = source.partition(",")
+        if not header.lower().endswith(";base64"):
+            raise RequestError("a data URL must be of base64: data:image/png;base64,...")
+        return _to_rgb(_decode_base64(content))
+    return _to_rgb(fetch(source))
+
+
+def _decode_base64(text: str) -> bytes:
+    too_large = RequestError(f"the picture is larger than {MAX_IMAGE_BYTES} bytes")
+    if len(text) > 2 * MAX_IMAGE_BYTES:  # not even decoded: base64 takes four characters for three bytes
+        raise too_large
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise RequestError("the picture is neither a URL nor valid base64") from error
+    if len(content) > MAX_IMAGE_BYTES:
+        raise too_large
+    return content
+
+
+def _to_rgb(source: Image.Image | bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(source), formats=IMAGE_FORMATS) if isinstance(source, bytes) else source
+        if image.width * image.height <= MAX_IMAGE_PIXELS:  # known before anything is decoded
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow would clip them at 255 and leave white
+                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            return image.convert("RGB")
+    except Image.DecompressionBombError:
+        pass
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
+        formats = ", ".join(IMAGE_FORMATS)
+        raise RequestError(f"the picture cannot be read: it is damaged, or none of {formats}") from error
+    raise RequestError(f"the picture has more than {MAX_IMAGE_PIXELS} pixels")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet: not to this machine, its network or a tunnel there."""
+    ip = ipaddress.ip_address(address)
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.version == 4:
+        return ip.is_global and not ip.is_multicast
+    return ip.is_global and ip in GLOBAL_UNICAST and ip.sixtofour is None
+
+
+def fetch(url: str) -> bytes:
+    """
+    The body behind an http or https URL, of at most `MAX_IMAGE_BYTES`, within `FETCH_SECONDS`.
+
+    Directly, not through a proxy, which would resolve names on its own. The time for resolving the name is up to the
+    system's resolver. Raises [`RequestError`].
+    """
+    deadline = time.monotonic() + FETCH_SECONDS
+    try:
+        body = _follow(url, deadline)
+    except RequestError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: what is no URL
+        if time.monotonic() < deadline and not isinstance(error, TimeoutError):
+            raise RequestError("the picture cannot be fetched from its URL") from error
+        body = None
+    if body is None or time.monotonic() >= deadline:  # cut short by the deadline, a body may look complete
+        raise RequestError(f"fetching the picture took longer than {FETCH_SECONDS:g} seconds")
+    return body
+
+
+def _follow(url: str, deadline: float) -> bytes:
+    for _ in range(1 + MAX_REDIRECTS):
+        parts = urlsplit(url)
+        if parts.scheme not in DEFAULT_PORTS:
+            raise RequestError(f"a URL of scheme {parts.scheme[:20]!r} is refused: only http, https and data are read")
+        if not parts.hostname or "@" in parts.netloc:
+            raise RequestError("the URL of the picture has no host, or a user")
+        host, port = parts.hostname.encode("idna").decode(), parts.port or DEFAULT_PORTS[parts.scheme]
+        with _connected(parts.scheme, host, port, deadline) as connection:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", quote(target, safe=URL_SAFE), headers=HEADERS)
+            with connection.getresponse() as response:
+                if response.status not in (301, 302, 303, 307, 308):
+                    return _read(response)
+                url = urljoin(url, response.getheader("Location", ""))
+    raise RequestError(f"the URL of the picture redirects more than {MAX_REDIRECTS} times")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    if response.status != 200:
+        raise RequestError(f"the URL of the picture answers with status {response.status}")
+    body = response.read(MAX_IMAGE_BYTES + 1)
+    if len(body) > MAX_IMAGE_BYTES:
+        raise RequestError(f"the picture is larger than {MAX_IMAGE_BYTES} bytes")
+    return body
+
+
+@contextlib.contextmanager
+def _connected(scheme: str, host: str, port: int, deadline: float) -> Iterator[http.client.HTTPConnection]:
+    """A connection to a checked address of `host`, that ends at the deadline whatever the host does."""
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_connect(host, port, deadline))
+        if scheme == "https":
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            stack.enter_context(sock)
+        # Timeouts of a socket count from byte to byte, and a byte a second is a slow death.
+        watchdog = threading.Timer(deadline - time.monotonic(), _shut_down, [sock])
+        watchdog.daemon = True
+        watchdog.start()
+        stack.callback(watchdog.cancel)
+        if scheme == "https":
+            sock.do_handshake()
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock, connection.default_port = sock, DEFAULT_PORTS[scheme]
+        yield connection
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not all(is_public(socket_address[0]) for *_, socket_address in addresses):
+        raise RequestError("the host in the URL of the picture has an address that is not public")
+    error: OSError | None = None
+    for family, kind, protocol, _, socket_address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            sock.connect(socket_address)
+            return sock
+        except OSError as failure:
+            sock.close()
+            error = failure
+    raise error or OSError("no address")
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class EndpointHandler:
+    """
+    What Inference Endpoints load and call.
+
+    Args:
+        path: Folder of the model repository. Its own code is trusted, as this file is part of it.
+    """
+
+    def __init__(self, path: str = ""):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(self.device).eval()
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+
+    def __call__(self, data: Any) -> list | dict[str, str]:
+        """
+        Answer a request body (see `parse_payload`).
+
+        Returns a list of `{"label", "score"}`, best first, for a picture with labels; one embedding, a list of floats
+        of unit length, for a picture or a text; a list of embeddings for a list of texts; else `{"error": message}`.
+        """
+        try:
+            query = parse_payload(data)
+            image = None if query.image is None else load_image(query.image)
+            return self._answer(query, image)
+        except RequestError as error:
+            return {"error": str(error)}
+        except Exception:
+            logger.exception("A request failed.")
+            return {"error": "internal error: the request could not be answered"}
+
+    @torch.inference_mode()
+    def _answer(self, query: Query, image: Image.Image | None) -> list:
+        if query.labels:
+            logits = self.model(**self._inputs(list(query.texts), image)).logits_per_image[0]
+            scores = logits.float().softmax(dim=-1).tolist()
+            ranked = sorted(zip(query.labels, scores, strict=True), key=lambda pair: -pair[1])
+            return [{"label": label, "score": score} for label, score in ranked]
+        if image is not None:
+            return self.model.encode_image(**self._inputs(None, image))[0].float().tolist()
+        embeds = self.model.encode_text(**self._inputs(list(query.texts), None)).float().tolist()
+        return embeds if query.is_batch else embeds[0]
+
+    def _inputs(self, texts: list[str] | None, image: Image.Image | None) -> dict[str, torch.Tensor]:
+        inputs = {} if texts is None else {"text": texts, "padding": True, "truncation": True}
+        if image is not None:
+            inputs["images"] = [image]
+        return {name: tensor.to(self.device) for name, tensor in self.processor(**inputs, return_tensors="pt").items()}

@@ -1,0 +1,275 @@
+"""The pre-training script from end to end, as a user starts it: every kind of data, bad input, damaged pictures."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTConfig, ViTModel
+
+from modeling_cots import COTSModel, ScenesDataset
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import run_pretraining  # noqa: E402
+
+MODEL = {
+    "text_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 150,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 16,
+    },
+    "projection_dim": 16,
+    "image_vocab_size": 30,
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the script in this process with a tiny model and two steps; returns the output folder."""
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+
+    def run(dataset, **options) -> Path:
+        options = {
+            "dataset": str(dataset),
+            "model_config": str(tmp_path / "model.json"),
+            "image_tokenizer": "random",
+            "max_text_length": 24,
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "lr_hold_epochs": 0,
+            "queue_size": 8,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": "true",
+            "disable_tqdm": "true",
+            **options,
+        }
+        argv = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["run_pretraining.py", *argv])
+        run_pretraining.main()
+        return Path(options["output_dir"])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[dict]:
+    return [ScenesDataset("train", 8, 32)[index] for index in range(8)]
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_folder(folder: Path, scenes: list[dict]) -> Path:
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w") as metadata:
+        for index, item in enumerate(scenes):
+            item["image"].save(folder / f"{index}.png")
+            metadata.write(json.dumps({"file_name": f"{index}.png", "caption": item["captions"][0]}) + "\n")
+    return folder
+
+
+def write_parquet(folder: Path, scenes: list[dict]) -> Path:
+    folder.mkdir()
+    images = [{"bytes": png(item["image"]), "path": f"{i}.png"} for i, item in enumerate(scenes)]
+    table = pa.table({"picture": images, "sentences": [item["captions"] for item in scenes]})
+    for split in ("train", "validation"):
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+def write_jsonl(folder: Path, scenes: list[dict]) -> Path:
+    write_folder(folder, scenes)
+    (folder / "metadata.jsonl").unlink()
+    rows = [{"image": f"{i}.png", "caption": caption} for i, item in enumerate(scenes) for caption in item["captions"]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def write_shards(folder: Path, scenes: list[dict]) -> Path:
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"pairs-{shard:03d}.tar", "w") as archive:
+            for index in range(4 * shard, 4 * shard + 4):
+                members = {"png": png(scenes[index]["image"]), "txt": scenes[index]["captions"][0].encode()}
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{index:05d}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_scenes_end_in_a_folder_that_loads(run, capsys):
+    folder = run("scenes", max_steps=3)
+    printed = capsys.readouterr().out
+    assert "among 200 images and 1,000 captions" in printed
+    assert "What the model finds for three captions" in printed
+    assert str(folder) in printed
+    model, processor = COTSModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=[Image.new("RGB", (50, 40))],
+        text=["a red circle", "a blue star"],
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+    )
+    with torch.no_grad():
+        assert model(**inputs).logits_per_image.shape == (1, 2)
+    assert type(AutoModel.from_pretrained(folder)) is COTSModel
+    metrics = json.loads((folder / "eval_results.json").read_text())
+    assert 0 <= metrics["eval_t2i_recall_at_1"] <= 100
+    assert not list(folder.glob("*momentum*"))
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet, write_jsonl, write_shards])
+def test_takes_every_form_of_data(run, tmp_path, scenes, write):
+    options = {"eval_split": "none"}
+    if write is write_parquet:
+        options = {"image_column": "picture", "caption_column": "sentences"}
+    folder = run(write(tmp_path / "data", scenes), **options)
+    assert COTSModel.from_pretrained(folder).config.vision_config.image_size == 32
+    assert (folder / "eval_results.json").exists() == (write is write_parquet)
+
+
+def test_goes_on_from_its_own_checkpoint(run, tmp_path, scenes):
+    data = write_folder(tmp_path / "data", scenes)
+    first = run(data, eval_split="none", save_strategy="steps", save_steps=2)
+    second = run(
+        data,
+        eval_split="none",
+        model=str(first / "checkpoint-2"),
+        model_config=None,
+        output_dir=str(tmp_path / "second"),
+        learning_rate=0.0,
+        weight_decay=0.0,
+    )
+    one, two = COTSModel.from_pretrained(first), COTSModel.from_pretrained(second)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def test_takes_pre_trained_encoders_with_their_tokenizer(run, tmp_path, scenes):
+    from modeling_cots.building import train_tokenizer
+
+    tokenizer = train_tokenizer([caption for item in scenes for caption in item["captions"]], 120)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes))
+    text.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    ViTModel(ViTConfig(image_size=48, patch_size=16, **sizes)).save_pretrained(tmp_path / "vit")
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "vit")
+    folder = run(
+        write_folder(tmp_path / "data", scenes),
+        eval_split="none",
+        text_model=str(tmp_path / "bert"),
+        vision_model=str(tmp_path / "vit"),
+        learning_rate=0.0,
+    )
+    model = COTSModel.from_pretrained(folder)
+    assert model.config.image_size == (48, 48)
+    assert torch.equal(model.get_input_embeddings().weight, text.embeddings.word_embeddings.weight)
+    assert AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def damaged_pictures(image: Image.Image) -> dict[str, bytes]:
+    """Every kind of picture that the web holds; the first three cannot be read."""
+    jpeg = io.BytesIO()
+    image.resize((64, 64)).save(jpeg, "JPEG")
+    files = {
+        "truncated.jpg": jpeg.getvalue()[: len(jpeg.getvalue()) // 3],
+        "empty.png": b"",
+        "text.png": b"<html>not found</html>",
+    }
+    broken_exif = io.BytesIO()
+    image.save(broken_exif, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x00\x00")
+    files["exif.jpg"] = broken_exif.getvalue()
+    for mode in ("L", "P", "CMYK", "RGBA", "LA", "1"):
+        file = io.BytesIO()
+        image.convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
+        files[f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"] = file.getvalue()
+    sixteen_bit = Image.new("I;16", (32, 32), 40_000)
+    files["16bit.png"] = png(sixteen_bit)
+    return files
+
+
+def test_damaged_pictures_and_odd_captions_are_trained_through_counted_and_named(run, tmp_path, scenes, monkeypatch):
+    from modeling_cots import data_collator
+
+    messages = []
+    monkeypatch.setattr(data_collator.logger, "warning", messages.append)
+    folder = write_folder(tmp_path / "data", scenes)
+    rows = []
+    for index, (name, content) in enumerate(damaged_pictures(scenes[0]["image"]).items()):
+        (folder / name).write_bytes(content)
+        rows.append({"file_name": name, "caption": ["", "word " * 500, "a star"][index % 3]})
+    with (folder / "metadata.jsonl").open("a") as metadata:
+        metadata.writelines(json.dumps(row) + "\n" for row in rows)
+    output = run(folder, eval_split="none", num_train_epochs=2, max_steps=-1, save_strategy="epoch")
+    history = json.loads((output / "checkpoint-10" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["skipped_images"] for entry in history if "loss" in entry][-1] == 6  # three, in each of two epochs
+    named = {name for name in ("truncated.jpg", "empty.png", "text.png") if any(name in text for text in messages)}
+    assert named == {"truncated.jpg", "empty.png", "text.png"}
+    assert len(messages) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in COTSModel.from_pretrained(output).state_dict().values())
+
+
+def test_refuses_bad_input_before_training(run, tmp_path, scenes):
+    data = write_folder(tmp_path / "data", scenes)
+    cases = [
+        ({"dataset": data, "caption_column": "alt"}, "alt.*caption"),
+        ({"dataset": tmp_path / "nowhere"}, "nowhere"),
+        ({"dataset": data, "eval_split": "test"}, "test"),
+        ({"dataset": data, "queue_size": 0}, "queue_size"),
+        ({"dataset": data, "max_text_length": 600}, "600.*512"),
+    ]
+    for options, message in cases:
+        options = {"eval_split": "none", **options}
+        with pytest.raises(ValueError, match=message):
+            run(options.pop("dataset"), **options)
+    for changes, message in (({"temperature": 0}, "temperature"), ({"vision_config": {"image_size": 33}}, "33.*16")):
+        (tmp_path / "bad.json").write_text(json.dumps({**MODEL, **changes}))
+        with pytest.raises(Exception, match=message):
+            run(data, eval_split="none", model_config=str(tmp_path / "bad.json"))
+    for path in data.glob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="None of the first 8 images can be read"):
+        run(data, eval_split="none")
+
+
+@pytest.mark.slow
+def test_quick_start_as_the_readme_says(tmp_path):
+    """The one command of the README, in a process of its own: it ends above chance, in a folder that loads."""
+    command = [sys.executable, "examples/run_pretraining.py", "examples/configs/quickstart.yaml"]
+    result = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "quick")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    metrics = json.loads((tmp_path / "quick" / "eval_results.json").read_text())
+    assert metrics["eval_t2i_recall_at_10"] > 20  # chance among 200 pictures: 5
+    assert metrics["eval_i2t_recall_at_10"] > 20  # chance: 4.9
+    assert "among 200 images" in result.stdout
+    COTSModel.from_pretrained(tmp_path / "quick")
