@@ -1,4 +1,4 @@
-"""Draw what a model trained on `scenes` finds: four captions of held-out pictures, and the five best pictures for each.
+"""Draw what a model trained on `scenes` finds: four captions of held-out pictures, and five pictures for each.
 
     python docs/draw_retrieval.py runs/quickstart docs/retrieval.png
 

@@ -1,5 +1,7 @@
 """`open_dataset`: the built-in scenes or a user's own pairs, by one name."""
 
+import os
+
 from torch.utils.data import Dataset
 
 from .datasets_pairs import open_pairs
@@ -16,7 +18,7 @@ def open_dataset(
     seed: int = 0,
 ) -> Dataset:
     """
-    Open `scenes` or whatever `open_pairs` takes.
+    Open `scenes` or whatever `open_pairs` takes; `name` of the result tells a model card what it is.
 
     Args:
         dataset: "scenes", a Hub id, a folder or a file.
@@ -26,8 +28,11 @@ def open_dataset(
         seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
     """
     if dataset == "scenes":
-        return ScenesDataset(split, image_size=image_size)
-    return open_pairs(dataset, split, image_column=image_column, caption_column=caption_column, seed=seed)
+        opened = ScenesDataset(split, image_size=image_size)
+    else:
+        opened = open_pairs(dataset, split, image_column=image_column, caption_column=caption_column, seed=seed)
+    opened.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+    return opened
 
 
 __all__ = ["open_dataset"]

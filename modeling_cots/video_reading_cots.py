@@ -30,12 +30,12 @@ class FrameTimes:
     Args:
         num_frames: Their number, whatever the file's header says.
         shown_at: Their times in order, in the stream's own unit; `None` where the packets do not tell them reliably.
-        key_frames: (shown at, where to seek) of the frames that decoding can start from, in order.
+        key_frames: Times of those that decoding can start from, in order.
     """
 
     num_frames: int
     shown_at: list[int] | None
-    key_frames: list[tuple[int, int]]
+    key_frames: list[int]
 
 
 def read_video(
@@ -102,33 +102,30 @@ def _picture_stream(container):
 def _frame_times(container, stream) -> FrameTimes:
     """Walk over all packets of a stream; none is decoded, and none is kept."""
     packets = [
-        (packet.pts, packet.dts, packet.is_keyframe)
+        (packet.pts, packet.is_keyframe)
         for packet in container.demux(stream)
         if packet.size > 0 and not packet.is_discard
     ]
     if not packets:
         raise UnreadableVideoError("The video stream has no frames.")
     is_seekable = any(name in container.format.name for name in SEEKABLE_CONTAINERS)
-    if not is_seekable or any(shown_at is None for shown_at, _, _ in packets):
+    if not is_seekable or any(shown_at is None for shown_at, _ in packets):
         return FrameTimes(len(packets), None, [])
-    shown_at = sorted({shown_at for shown_at, _, _ in packets})
-    # mp4 finds packets by the time of decoding, which comes first where frames are reordered.
-    key_frames = [(shown, shown if dts is None else min(shown, dts)) for shown, dts, is_key in packets if is_key]
-    return FrameTimes(len(shown_at), shown_at, sorted(key_frames))
+    shown_at = sorted({shown_at for shown_at, _ in packets})
+    return FrameTimes(len(shown_at), shown_at, sorted(shown_at for shown_at, is_key in packets if is_key))
 
 
 def _frames_at(container, stream, times: FrameTimes, wanted: list[int]) -> Iterator:
     """One decoded frame for each of the wanted positions, in ascending order."""
     is_timed = times.shown_at is not None
     targets = [times.shown_at[index] for index in wanted] if is_timed else wanted
-    key_times = [shown_at for shown_at, _ in times.key_frames]
     frames = _decoded(container, stream, is_timed)
     reached, frame = -np.inf, None
     for target in targets:
-        key = bisect_right(key_times, target) - 1
+        key = bisect_right(times.key_frames, target) - 1
         # Only over a whole group of frames: a jump may land one key frame early, where frames were reordered.
-        if key > bisect_right(key_times, reached):
-            container.seek(times.key_frames[key][1], stream=stream)
+        if key > bisect_right(times.key_frames, reached):
+            container.seek(times.key_frames[key], stream=stream)
             frames = _decoded(container, stream, is_timed)
         while reached < target:
             following = next(frames, None)
