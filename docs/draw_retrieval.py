@@ -29,9 +29,11 @@ def main(model_path: str, picture_path: str) -> None:
     large = ScenesDataset("validation", image_size=SIDE)
     for row in range(NUM_QUERIES):
         wanted = 50 * row + 7
-        position = int((embeds.text_ids == wanted).nonzero()[0])
+        captions = large[wanted]["captions"]
+        shortest = min(range(len(captions)), key=lambda number, captions=captions: len(captions[number]))
+        position = int((embeds.text_ids == wanted).nonzero()[shortest])
         top = row * row_height + GAP
-        draw.text((GAP, top), large[wanted]["captions"][0], "black", font)
+        draw.text((GAP, top), captions[shortest], "black", font)
         found = (embeds.image_embeds @ embeds.text_embeds[position]).topk(NUM_FOUND).indices.tolist()
         for column, image_row in enumerate(found):
             left, upper = GAP + column * (SIDE + GAP), top + CAPTION_HEIGHT
