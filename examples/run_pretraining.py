@@ -9,6 +9,7 @@ of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. 
 that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what resuming needs.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import set_seed
@@ -116,7 +117,8 @@ def main() -> None:
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint == "latest":
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {args.output_dir}: a new run.")
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # 5. What was learnt, and the folder to share.

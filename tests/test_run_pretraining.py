@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -171,6 +172,20 @@ def test_goes_on_from_its_own_checkpoint(run, tmp_path, scenes):
     one, two = COTSModel.from_pretrained(first), COTSModel.from_pretrained(second)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def test_latest_goes_on_from_the_last_checkpoint(run, tmp_path, scenes, capsys):
+    data = write_folder(tmp_path / "data", scenes)
+    options = {"eval_split": "none", "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "latest"}
+    whole = run(data, max_steps=3, output_dir=str(tmp_path / "whole"), **options)
+    assert "a new run" in capsys.readouterr().out
+    for checkpoint in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(whole / checkpoint)
+    expected = COTSModel.from_pretrained(whole).state_dict()
+    run(data, max_steps=3, output_dir=str(whole), **options)
+    assert "checkpoint-1" in capsys.readouterr().out
+    for name, tensor in COTSModel.from_pretrained(whole).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_takes_pre_trained_encoders_with_their_tokenizer(run, tmp_path, scenes):
