@@ -48,6 +48,7 @@ TRAINING = {
     "reporting",
     "trainer",
     "training_args",
+    "training_cost",
     "training_log",
     "training_setup",
 }
