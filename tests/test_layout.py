@@ -16,6 +16,7 @@ HUB_CLOSURE = {
     "modeling_cots",
     "modeling_cots_pretraining",
     "processing_cots",
+    "similarities_cots",
     "video_processing_cots",
     "video_reading_cots",
 }
@@ -50,6 +51,7 @@ TRAINING = {
     "training_args",
     "training_log",
     "training_setup",
+    "video_collator",
 }
 ALLOWED = {
     **dict.fromkeys(HUB_CLOSURE, HUB_CLOSURE),
