@@ -109,7 +109,7 @@ def checked_video_processor(processor):
     video_processor = getattr(processor, "video_processor", None)
     if video_processor is None:
         raise ValueError("Videos need a processor with a `video_processor`; this one has none.")
-    if video_processor.num_frames is None or video_processor.fps is not None:
+    if not video_processor.num_frames or video_processor.num_frames < 1 or video_processor.fps is not None:
         raise ValueError(
             "All videos of a batch need equally many frames: set `num_frames` of the video processor, and no `fps`; "
             f"got {video_processor.num_frames} and {video_processor.fps}."

@@ -47,6 +47,8 @@ TRAINING = {
     "evaluation",
     "model_card",
     "reporting",
+    "retrieval_results",
+    "script_steps",
     "trainer",
     "training_args",
     "training_log",
