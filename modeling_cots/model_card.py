@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .training_args import COTSTrainingArguments
+from .video_collator import holds_videos
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 
@@ -60,13 +61,14 @@ def build_model_card(
         metrics: What `retrieval_metrics` measured on the evaluation set after training, or None.
     """
     eval_name = getattr(eval_dataset, "name", "the evaluation set")
+    unit = "video" if holds_videos(train_dataset) or holds_videos(eval_dataset) else "image"
     card_data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=["cots", "image-text-retrieval", "two-stream"],
+        tags=["cots", f"{unit}-text-retrieval", "two-stream"],
         model_name=model_name,
-        eval_results=None if metrics is None else _eval_results(metrics, eval_name),
+        eval_results=None if metrics is None else _eval_results(metrics, eval_name, unit),
     )
     config = model.config
     return ModelCard.from_template(
@@ -74,6 +76,7 @@ def build_model_card(
         template_path=TEMPLATE_PATH,
         model_name=model_name,
         model_id=model_name,
+        unit=unit,
         text_encoder=_describe(config.text_config),
         vision_encoder=f"{_describe(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
         projection_dim=config.projection_dim,
@@ -96,13 +99,13 @@ def _describe(config) -> str:
     )
 
 
-def _eval_results(metrics: dict[str, float], dataset_name: str) -> list[EvalResult]:
+def _eval_results(metrics: dict[str, float], dataset_name: str, unit: str) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="image-text-retrieval",
+            task_type=f"{unit}-text-retrieval",
             dataset_type=os.path.basename(dataset_name),
             dataset_name=dataset_name,
-            metric_type=name,
+            metric_type=name if unit == "image" else name.replace("i2t", "v2t").replace("t2i", "t2v"),
             metric_value=round(value, 2),
         )
         for name, value in metrics.items()

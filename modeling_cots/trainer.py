@@ -31,7 +31,8 @@ from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
 from .training_args import COTSTrainingArguments
 from .training_log import CollapseWatch, TrainingLog
-from .training_setup import check_setup, freeze_unused_parameters, hold_then_decay
+from .training_setup import build_video_collator, check_setup, freeze_unused_parameters, hold_then_decay
+from .video_collator import holds_videos
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +44,8 @@ class COTSTrainer(Trainer):
     Args:
         model ([`COTSForPreTraining`]): The model, already loaded.
         args ([`COTSTrainingArguments`]): Training arguments.
-        train_dataset: Items as `open_pairs` and `ScenesDataset` give them; one item an image.
+        train_dataset: Items as `open_pairs` and `ScenesDataset` give them, one item an image; or those of
+            `open_videos`, whose embeddings take the place of the images' in losses, queues and momentum copy.
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
@@ -70,7 +72,9 @@ class COTSTrainer(Trainer):
     ):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
-        if data_collator is None:
+        if data_collator is None and holds_videos(kwargs.get("train_dataset")):
+            data_collator = build_video_collator(args, processing_class, max_text_length)
+        elif data_collator is None:
             data_collator = self._build_collator(model, args, processing_class)
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -150,8 +154,8 @@ class COTSTrainer(Trainer):
 
     def _model_inputs(self, inputs: dict) -> dict:
         """The part of the batch that the model encodes; masked views only for the losses that are switched on."""
-        names = ["input_ids", "pixel_values", "attention_mask"]
-        model_inputs = {name: inputs[name] for name in names}
+        names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
+        model_inputs = {name: inputs[name] for name in names if name in inputs}
         if self.args.cmvm_weight > 0:
             model_inputs["bool_masked_pos"] = inputs["bool_masked_pos"]
         if self.args.cmlm_weight > 0:
@@ -163,7 +167,10 @@ class COTSTrainer(Trainer):
     def _momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         momentum_model = self.momentum_state.encoder.model
         with self.accelerator.autocast():
-            image_embeds = momentum_model.encode_image(inputs["pixel_values"])
+            if "pixel_values_videos" in inputs:
+                image_embeds = momentum_model.encode_video(inputs["pixel_values_videos"])
+            else:
+                image_embeds = momentum_model.encode_image(inputs["pixel_values"])
             text_embeds = momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         return image_embeds, text_embeds
 

@@ -16,6 +16,7 @@ HUB_CLOSURE = {
     "modeling_cots",
     "modeling_cots_pretraining",
     "processing_cots",
+    "similarities_cots",
     "video_processing_cots",
     "video_reading_cots",
 }
@@ -46,11 +47,14 @@ TRAINING = {
     "evaluation",
     "model_card",
     "reporting",
+    "retrieval_results",
+    "script_steps",
     "trainer",
     "training_args",
     "training_cost",
     "training_log",
     "training_setup",
+    "video_collator",
 }
 ALLOWED = {
     **dict.fromkeys(HUB_CLOSURE, HUB_CLOSURE),
