@@ -19,7 +19,12 @@ from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.command_line import parse_config_and_options
 from modeling_cots.datasets_opening import open_video_dataset
 from modeling_cots.reporting import format_example_retrievals, format_recall
-from modeling_cots.retrieval_results import check_test_set, stated_zero_shot_protocol, write_results
+from modeling_cots.retrieval_results import (
+    check_test_set,
+    stated_zero_shot_protocol,
+    write_card_of_measured,
+    write_results,
+)
 from modeling_cots.script_steps import ModelArguments, build_parts, find_checkpoint, read_config
 from modeling_cots.video_collator import check_videos_readable
 
@@ -150,6 +155,8 @@ def main() -> None:
             trained_on=f"{train_dataset.name} {script_args.train_split}" if trains else None,
             num_steps=trainer.state.global_step,
         )
+        if not trains:
+            write_card_of_measured(args.output_dir, script_args.model, results, unit="video")
     examples = format_example_retrievals(
         parts.model.cots, eval_dataset, parts.processor, script_args.max_text_length, unit="video"
     )

@@ -8,12 +8,14 @@ from .datasets_moving_scenes import write_moving_scenes
 from .datasets_pairs import open_pairs
 from .datasets_scenes import ScenesDataset
 from .datasets_videos import VideoDataset, open_videos
+from .karpathy_files import is_karpathy, karpathy_name
 
 
 def open_dataset(
     dataset: str,
     split: str,
     *,
+    image_folder: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
     image_size: int = 64,
@@ -25,19 +27,22 @@ def open_dataset(
     Args:
         dataset: "scenes", a Hub id, a folder or a file.
         split: Name of the split.
-        image_column, caption_column: See `open_pairs`; the scenes have no columns.
+        image_folder, image_column, caption_column: See `open_pairs`; the scenes have neither.
         image_size: Pixels a side that scenes are drawn at.
         seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
     """
     if dataset == "scenes":
         opened = ScenesDataset(split, image_size=image_size)
     else:
-        opened = open_pairs(dataset, split, image_column=image_column, caption_column=caption_column, seed=seed)
+        columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
+        opened = open_pairs(dataset, split, **columns, seed=seed)
     opened.name = _name(dataset)
     return opened
 
 
 def _name(dataset: str) -> str:
+    if is_karpathy(dataset):
+        return karpathy_name(dataset)
     return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
 
 

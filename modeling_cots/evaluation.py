@@ -90,9 +90,12 @@ def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
 
 
 def evaluate_retrieval(
-    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True
+    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True, protocol=None
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`."""
+    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`.
+
+    `protocol`, one of `PROTOCOLS`, counts only where its whole test set could be read: see `skipped_images`.
+    """
     embeds = embed_pairs(
         model,
         dataset,
@@ -103,7 +106,13 @@ def evaluate_retrieval(
         num_workers=num_workers,
         progress=progress,
     )
-    metrics = retrieval_metrics(embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids)
+    metrics = retrieval_metrics(
+        embeds.image_embeds,
+        embeds.text_embeds,
+        embeds.image_ids,
+        embeds.text_ids,
+        protocol=protocol if embeds.num_skipped_images == 0 else None,
+    )
     if embeds.num_skipped_images > 0:
         metrics["skipped_images"] = embeds.num_skipped_images
     return metrics

@@ -3,6 +3,7 @@
 import json
 import os
 
+from .model_card import add_results, eval_results, load_card
 from .retrieval_metrics import check_protocol
 
 ZERO_SHOT_PROTOCOLS = ("pretrained", "fine-tuned-elsewhere", "none")
@@ -55,4 +56,31 @@ def write_results(path: str, metrics: dict[str, float], *, protocol: str | None,
     return results
 
 
-__all__ = ["ZERO_SHOT_PROTOCOLS", "check_test_set", "stated_zero_shot_protocol", "write_results"]
+def write_card_of_measured(output_dir: str, model: str, results: dict, unit: str = "image") -> None:
+    """Write the card of a checkpoint that was only measured, with the numbers added; the checkpoint's own stays.
+
+    Args:
+        output_dir: Its `README.md` is written.
+        model: The checkpoint, a folder or a Hub id.
+        results: What `write_results` returned, with `measured_on` and `zero_shot_protocol` among its facts.
+        unit: What the captions tell of, an "image" or a "video".
+    """
+    card = load_card(model)
+    measured = eval_results(
+        {name.replace("v2t", "i2t").replace("t2v", "t2i"): value for name, value in results["metrics"].items()},
+        results["measured_on"],
+        unit=unit,
+        protocol=results["protocol"],
+        zero_shot_protocol=results["zero_shot_protocol"],
+    )
+    add_results(card, measured, model_name=os.path.basename(os.path.normpath(model)))
+    card.save(os.path.join(output_dir, "README.md"))
+
+
+__all__ = [
+    "ZERO_SHOT_PROTOCOLS",
+    "check_test_set",
+    "stated_zero_shot_protocol",
+    "write_card_of_measured",
+    "write_results",
+]

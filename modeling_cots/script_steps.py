@@ -1,4 +1,4 @@
-"""What the training scripts of `examples/` share: their options on models, and the steps that use them."""
+"""What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,10 +8,37 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
 from .configuration_cots import COTSConfig
+from .datasets_opening import open_dataset
+from .image_reading import check_readable
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .processing_cots import COTSProcessor
 from .training_args import COTSTrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """Which pairs, and how they are found in their files."""
+
+    dataset: str = field(
+        metadata={
+            "help": "`scenes` (built in), a Hub id, a folder of images with metadata.jsonl or metadata.csv, .parquet, "
+            ".jsonl, .csv or WebDataset .tar files, or dataset_flickr30k.json or dataset_coco.json of Karpathy."
+        }
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; of dataset_coco.json `train` takes in `restval`."}
+    )
+    eval_split: str | None = field(
+        default="validation", metadata={"help": "Split to measure retrieval on; `none` to measure nothing."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Images of a Karpathy file, if they are not beside it."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions, one or a list for each image; found if not given."}
+    )
 
 
 @dataclass
@@ -59,6 +86,23 @@ def read_config(options: ModelArguments) -> COTSConfig:
     return build_config(options.model, options.model_config, options.text_model, options.vision_model)
 
 
+def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:
+    """A split of the data, of which the first images could be read; `None` for no split."""
+    if split in (None, "none"):
+        return None
+    opened = open_dataset(
+        options.dataset,
+        split,
+        image_folder=options.image_folder,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        image_size=image_size,
+        seed=seed,
+    )
+    check_readable(opened)
+    return opened
+
+
 def build_parts(
     options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
 ) -> TrainingParts:
@@ -100,9 +144,11 @@ def find_checkpoint(args: COTSTrainingArguments) -> str | None:
 
 
 __all__ = [
+    "DataArguments",
     "ModelArguments",
     "TrainingParts",
     "build_parts",
     "find_checkpoint",
+    "open_split",
     "read_config",
 ]

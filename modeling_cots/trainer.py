@@ -51,6 +51,7 @@ class COTSTrainer(Trainer):
         image_tokenizer ([`ImageTokenizer`], *optional*):
             Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
+        eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
         data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
 
     Raises `ValueError` at construction for a model, tokenizer or launch mode that the method cannot work with.
@@ -66,12 +67,14 @@ class COTSTrainer(Trainer):
         *,
         image_tokenizer: ImageTokenizer | None = None,
         max_text_length: int = 64,
+        eval_protocol: str | None = None,
         data_collator=None,
         processing_class=None,
         **kwargs,
     ):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
+        self.eval_protocol = eval_protocol
         if data_collator is None and holds_videos(kwargs.get("train_dataset")):
             data_collator = build_video_collator(args, processing_class, max_text_length)
         elif data_collator is None:
@@ -275,6 +278,7 @@ class COTSTrainer(Trainer):
             max_text_length=self.max_text_length,
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
+            protocol=self.eval_protocol,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -347,6 +351,7 @@ class COTSTrainer(Trainer):
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             metrics=metrics,
+            protocol=self.eval_protocol,
         )
 
     def create_model_card(self, *args, **kwargs) -> None:

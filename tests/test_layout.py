@@ -35,6 +35,7 @@ TOOLS = {
 }
 HELPERS_OF_TOOLS = {
     "image_reading",
+    "karpathy_files",
     "msrvtt_files",
     "pair_files",
     "pair_items",
