@@ -105,7 +105,7 @@ def _eval_results(metrics: dict[str, float], dataset_name: str, unit: str) -> li
             task_type=f"{unit}-text-retrieval",
             dataset_type=os.path.basename(dataset_name),
             dataset_name=dataset_name,
-            metric_type=name,
+            metric_type=name if unit == "image" else name.replace("i2t", "v2t").replace("t2i", "t2v"),
             metric_value=round(value, 2),
         )
         for name, value in metrics.items()
