@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "modeling_cots"
 HUB_CLOSURE = {
     "configuration_cots",
     "encoders_cots",
+    "hub_export",
+    "hub_push",
     "modeling_cots",
     "modeling_cots_pretraining",
     "processing_cots",
@@ -47,6 +49,7 @@ TRAINING = {
     "model_card",
     "reporting",
     "trainer",
+    "trainer_hub",
     "training_args",
     "training_cost",
     "training_log",
