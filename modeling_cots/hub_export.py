@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -127,19 +128,20 @@ def export_repository(
 
 
 def streams_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The two streams alone, a [`COTSModel`]: without heads, and without the mask token of pre-training.
+    """The two streams alone, a [`COTSModel`]: without heads, and without the mask token that pre-training adds.
 
     Raises `ValueError` for a model that is not COTS.
     """
     if getattr(model.config, "model_type", None) != "cots":
         raise ValueError(f"This exports COTS models, got {type(model).__name__}.")
     streams = model.base_model
+    with torch.device("meta"):  # its names only; some encoders have a mask token of their own
+        names = type(streams)(copy.deepcopy(streams.config)).state_dict().keys()
     weights = streams.state_dict()
-    kept = {name: tensor for name, tensor in weights.items() if not name.endswith("mask_token")}
-    if len(kept) == len(weights):
+    if weights.keys() == names:
         return streams
     copied = type(streams)(copy.deepcopy(streams.config)).to(streams.dtype)
-    copied.load_state_dict(kept)
+    copied.load_state_dict({name: weights[name] for name in names})
     return copied
 
 
@@ -247,6 +249,14 @@ def is_untouched(card: str) -> bool:
     return found is not None and _digest(_normalised(found[1])) == found[2]
 
 
+def rename_card(card: str, old_id: str, new_id: str) -> str:
+    """A generated card whose examples load the model from `new_id`; one that somebody edited, as it is."""
+    if not is_untouched(card):
+        return card
+    text = card.rpartition(CARD_MARK.partition("{")[0])[0]
+    return mark_generated(text.replace(f'("{old_id}"', f'("{new_id}"'))
+
+
 def _normalised(text: str) -> str:
     return "\n".join(text.splitlines()).strip()
 
@@ -255,4 +265,4 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-__all__ = ["build_basic_card", "export_repository", "is_untouched", "mark_generated"]
+__all__ = ["build_basic_card", "export_repository", "is_untouched", "mark_generated", "rename_card"]

@@ -6,10 +6,12 @@ progress bars and its retries.
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
@@ -43,6 +45,7 @@ def push_model(
     Raises `ValueError` without a processor, and what [`push_folder`] raises.
     """
     processor = processor_of(model) if processor is None else processor
+    repo_id = full_repo_id(repo_id, push_options.get("token"))
     with tempfile.TemporaryDirectory() as folder:
         export_repository(model, processor, folder, card=card, model_id=repo_id)
         return push_folder(folder, repo_id, **push_options)
@@ -92,7 +95,7 @@ def push_folder(
     made again: large files that had arrived are not sent twice.
     """
     api = HfApi(token=token)
-    try:
+    with _failures_explained(repo_id):
         repo_id = open_repository(api, repo_id, private)
         if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another, or delete that one first.")
@@ -112,10 +115,14 @@ def push_folder(
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
         return commit
-    except ValueError:  # ours, and huggingface_hub's for an impossible repo_id
-        raise
-    except Exception as error:  # httpx's and huggingface_hub's own errors have no common class but this
-        raise HubPushError(_explain(repo_id, error)) from error
+
+
+def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+    """`repo_id` with its owner, which is the account of the token if none is named."""
+    if "/" in repo_id:
+        return repo_id
+    with _failures_explained(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -130,14 +137,24 @@ def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
         return False
     path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=api.token)
-    return not is_untouched(Path(path).read_text(encoding="utf-8"))
+    return not is_untouched(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
+@contextmanager
+def _failures_explained(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:  # ours, and huggingface_hub's for an impossible repo_id
+        raise
+    except Exception as error:  # httpx's and huggingface_hub's own errors have no common class but this
+        raise HubPushError(_explain(repo_id, error)) from error
 
 
 def _explain(repo_id: str, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    if status in (401, 403):
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return (
             f"The hub did not let this account write to {repo_id} ({reason}). Log in with `hf auth login`, or set "
             "HF_TOKEN or `token` to one with write access to that owner."
@@ -148,4 +165,4 @@ def _explain(repo_id: str, error: Exception) -> str:
     )
 
 
-__all__ = ["HubPushError", "push_folder", "push_model"]
+__all__ = ["HubPushError", "full_repo_id", "push_folder", "push_model"]

@@ -4,9 +4,9 @@ During training a push runs in the background, of a folder that is written befor
 moment. One that fails there is told in the log and does not stop the training.
 """
 
-import os
 import tempfile
 from concurrent.futures import Future
+from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard, run_as_future
 from transformers.trainer_utils import HubStrategy
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .hub_export import export_repository, mark_generated, streams_of
-from .hub_push import push_folder
+from .hub_push import full_repo_id, push_folder
 from .model_card import build_model_card
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ def build_card(trainer, model) -> ModelCard:
     return build_model_card(
         model,
         args,
-        model_name=trainer.hub_model_id or args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)),
+        model_name=trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
         num_steps=trainer.state.global_step,
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
@@ -53,11 +53,13 @@ def push_trained(
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
     if not trainer.is_world_process_zero():
         return None
-    token = trainer.args.hub_token if token is None else token
-    if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
+    args = trainer.args
+    token = args.hub_token if token is None else token
+    if trainer.hub_model_id is None:  # else the Trainer has made the repository at its start
+        trainer.hub_model_id = full_repo_id(args.hub_model_id or Path(args.output_dir).absolute().name, token)
     trainer._finish_current_push()
-    revision = trainer.args.hub_revision if revision is None else revision
+    revision = args.hub_revision if revision is None else revision
+    private = args.hub_private_repo if private is None else private
     return _push(trainer, blocking, private=private, token=token, revision=revision, **options)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPTIONS, IMAGE_SIZE
+from conftest import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from without_package import run_without_package
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel, COTSProcessor, COTSVideoProcessor
-from modeling_cots.hub_export import export_repository, is_untouched, mark_generated, streams_of
+from modeling_cots.hub_export import export_repository, is_untouched, mark_generated, rename_card, streams_of
 
 FILES = {
     "README.md",
@@ -190,6 +190,13 @@ def test_a_generated_card_is_known_until_somebody_edits_it():
         assert not is_untouched(edited)
 
 
+def test_the_examples_of_a_generated_card_follow_the_repository():
+    card = mark_generated('from_pretrained("old") and "old" and from_pretrained("older")')
+    renamed = rename_card(card, "old", "me/new")
+    assert 'from_pretrained("me/new") and "old" and from_pretrained("older")' in renamed and is_untouched(renamed)
+    assert rename_card(card + "edited", "old", "me/new") == card + "edited"
+
+
 # ------------------------------------------------------------------------------------------------------ loading
 
 
@@ -237,6 +244,9 @@ def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder
     answer["modules"] = [type(part).__module__ for part in parts]
     hub_export = import_module(type(model).__module__.rpartition(".")[0] + ".hub_export")
     hub_export.export_repository(model, processor, {str(tmp_path / "again")!r})
+    sys.path.insert(0, folder)
+    from handler import EndpointHandler  # as Inference Endpoints do
+    answer["handler"] = EndpointHandler(folder)({{"inputs": {CAPTIONS!r}}})
     """
     answer = run_without_package(code, tmp_path)
     assert all(name.startswith("transformers_modules.cots_hyphen_tiny_hyphen_v1_dot_0.") for name in answer["modules"])
@@ -244,6 +254,7 @@ def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder
     for name, tolerance in (("model", 1e-5), ("zero-shot", 1e-5), ("half", 0.05)):
         for found, wanted in zip(answer[name], expected, strict=True):
             torch.testing.assert_close(torch.tensor(found), wanted, atol=tolerance, rtol=0)
+    torch.testing.assert_close(torch.tensor(answer["handler"]), expected[1][: len(CAPTIONS)], atol=1e-5, rtol=0)
     assert names_in(tmp_path / "again") == names_in(folder)
     for name in names_in(folder):
         if name.endswith((".py", ".safetensors")):
@@ -284,6 +295,18 @@ def test_streams_of_half_precision_stay_in_it(model):
     streams = streams_of(model.to(torch.bfloat16))
     assert streams.dtype == torch.bfloat16
     assert streams_of(streams) is streams
+
+
+@pytest.mark.parametrize("vision", [{"model_type": "dinov2"}, {"model_type": "beit", "use_mask_token": True}])
+def test_an_encoder_with_a_mask_token_of_its_own_keeps_it(tiny_config, tiny_processor, tmp_path, vision):
+    vision = {**TINY_ENCODER, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **vision}
+    config = COTSConfig(text_config=tiny_config.text_config, vision_config=vision, projection_dim=16)
+    model = COTSForPreTraining(config).eval()
+    export_repository(model, tiny_processor, tmp_path / "export")
+    loaded, report = COTSModel.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for ours, theirs in zip(embed(loaded.eval(), tiny_processor), embed(model.cots, tiny_processor), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # ------------------------------------------------------------------------------------------------------ others' tools

@@ -48,6 +48,7 @@ TRAINING = {
     "evaluation",
     "model_card",
     "reporting",
+    "stock_exports",
     "trainer",
     "trainer_hub",
     "training_args",
