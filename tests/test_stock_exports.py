@@ -135,7 +135,7 @@ def classify(folder: Path, home: Path, num_images: int) -> dict:
     answer["class"] = type(classifier.model).__name__
     names = [{str(home)!r} + f"/{{index}}.png" for index in range({num_images})]
     for name, function in {{"scores": "softmax", "logits": "none"}}.items():
-        results = classifier(names, top_k=None, function_to_apply=function)
+        results = classifier(names, top_k={len(LABELS)}, function_to_apply=function)
         tables = [{{row["label"]: row["score"] for row in result}} for result in results]
         answer[name] = [[table[label] for label in {LABELS!r}] for table in tables]
     """
