@@ -39,7 +39,7 @@ CUSTOM_PIPELINES = {"image-text-retrieval": {"impl": "pipeline_cots.ImageTextRet
 # Its name in the package, and the one that Inference Endpoints look for in a repository.
 HANDLER_FILES = ("hub_handler.py", "handler.py")
 # Of the handler and the code files. What installs them on an endpoint is pip.
-REQUIREMENTS = "transformers>=5.17,<6\ntorch\ntorchvision\npillow\n"
+REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
 CARD_NAME = "README.md"
 CARD_MARK = "<!-- generated card, sha256:{} -->"
 

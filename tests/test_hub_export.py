@@ -140,6 +140,8 @@ def test_requirements_name_packages_that_satisfy_the_imports(folder):
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     names = {line.partition(">")[0] for line in lines}
     assert names == {"torch", "torchvision", "transformers", "pillow"}  # numpy and huggingface_hub come with these
+    setup = (Path(__file__).parents[1] / "setup.cfg").read_text(encoding="utf-8")
+    assert next(line for line in lines if line.startswith("transformers")) in setup.split()
 
 
 def test_the_card_says_what_the_hub_reads_and_claims_no_results(folder):

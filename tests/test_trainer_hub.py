@@ -1,5 +1,6 @@
 """What COTSTrainer pushes, at the end and while it trains, through the real client."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from modeling_cots import COTSForPreTraining, COTSProcessor, COTSTrainer, COTSTr
 from modeling_cots.hub_export import export_repository, is_untouched
 
 pytest_plugins = ["hub_fixtures"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 @pytest.fixture
@@ -75,6 +77,13 @@ def train(checkpoint: str, arguments: dict) -> dict:
     return {"step": trainer.state.global_step, "warnings": warnings}
 
 
+def run_script(*arguments: str) -> None:
+    import run_pretraining
+
+    sys.argv = ["run_pretraining.py", *arguments]
+    run_pretraining.main()
+
+
 def pull(repo_id: str) -> str:
     return snapshot_download(repo_id)
 
@@ -128,6 +137,30 @@ def test_pushes_at_every_checkpoint_and_nothing_but_the_repository(hub, checkpoi
     assert "model.safetensors" in names and "handler.py" in names
     assert not [name for name in names if "checkpoint" in name or name.endswith((".bin", ".pt", ".pth"))]
     assert any("momentum" in name for name in files_of(tmp_path / "run"))  # where it belongs
+
+
+def test_the_training_script_pushes_at_its_end(hub, checkpoint, tmp_path):
+    repo_id = hub.new_repo_id()
+    options = {
+        "dataset": "scenes",
+        "eval_split": "none",
+        "model": checkpoint,
+        "image_tokenizer": "random",
+        "max_text_length": 24,
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "lr_hold_epochs": 0,
+        "queue_size": 4,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "push_to_hub": "true",
+        "hub_strategy": "end",
+        "hub_model_id": repo_id,
+    }
+    hub.run(run_script, *(word for name, value in options.items() for word in (f"--{name}", str(value))))
+    assert hub.run(titles, repo_id)[0] == "End of training"
+    assert files_of(hub.run(pull, repo_id)) <= files_of(tmp_path / "run")
 
 
 def test_an_edited_card_stays(hub, checkpoint):
