@@ -8,7 +8,8 @@ import torch
 from conftest import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import RobertaConfig
+from sentence_transformers import SentenceTransformer
+from transformers import RobertaConfig, pipeline
 from without_package import run_without_package
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel, export_text_encoder, export_zero_shot_classifier
@@ -106,8 +107,9 @@ def test_a_roberta_in_half_precision_whose_tokenizer_sets_no_limit(tiny_processo
         export_text_encoder(model.to(torch.bfloat16), tiny_processor, tmp_path / "text")
     finally:
         tiny_processor.tokenizer.model_max_length = 40
-    found, answer = load_and_encode(tmp_path / "text", tmp_path)
-    assert answer["max_seq_length"] == 30
+    loaded = SentenceTransformer(str(tmp_path / "text"), device="cpu")
+    found = torch.tensor(loaded.encode(TEXTS))
+    assert loaded.max_seq_length == 30
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)  # the weights were rounded once
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(len(TEXTS)))
 
@@ -128,16 +130,15 @@ def test_refuses_a_text_encoder_that_nobody_could_load(tiny_config, tiny_process
 
 
 def classify(folder: Path, home: Path, num_images: int) -> dict:
-    """Scores of the labels by the stock pipeline, in the order of `LABELS`, without this package."""
+    """Logits of the labels by the stock pipeline, in the order of `LABELS`, without this package."""
     code = f"""
     from transformers import pipeline
     classifier = pipeline("image-classification", model={str(folder)!r})
     answer["class"] = type(classifier.model).__name__
     names = [{str(home)!r} + f"/{{index}}.png" for index in range({num_images})]
-    for name, function in {{"scores": "softmax", "logits": "none"}}.items():
-        results = classifier(names, top_k={len(LABELS)}, function_to_apply=function)
-        tables = [{{row["label"]: row["score"] for row in result}} for result in results]
-        answer[name] = [[table[label] for label in {LABELS!r}] for table in tables]
+    results = classifier(names, top_k={len(LABELS)}, function_to_apply="none")
+    tables = [{{row["label"]: row["score"] for row in result}} for result in results]
+    answer["logits"] = [[table[label] for label in {LABELS!r}] for table in tables]
     """
     return run_without_package(code, home)
 
@@ -170,10 +171,14 @@ def test_the_classifier_is_stock_and_ranks_as_cots(model, tiny_processor, pictur
 
 def test_typical_pictures_bring_the_scores_near_those_of_cots(model, tiny_processor, pictures, similarities, tmp_path):
     export_zero_shot_classifier(model, tiny_processor, LABELS, tmp_path / "classes", images=pictures)
-    answer = classify(tmp_path / "classes", tmp_path, len(pictures))
-    assert torch.equal(torch.tensor(answer["logits"]).argsort(), similarities.argsort())
+    classifier = pipeline("image-classification", model=str(tmp_path / "classes"))
+    results = classifier(pictures, top_k=len(LABELS))
+    scores = torch.tensor(
+        [[{row["label"]: row["score"] for row in result}[name] for name in LABELS] for result in results]
+    )
+    assert torch.equal(scores.argsort(), similarities.argsort())
     expected = (similarities / model.config.temperature).softmax(dim=-1)
-    torch.testing.assert_close(torch.tensor(answer["scores"]), expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(scores, expected, atol=0.05, rtol=0)
 
 
 def test_the_mean_length_is_that_of_every_picture_whatever_the_batches(model, tiny_processor, pictures, monkeypatch):
