@@ -138,7 +138,7 @@ def export_zero_shot_classifier(
 
     Raises `ValueError` for a vision encoder other than ViT, and for labels or a template that cannot be used.
     """
-    model, folder, labels = streams_of(model).eval(), Path(folder), _checked_labels(labels)
+    model, folder, labels = streams_of(model), Path(folder), _checked_labels(labels)
     check_processor(model, processor)
     _check_stock(processor.image_processor, "image processor")
     if model.config.vision_config.model_type != "vit":
@@ -149,33 +149,42 @@ def export_zero_shot_classifier(
         raise ValueError(
             f"`hypothesis_template` must have the place of the label, {{}}, once: {hypothesis_template!r}."
         )
-    texts = [hypothesis_template.replace("{}", label) for label in labels]
+    if model.training:  # dropout would blur the embeddings; the caller's model stays as it is
+        model = copy.deepcopy(model).eval()
     mean_length = 1.0 if images is None else mean_embedding_length(model, processor, images)
-
-    config = _plain_copy(model.vision_model.config)
-    config.id2label = dict(enumerate(labels))  # sets num_labels as well
-    config.label2id = {label: index for index, label in enumerate(labels)}
-    classifier = ViTForImageClassification(config).float()
-    classifier.vit.load_state_dict(model.vision_model.state_dict())
+    texts = [hypothesis_template.replace("{}", label) for label in labels]
+    query = processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        query = processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
         rows = model.encode_text(**query).double() / (model.config.temperature * mean_length)
-        classifier.classifier.weight.copy_(rows @ model.vision_projection.weight.double())
-        classifier.classifier.bias.copy_(rows @ model.vision_projection.bias.double())
-    classifier.save_pretrained(folder)
+    build_classifier(model, labels, rows).save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     name = folder.name if model_id is None else model_id
-    sharpness = SHARPNESS[images is not None]
     text = CLASSIFIER_CARD.format(
         name=name.rpartition("/")[2],
         model_id=name,
         template=hypothesis_template,
         num_labels=len(labels),
         labels=", ".join(labels),
-        sharpness=sharpness,
+        sharpness=SHARPNESS[images is not None],
     )
     data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=["cots", "vision"])
     _write_card(folder, data, text)
+
+
+def build_classifier(model: PreTrainedModel, labels: list[str], rows: torch.Tensor) -> ViTForImageClassification:
+    """The vision stream with a head that multiplies the projected [CLS] vector with each of `rows` (labels, d).
+
+    The projection W h + b and the product with a row r are one linear map: (r W) h + r b.
+    """
+    config = _plain_copy(model.vision_model.config)
+    config.id2label = dict(enumerate(labels))  # sets num_labels as well
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    classifier = ViTForImageClassification(config).float()
+    classifier.vit.load_state_dict(model.vision_model.state_dict())
+    with torch.no_grad():
+        classifier.classifier.weight.copy_(rows @ model.vision_projection.weight.double())
+        classifier.classifier.bias.copy_(rows @ model.vision_projection.bias.double())
+    return classifier
 
 
 @torch.no_grad()
@@ -251,4 +260,4 @@ def _write_card(folder: Path, data: ModelCardData, text: str) -> None:
         (folder / CARD_NAME).write_text(mark_generated(ModelCard(f"---\n{data}\n---\n{text}")), encoding="utf-8")
 
 
-__all__ = ["export_text_encoder", "export_zero_shot_classifier", "mean_embedding_length"]
+__all__ = ["build_classifier", "export_text_encoder", "export_zero_shot_classifier", "mean_embedding_length"]

@@ -8,6 +8,7 @@ import torch
 from conftest import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import RobertaConfig, pipeline
 from without_package import run_without_package
@@ -207,6 +208,16 @@ def test_refuses_labels_that_cannot_be_used(model, tiny_processor, tmp_path, lab
     with pytest.raises(ValueError, match=message):
         export_zero_shot_classifier(model, tiny_processor, labels, tmp_path / "classes")
     assert not (tmp_path / "classes").exists()
+
+
+def test_dropout_of_a_model_in_training_blurs_nothing_and_stays(tiny_config, tiny_processor, pictures, tmp_path):
+    tiny_config.text_config.hidden_dropout_prob = tiny_config.vision_config.hidden_dropout_prob = 0.5
+    model = COTSModel(tiny_config)
+    for mode in (True, False):
+        export_zero_shot_classifier(model.train(mode), tiny_processor, LABELS, tmp_path / str(mode), images=pictures)
+        assert model.training == mode
+    heads = [load_file(tmp_path / str(mode) / "model.safetensors")["classifier.weight"] for mode in (True, False)]
+    torch.testing.assert_close(*heads)
 
 
 def test_refuses_another_encoder_and_a_template_without_a_place(tiny_config, model, tiny_processor, tmp_path):
