@@ -23,7 +23,7 @@ from modeling_cots import (
     push_folder,
 )
 from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.hub_export import rename_card
+from modeling_cots.hub_export import copy_card_pictures, rename_card
 from modeling_cots.hub_push import HubPushError, full_repo_id
 from modeling_cots.image_reading import UnreadableImageError, read_image
 
@@ -84,8 +84,12 @@ def main() -> None:
                 model, processor, args.labels, folder, images=images, model_id=model_id, **template
             )
         else:
-            card = Path(args.model) / "README.md"  # written at the end of training, with what was measured
-            card = rename_card(card.read_text(encoding="utf-8"), card.parent.name, model_id) if card.exists() else None
+            # Training has left its card in the folder, with what was measured and the pictures that it shows.
+            path = Path(args.model) / "README.md"
+            card = path.read_text(encoding="utf-8") if path.exists() else None
+            if card is not None:
+                card = rename_card(card, path.parent.name, model_id)
+                copy_card_pictures(card, path.parent, folder)
             export_repository(model, processor, folder, card=card, model_id=model_id)
         if args.output_dir is not None:
             print(f"The repository is in {folder}.")

@@ -257,6 +257,15 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
     return mark_generated(text.replace(f'("{old_id}"', f'("{new_id}"'))
 
 
+def copy_card_pictures(card: str, source: Path, target: Path) -> None:
+    """Copy the pictures that a card shows from the folder it was written for to another one."""
+    for name in set(re.findall(r"[\w./-]+\.(?:png|jpe?g|webp)", card)):
+        picture = source / name
+        if ".." not in Path(name).parts and not Path(name).is_absolute() and picture.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, target / name)
+
+
 def _normalised(text: str) -> str:
     return "\n".join(text.splitlines()).strip()
 
@@ -265,4 +274,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-__all__ = ["build_basic_card", "export_repository", "is_untouched", "mark_generated", "rename_card"]
+__all__ = [
+    "build_basic_card",
+    "copy_card_pictures",
+    "export_repository",
+    "is_untouched",
+    "mark_generated",
+    "rename_card",
+]

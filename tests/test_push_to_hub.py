@@ -108,10 +108,16 @@ def test_writes_the_repository_of_a_checkpoint(run, trained, tmp_path):
     assert "# Measured" not in (tmp_path / "out" / "README.md").read_text()  # that was of the finished model
 
 
-def test_a_card_edited_in_the_folder_goes_as_it_is(run, trained, tmp_path):
-    (trained / "README.md").write_text('# Mine, not of from_pretrained("tiny")\n')
+def test_a_card_edited_in_the_folder_goes_as_it_is_with_its_pictures(run, trained, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"not in the folder")
+    (trained / "pictures").mkdir()
+    for name in ("shown.png", "other.png"):
+        (trained / "pictures" / name).write_bytes(b"picture")
+    text = "---\nwidget:\n- src: pictures/shown.png\n- src: pictures/missing.png\n- src: ../../secret.png\n---\n"
+    (trained / "README.md").write_text(f'{text}# Mine, not of from_pretrained("tiny"): {tmp_path}/secret.png\n')
     run(model=trained, output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == (trained / "README.md").read_text()
+    assert {name for name in files_of(tmp_path / "out") if name.endswith(".png")} == {"pictures/shown.png"}
 
 
 def test_writes_the_two_stock_models(run, trained, tmp_path):
