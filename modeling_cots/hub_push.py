@@ -8,9 +8,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
@@ -80,7 +81,7 @@ def push_folder(
     """
     Push a folder as one commit into a repository, which is created if there is none.
 
-    A card that somebody has edited stays as it is; one that is as it was generated is replaced.
+    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files are not sent.
 
     Args:
         repo_id: `name` or `owner/name`.
@@ -104,17 +105,29 @@ def push_folder(
         keeps_card = not overwrite_card and _has_edited_card(api, repo_id, revision)
         if keeps_card:
             logger.warning(f"{repo_id} keeps its own card, which was edited there; `overwrite_card` replaces it.")
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
+        # Not `upload_folder`, which splits an upload that takes minutes into several commits.
+        commit = api.create_commit(
+            repo_id,
+            _operations(api, Path(folder), repo_id, revision, skipped={CARD_NAME} if keeps_card else set()),
             commit_message=commit_message,
-            ignore_patterns=[CARD_NAME] if keeps_card else None,
-            delete_patterns=STALE_WEIGHTS,
+            revision=revision,
         )
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
         return commit
+
+
+def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, skipped: set[str]) -> list:
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    # Not the hidden ones: what git and caches keep there is nobody else's business.
+    paths = {name.as_posix(): file for name, file in files.items() if not any(p[0] == "." for p in name.parts)}
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in paths and any(fnmatch(name, pattern) for pattern in STALE_WEIGHTS)
+    ]
+    added = [CommitOperationAdd(name, path) for name, path in paths.items() if name not in skipped]
+    return added + [CommitOperationDelete(name) for name in stale]
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
