@@ -15,6 +15,7 @@ HUB_CLOSURE = {
     "encoders_cots",
     "modeling_cots",
     "modeling_cots_pretraining",
+    "pipeline_cots",
     "processing_cots",
     "video_processing_cots",
     "video_reading_cots",
