@@ -126,6 +126,8 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     trainer.export_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     report = []
     if eval_dataset is not None:
         num_captions = sum(1 for _ in eval_dataset.iter_captions())

@@ -37,7 +37,11 @@ _LAZY_NAMES = {
     "COTSTrainingArguments": "training_args",
     "ImageTokenizer": "image_tokenizer",
     "ScenesDataset": "datasets_scenes",
+    "export_repository": "hub_export",
+    "export_text_encoder": "stock_exports",
+    "export_zero_shot_classifier": "stock_exports",
     "open_pairs": "datasets_pairs",
+    "push_folder": "hub_push",
     "retrieval_metrics": "retrieval_metrics",
 }
 

@@ -24,6 +24,7 @@ from .encoders_cots import (
     copy_encoder_weights,
     max_text_length,
 )
+from .hub_push import push_model
 
 logger = logging.get_logger(__name__)
 
@@ -126,6 +127,20 @@ class COTSPreTrainedModel(PreTrainedModel):
         for stream, encoder in zip(streams, encoders, strict=True):
             copy_encoder_weights(encoder, stream)
         return model
+
+    def push_to_hub(self, repo_id: str, *, processor=None, card=None, **push_options):
+        """
+        Push the two streams as a complete repository: with processor, code, card, handler (`hub_export.py`).
+
+        Args:
+            repo_id (`str`): `name` or `owner/name`; created if there is none.
+            processor ([`COTSProcessor`], *optional*): By default the one beside which the model was loaded.
+            card (`ModelCard` or `str`, *optional*): By default a short one without claims about training.
+            push_options: `private`, `revision`, `tag`, `overwrite_card`, `commit_message`, `token`; see `push_folder`.
+
+        Returns the `CommitInfo`. Raises `ValueError` without a processor, and what `push_folder` raises.
+        """
+        return push_model(self, repo_id, processor=processor, card=card, **push_options)
 
 
 class COTSModel(COTSPreTrainedModel):

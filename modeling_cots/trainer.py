@@ -25,10 +25,9 @@ from .losses import (
     queue_logits,
     task_kl_loss,
 )
-from .model_card import build_model_card
-from .modeling_cots import COTSModel
 from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
+from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
 from .training_log import CollapseWatch, TrainingLog
 from .training_setup import check_setup, freeze_unused_parameters, hold_then_decay
@@ -318,34 +317,24 @@ class COTSTrainer(Trainer):
             self.momentum_state.load(checkpoint)
 
     def export_model(self, output_dir: str) -> None:
-        """Write the Hub-ready folder: the weights and configuration of `COTSModel`, the processor and the card."""
-        if not self.args.should_save:
-            return
-        trained = self.model.cots
-        exported = COTSModel(self.model.config)
-        weights = {name: tensor for name, tensor in trained.state_dict().items() if not name.endswith("mask_token")}
-        exported.load_state_dict(weights)
-        exported.save_pretrained(output_dir)
-        self.processing_class.save_pretrained(output_dir)
-        self._build_card(exported).save(os.path.join(output_dir, "README.md"))
+        """Write a complete Hub repository of the two streams, with the card of this run (`hub_export.py`)."""
+        if self.args.should_save:
+            export_trained(self, output_dir)
 
-    def _build_card(self, model: COTSModel):
-        logs = [entry for entry in self.state.log_history if "eval_recall_sum" in entry]
-        metrics = {name.removeprefix("eval_"): value for name, value in logs[-1].items()} if logs else None
-        return build_model_card(
-            model,
-            self.args,
-            model_name=self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
-            num_steps=self.state.global_step,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-            metrics=metrics,
-        )
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **options
+    ):
+        """Push what `export_model` writes to `args.hub_model_id`; `options` are `tag` and `overwrite_card`."""
+        where = {"token": token, "revision": revision, "private": private}
+        return push_trained(self, blocking=blocking, commit_message=commit_message, **where, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push_while_training(self)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
         if self.is_world_process_zero():
-            self._build_card(self.model.cots).save(os.path.join(self.args.output_dir, "README.md"))
+            build_card(self, self.model.cots).save(os.path.join(self.args.output_dir, "README.md"))
 
 
 class _MethodCallback(TrainerCallback):

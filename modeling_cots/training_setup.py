@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from transformers.trainer_utils import HubStrategy
+
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .training_args import COTSTrainingArguments
@@ -13,6 +15,11 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
         raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(model).__name__}.")
     if not isinstance(args, COTSTrainingArguments):
         raise ValueError(f"COTSTrainer needs COTSTrainingArguments, got {type(args).__name__}.")
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value} would put momentum copies and optimizer states into the "
+            "repository of the model: use every_save or end, and keep the checkpoints where you train."
+        )
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
     if args.n_gpu > 1:

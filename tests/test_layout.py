@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "modeling_cots"
 HUB_CLOSURE = {
     "configuration_cots",
     "encoders_cots",
+    "hub_export",
+    "hub_push",
     "modeling_cots",
     "modeling_cots_pretraining",
     "pipeline_cots",
@@ -47,8 +49,11 @@ TRAINING = {
     "evaluation",
     "model_card",
     "reporting",
+    "stock_exports",
     "trainer",
+    "trainer_hub",
     "training_args",
+    "training_cost",
     "training_log",
     "training_setup",
 }

@@ -1,0 +1,81 @@
+"""What a training run will cost, before it is started: parameters, FLOP, memory, batch size, hours.
+
+    python examples/estimate.py examples/configs/quickstart.yaml
+    python examples/estimate.py my.yaml --num_pairs 5300000 --gpu_memory_gib 80 --gpu_tflops 300 --num_gpus 8
+
+Takes the configuration of a training script, and any of its options. Nothing is trained and no data is opened: shapes
+run through the model, values do not. FLOP and bytes are counted on the real modules; pairs a second follow from the
+rate that is given, so they are as true as it is. Captions count as `max_text_length` word pieces each, and the
+vocabulary as the configuration has it: a tokenizer that is trained on the captions may have fewer.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from run_pretraining import ScriptArguments
+
+from modeling_cots import COTSTrainingArguments
+from modeling_cots.building import build_config
+from modeling_cots.command_line import parse_config_and_options
+from modeling_cots.training_cost import estimate_training_cost
+
+
+@dataclass
+class EstimateArguments:
+    num_pairs: int | None = field(default=None, metadata={"help": "Pairs of the training set; without it no hours."})
+    num_gpus: int = field(default=1, metadata={"help": "Devices that share a batch."})
+    gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of one device."})
+    gpu_tflops: float = field(
+        default=300.0,
+        metadata={"help": "What one device really reaches, about 0.3 to 0.5 of the bf16 peak in its data sheet."},
+    )
+
+
+def main() -> None:
+    # The run is for another machine: whether this one could do it does not matter.
+    argv = [*sys.argv[1:], "--use_cpu", "true"]
+    script_args, estimate_args, args = parse_config_and_options(
+        ScriptArguments, EstimateArguments, COTSTrainingArguments, argv=argv
+    )
+
+    # 1. Count.
+    config = build_config(
+        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
+    )
+    hidden_size = {"image_tokenizer_hidden_size": 8} if script_args.image_tokenizer == "random" else {}
+    cost = estimate_training_cost(config, args, text_length=script_args.max_text_length, **hidden_size)
+
+    # 2. What the model is.
+    print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")
+    for part, count in cost.num_parameters.items():
+        print(f"  {part:26s} {count / 1e6:12.1f}")
+
+    # 3. What a pair costs.
+    print(f"{'GFLOP a pair':28s} {cost.total_flop / 1e9:12.2f}")
+    for part, flop in sorted(cost.flop_per_pair.items(), key=lambda item: -item[1]):
+        print(f"  {part:26s} {flop / 1e9:12.2f} {flop / cost.total_flop:8.1%}")
+    print(f"{'memory a pair':28s} {cost.bytes_per_pair / 2**20:12.1f} MiB")
+    print(f"{'memory of weights and queue':28s} {cost.fixed_bytes / 2**30:12.2f} GiB")
+
+    # 4. What a device does with it.
+    largest = cost.largest_batch(int(estimate_args.gpu_memory_gib * 2**30))
+    per_second = estimate_args.num_gpus * cost.pairs_per_second(estimate_args.gpu_tflops * 1e12)
+    batch = args.per_device_train_batch_size
+    print(f"{'largest batch of a device':28s} {largest:12d} pairs in {estimate_args.gpu_memory_gib:g} GiB")
+    if batch > largest:
+        print(f"  per_device_train_batch_size {batch} will not fit: use gradient checkpointing or a smaller batch.")
+    print(
+        f"{'pairs a second':28s} {per_second:12.1f} at {estimate_args.gpu_tflops:g} TFLOP/s x {estimate_args.num_gpus}"
+    )
+    if args.max_steps > 0:
+        pairs = args.max_steps * batch * estimate_args.num_gpus * args.gradient_accumulation_steps
+    elif estimate_args.num_pairs is not None:
+        pairs = args.num_train_epochs * estimate_args.num_pairs
+    else:
+        print("hours: give --num_pairs")
+        return
+    print(f"{'hours':28s} {pairs / per_second / 3600:12.1f} for {pairs:,.0f} pairs seen")
+
+
+if __name__ == "__main__":
+    main()

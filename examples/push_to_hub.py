@@ -1,0 +1,146 @@
+"""Make a Hub repository of a COTS model: the whole model, or one of the two parts that hosted widgets can serve.
+
+    python examples/push_to_hub.py --model runs/quickstart --repo_id cots-quickstart --private true --tag v1.0
+    python examples/push_to_hub.py --model runs/quickstart --output_dir out/quickstart
+    python examples/push_to_hub.py --model runs/quickstart --kind text_encoder --repo_id cots-quickstart-text
+    python examples/push_to_hub.py --model runs/quickstart --kind zero_shot_classifier \\
+        --labels "a red circle" "a blue star" --images PHOTOS/ --repo_id cots-quickstart-shapes
+
+The token is that of `hf auth login`, or in `HF_TOKEN`. With `--output_dir` the repository is written there as well;
+without `--repo_id`, only there. A card in the repository that somebody edited stays, unless `--overwrite_card true`.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modeling_cots import (
+    COTSModel,
+    COTSProcessor,
+    export_repository,
+    export_text_encoder,
+    export_zero_shot_classifier,
+    push_folder,
+)
+from modeling_cots.command_line import parse_config_and_options
+from modeling_cots.hub_export import copy_card_pictures, rename_card
+from modeling_cots.hub_push import HubPushError, full_repo_id
+from modeling_cots.image_reading import UnreadableImageError, read_image
+
+KINDS = ("model", "text_encoder", "zero_shot_classifier")
+MAX_PICTURES = 500  # enough for a mean
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "A trained folder, a `checkpoint-*` of one, or a Hub id."})
+    kind: str = field(
+        default="model",
+        metadata={
+            "help": "`model`: everything. `text_encoder`: a stock sentence-transformers model, for the "
+            "sentence-similarity widget. `zero_shot_classifier`: a stock ViT classifier of `labels`, for the "
+            "image-classification widget."
+        },
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Where to push to: `name` or `owner/name`."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Write the repository to this folder, new or empty."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make the repository for its owner only."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if there is none."})
+    tag: str | None = field(default=None, metadata={"help": "Name for this version, such as `v1.0`."})
+    overwrite_card: bool = field(default=False, metadata={"help": "Replace a card in the repository that was edited."})
+    labels: list[str] | None = field(default=None, metadata={"help": "Of the classifier: its classes."})
+    hypothesis_template: str = field(
+        default="This is a photo of {}.", metadata={"help": "Of the classifier: what is embedded for a label."}
+    )
+    images: str | None = field(
+        default=None,
+        metadata={"help": "Of the classifier: a folder of typical pictures, which its scores are set up with."},
+    )
+
+
+def main() -> None:
+    (args,) = parse_config_and_options(ScriptArguments)
+    check(args)
+
+    # 1. The model and its processor.
+    try:
+        model, processor = COTSModel.from_pretrained(args.model), COTSProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No COTS model with its processor can be loaded from {args.model}: {error}") from error
+    repo_id = None if args.repo_id is None else full_repo_id(args.repo_id)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        # 2. The folder.
+        folder = Path(temporary) if args.output_dir is None else Path(args.output_dir)
+        model_id = folder.name if repo_id is None else repo_id
+        if args.kind == "text_encoder":
+            export_text_encoder(model, processor, folder, model_id=model_id)
+        elif args.kind == "zero_shot_classifier":
+            images = None if args.images is None else read_pictures(Path(args.images))
+            template = {"hypothesis_template": args.hypothesis_template}
+            export_zero_shot_classifier(
+                model, processor, args.labels, folder, images=images, model_id=model_id, **template
+            )
+        else:
+            # Training has left its card in the folder, with what was measured and the pictures that it shows.
+            path = Path(args.model) / "README.md"
+            card = path.read_text(encoding="utf-8") if path.exists() else None
+            if card is not None:
+                card = rename_card(card, path.parent.name, model_id)
+                copy_card_pictures(card, path.parent, folder)
+            export_repository(model, processor, folder, card=card, model_id=model_id)
+        if args.output_dir is not None:
+            print(f"The repository is in {folder}.")
+
+        # 3. The push.
+        if repo_id is not None:
+            commit = push_folder(
+                folder,
+                repo_id,
+                private=args.private or None,
+                revision=args.revision,
+                tag=args.tag,
+                overwrite_card=args.overwrite_card,
+            )
+            print(f"Pushed to {commit.repo_url}, commit {commit.oid[:8]}{f', tag {args.tag}' if args.tag else ''}.")
+
+
+def check(args: ScriptArguments) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    if args.kind not in KINDS:
+        raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {args.kind!r}.")
+    if args.repo_id is None and args.output_dir is None:
+        raise ValueError("Say where to: --repo_id NAME to push, --output_dir FOLDER to write the repository there.")
+    if args.repo_id is None and (args.private or args.revision or args.tag or args.overwrite_card):
+        raise ValueError("--private, --revision, --tag and --overwrite_card are about a push: give --repo_id as well.")
+    if args.output_dir is not None and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
+        raise ValueError(f"--output_dir {args.output_dir} is not empty, and what lies there would be pushed as well.")
+    is_classifier = args.kind == "zero_shot_classifier"
+    if is_classifier and not args.labels:
+        raise ValueError('A classifier needs its classes: --labels "a red circle" "a blue star".')
+    if not is_classifier and (args.labels or args.images):
+        raise ValueError("--labels and --images belong to --kind zero_shot_classifier.")
+
+
+def read_pictures(folder: Path) -> list:
+    """The first pictures in a folder and its sub-folders; other files are passed over."""
+    pictures = []
+    for path in sorted(folder.rglob("*")):
+        if len(pictures) == MAX_PICTURES:
+            break
+        try:
+            pictures.append(read_image(path))
+        except UnreadableImageError:
+            continue
+    if not pictures:
+        raise ValueError(f"There is no picture in {folder}.")
+    return pictures
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, HubPushError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,284 @@
+"""One complete repository folder from a COTS model: all that a Hub user expects to find, and nothing of training.
+
+Weights and configuration of the two streams, processor and tokenizer, the flat code files that transformers loads
+where this package is not installed, what sentence-transformers reads, the handler of Inference Endpoints, and a card.
+Sending it to a hub is `hub_push.py`'s. This file is one of those code files itself, so that a model which came from a
+hub can be exported again.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_relative_import_files
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_cots.COTSConfig",
+    "AutoModel": "modeling_cots.COTSModel",
+    "AutoModelForZeroShotImageClassification": "modeling_cots.COTSModel",
+    "AutoProcessor": "processing_cots.COTSProcessor",
+    "AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor",
+}
+# What is loaded from a repository; the files that these import go along. The last one only where it exists.
+CODE_FILES = (
+    "configuration_cots.py",
+    "modeling_cots.py",
+    "processing_cots.py",
+    "video_processing_cots.py",
+    "pipeline_cots.py",
+)
+# What `config.json` says of the last of them.
+CUSTOM_PIPELINES = {"image-text-retrieval": {"impl": "pipeline_cots.ImageTextRetrievalPipeline", "pt": ["AutoModel"]}}
+# Its name in the package, and the one that Inference Endpoints look for in a repository.
+HANDLER_FILES = ("hub_handler.py", "handler.py")
+# Of the handler and the code files. What installs them on an endpoint is pip.
+REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- generated card, sha256:{} -->"
+
+SENTENCE_TRANSFORMERS_FILES = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": "sentence_embedding",
+    },
+    "1_Normalize/config.json": {
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
+
+BASIC_CARD = """
+# {name}
+
+A two-stream vision-language model for image-text retrieval: COTS (Lu et al., CVPR 2022,
+[arXiv 2204.07441](https://arxiv.org/abs/2204.07441)). Images and texts are encoded apart, without any cross-attention,
+so that a collection is embedded once and searched by dot products.
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{model_id}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{model_id}", trust_remote_code=True)
+```
+
+The text encoder is {text}; the vision encoder is {vision},
+for pictures of {height} x {width} pixels. Embeddings have {dim} numbers and unit length. What the model was trained
+on and how well it does was not stated when this card was made.
+"""
+
+
+def export_repository(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: str | os.PathLike,
+    *,
+    card: ModelCard | str | None = None,
+    model_id: str | None = None,
+) -> None:
+    """
+    Write a folder that is a complete Hub repository.
+
+    Args:
+        model: A [`COTSModel`]; of a [`COTSForPreTraining`] only the two streams are written.
+        processor: The [`COTSProcessor`] of the model.
+        folder: Created if need be. Files of the same names are replaced, others stay.
+        card: The card, written as it is. Without one, a `README.md` that is there stays, or else a short card is
+            written that knows the model and nothing of its training.
+        model_id: Where the examples of that short card load the model from; by default the folder's name.
+
+    Raises `ValueError` for a model that is not COTS, and a processor that is none or does not fit the model.
+    """
+    model, folder = streams_of(model), Path(folder)
+    check_processor(model, processor)
+    code_folder = find_code(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+        write_json(folder / name, content)
+    copy_code(code_folder, folder)
+    _name_model_code(folder)
+    _name_processor_code(folder)
+    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    if card is not None:
+        (folder / CARD_NAME).write_text(str(card), encoding="utf-8")
+    elif not (folder / CARD_NAME).exists():
+        basic = build_basic_card(model, folder.name if model_id is None else model_id)
+        (folder / CARD_NAME).write_text(mark_generated(basic), encoding="utf-8")
+
+
+def streams_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The two streams alone, a [`COTSModel`]: without heads, and without the mask token that pre-training adds.
+
+    Raises `ValueError` for a model that is not COTS.
+    """
+    if getattr(model.config, "model_type", None) != "cots":
+        raise ValueError(f"This exports COTS models, got {type(model).__name__}.")
+    streams = model.base_model
+    with torch.device("meta"):  # its names only; some encoders have a mask token of their own
+        names = type(streams)(copy.deepcopy(streams.config)).state_dict().keys()
+    weights = streams.state_dict()
+    if weights.keys() == names:
+        return streams
+    copied = type(streams)(copy.deepcopy(streams.config)).to(streams.dtype)
+    copied.load_state_dict({name: weights[name] for name in names})
+    return copied
+
+
+def check_processor(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
+    if processor is None or not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ValueError(f"A repository needs the COTSProcessor of the model, got {type(processor).__name__}.")
+    num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
+    if num_words > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size} embeddings: give the "
+            "processor that the model was trained with."
+        )
+
+
+def find_code(model: PreTrainedModel) -> Path:
+    """Folder of the code files: this package, or, where this file came with a model, the repository of that model.
+
+    Raises `ValueError` where that repository is no longer there.
+    """
+    package, source = Path(__file__).parent, model.config.name_or_path
+    if (package / HANDLER_FILES[0]).is_file():
+        return package
+    if not source:
+        raise ValueError("This model was not loaded from a repository whose code files could be taken along.")
+    if os.path.isdir(source):
+        return Path(source)
+    revision = getattr(model.config, "_commit_hash", None)
+    return Path(snapshot_download(source, revision=revision, allow_patterns=["*.py"]))
+
+
+def copy_code(source: Path, target: Path) -> None:
+    """Copy the code files, all that they import from each other, and the handler."""
+    files = {source / name for name in CODE_FILES if (source / name).is_file()}
+    for file in list(files):
+        files.update(map(Path, get_relative_import_files(file)))
+    handler = next((source / name for name in HANDLER_FILES if (source / name).is_file()), None)
+    if handler is None or not all((source / name).is_file() for name in CODE_FILES[:4]):
+        raise ValueError(f"{source} lacks some of the code files of COTS ({', '.join(CODE_FILES[:4])}, handler.py).")
+    for file, name in [*((file, file.name) for file in sorted(files)), (handler, HANDLER_FILES[1])]:
+        if not (target / name).exists() or not os.path.samefile(file, target / name):
+            shutil.copyfile(file, target / name)
+
+
+def _name_model_code(folder: Path) -> None:
+    """Tell the Auto classes and `pipeline`, in `config.json`, where the code is."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.update(auto_map=AUTO_MAP, architectures=["COTSModel"])
+    if (folder / CODE_FILES[-1]).is_file():
+        config["custom_pipelines"] = CUSTOM_PIPELINES
+    write_json(folder / "config.json", config)
+
+
+def _name_processor_code(folder: Path) -> None:
+    """Tell them, in `processor_config.json`, where the code of our two processors is."""
+    config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    if config.get("video_processor") is not None:
+        config["video_processor"]["auto_map"] = {"AutoVideoProcessor": AUTO_MAP["AutoVideoProcessor"]}
+    write_json(folder / "processor_config.json", config)
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------ the card
+
+
+def build_basic_card(model: PreTrainedModel, model_id: str) -> ModelCard:
+    """A short card: what the model is and how it is loaded. It claims nothing about training and results."""
+    config = model.config
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["cots", "image-text-retrieval", "two-stream", "sentence-transformers"],
+    )
+    height, width = config.image_size
+    text = BASIC_CARD.format(
+        name=model_id.rpartition("/")[2],
+        model_id=model_id,
+        text=_describe(config.text_config),
+        vision=_describe(config.vision_config),
+        height=height,
+        width=width,
+        dim=config.projection_dim,
+    )
+    return ModelCard(f"---\n{data}\n---\n{text}")
+
+
+def _describe(config) -> str:
+    return f"`{config.model_type}` with {config.num_hidden_layers} layers, {config.hidden_size} wide"
+
+
+def mark_generated(card: ModelCard | str) -> str:
+    """The card with a last line that tells, as long as nobody edits the card, that nobody did."""
+    text = _normalised(str(card))
+    return f"{text}\n\n{CARD_MARK.format(_digest(text))}\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is just as [`mark_generated`] wrote it, and so may be replaced by a newer one."""
+    mark = re.escape(CARD_MARK).replace(r"\{\}", "([0-9a-f]{64})")
+    found = re.fullmatch(f"(.*?)\\s*{mark}\\s*", _normalised(card), re.DOTALL)
+    return found is not None and _digest(_normalised(found[1])) == found[2]
+
+
+def rename_card(card: str, old_id: str, new_id: str) -> str:
+    """A generated card whose examples load the model from `new_id`; one that somebody edited, as it is."""
+    if not is_untouched(card):
+        return card
+    text = card.rpartition(CARD_MARK.partition("{")[0])[0]
+    return mark_generated(text.replace(f'("{old_id}"', f'("{new_id}"'))
+
+
+def copy_card_pictures(card: str, source: Path, target: Path) -> None:
+    """Copy the pictures that a card shows from the folder it was written for to another one."""
+    for name in set(re.findall(r"[\w./-]+\.(?:png|jpe?g|webp)", card)):
+        picture = source / name
+        if ".." not in Path(name).parts and not Path(name).is_absolute() and picture.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, target / name)
+
+
+def _normalised(text: str) -> str:
+    return "\n".join(text.splitlines()).strip()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+__all__ = [
+    "build_basic_card",
+    "copy_card_pictures",
+    "export_repository",
+    "is_untouched",
+    "mark_generated",
+    "rename_card",
+]

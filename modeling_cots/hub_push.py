@@ -1,0 +1,181 @@
+"""Sending a complete repository folder to a hub: one commit, the repository's own card kept, clear refusals.
+
+The folder is made by `hub_export.py`, or is one of the stock exports. huggingface_hub does the sending, with its
+progress bars and its retries.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from .hub_export import CARD_NAME, export_repository, is_untouched
+
+logger = logging.get_logger(__name__)
+
+# Left in the repository by an earlier push, they would be loaded beside, or in place of, the new weights.
+STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json"]
+
+
+class HubPushError(RuntimeError):
+    """A push that a hub refused, or that did not get through."""
+
+
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    processor: ProcessorMixin | None = None,
+    card=None,
+    **push_options,
+) -> CommitInfo:
+    """
+    Export a model into a temporary folder and push that (see [`push_folder`] for the options).
+
+    Args:
+        processor: Its [`COTSProcessor`]; by default the one beside which the model was loaded.
+        card: A `ModelCard` or its text; by default a short one without claims about training.
+
+    Raises `ValueError` without a processor, and what [`push_folder`] raises.
+    """
+    processor = processor_of(model) if processor is None else processor
+    repo_id = full_repo_id(repo_id, push_options.get("token"))
+    with tempfile.TemporaryDirectory() as folder:
+        export_repository(model, processor, folder, card=card, model_id=repo_id)
+        return push_folder(folder, repo_id, **push_options)
+
+
+def processor_of(model: PreTrainedModel) -> ProcessorMixin:
+    source = model.config.name_or_path
+    if not source:
+        raise ValueError("A repository needs the model's processor: push_to_hub(repo_id, processor=processor).")
+    # Code of the repository is run only where the model itself came as such, which its user then has agreed to.
+    is_remote = not os.path.isfile(Path(__file__).parent / "hub_handler.py")
+    options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": is_remote}
+    try:
+        return AutoProcessor.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no processor beside the model in {source}: push_to_hub(repo_id, processor=processor)."
+        ) from error
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    overwrite_card: bool = False,
+    commit_message: str = "Upload COTS model",
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """
+    Push a folder as one commit into a repository, which is created if there is none.
+
+    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files are not sent.
+
+    Args:
+        repo_id: `name` or `owner/name`.
+        private: Whether the repository is for its owner only; by default a new one is as the owner has set.
+        revision: Branch to push to, created if there is none; by default `main`.
+        tag: Name for this version, by which it is loaded later: `from_pretrained(repo_id, revision=tag)`.
+        overwrite_card: Replace the card in the repository even if it was edited.
+        token: In place of the one of the environment or of `hf auth login`.
+
+    Raises `ValueError` for a tag that exists, and for `private=True` with a repository that everybody sees;
+    [`HubPushError`] for a token that may not do this and for a network that fails. After that the same push can be
+    made again: large files that had arrived are not sent twice.
+    """
+    api = HfApi(token=token)
+    with _failures_explained(repo_id):
+        repo_id = open_repository(api, repo_id, private)
+        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
+            raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another, or delete that one first.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keeps_card = not overwrite_card and _has_edited_card(api, repo_id, revision)
+        if keeps_card:
+            logger.warning(f"{repo_id} keeps its own card, which was edited there; `overwrite_card` replaces it.")
+        # Not `upload_folder`, which splits an upload that takes minutes into several commits.
+        commit = api.create_commit(
+            repo_id,
+            _operations(api, Path(folder), repo_id, revision, skipped={CARD_NAME} if keeps_card else set()),
+            commit_message=commit_message,
+            revision=revision,
+        )
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+        return commit
+
+
+def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, skipped: set[str]) -> list:
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    # Not the hidden ones: what git and caches keep there is nobody else's business.
+    paths = {name.as_posix(): file for name, file in files.items() if not any(p[0] == "." for p in name.parts)}
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in paths and any(fnmatch(name, pattern) for pattern in STALE_WEIGHTS)
+    ]
+    added = [CommitOperationAdd(name, path) for name, path in paths.items() if name not in skipped]
+    return added + [CommitOperationDelete(name) for name in stale]
+
+
+def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+    """`repo_id` with its owner, which is the account of the token if none is named."""
+    if "/" in repo_id:
+        return repo_id
+    with _failures_explained(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Create a repository unless it is there; its full id. Raises `ValueError` where `private` is not what it is."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and everybody sees it: make it private in its settings first.")
+    return repo_id
+
+
+def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return False
+    path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=api.token)
+    return not is_untouched(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
+@contextmanager
+def _failures_explained(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:  # ours, and huggingface_hub's for an impossible repo_id
+        raise
+    except Exception as error:  # httpx's and huggingface_hub's own errors have no common class but this
+        raise HubPushError(_explain(repo_id, error)) from error
+
+
+def _explain(repo_id: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        return (
+            f"The hub did not let this account write to {repo_id} ({reason}). Log in with `hf auth login`, or set "
+            "HF_TOKEN or `token` to one with write access to that owner."
+        )
+    return (
+        f"The push to {repo_id} did not get through ({reason}). Push again when the network is back: nothing half is "
+        "visible in the repository, and large files that had arrived are not sent twice."
+    )
+
+
+__all__ = ["HubPushError", "full_repo_id", "push_folder", "push_model"]

@@ -1,0 +1,279 @@
+"""Pushing a complete repository through the real client: cards, tags, privacy, refusals, a network that vanishes."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CAPTIONS
+from hub_client import ClientError
+from hub_server import READ_TOKEN
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from without_package import run_without_package
+
+from modeling_cots import COTSForPreTraining, COTSModel, COTSProcessor
+from modeling_cots.hub_export import export_repository, mark_generated
+from modeling_cots.hub_push import push_folder
+
+pytest_plugins = ["hub_fixtures"]
+
+CARD = "---\npipeline_tag: zero-shot-image-classification\n---\n# Ours\n"
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tiny_processor, tmp_path) -> str:
+    """A pre-training checkpoint with its processor, which is no repository yet."""
+    torch.manual_seed(0)
+    COTSForPreTraining(tiny_config).save_pretrained(tmp_path / "checkpoint-7")
+    tiny_processor.save_pretrained(tmp_path / "checkpoint-7")
+    return str(tmp_path / "checkpoint-7")
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> str:
+    """A complete repository, to push as it is; with a hidden file, which stays here."""
+    export_repository(
+        COTSModel.from_pretrained(checkpoint), COTSProcessor.from_pretrained(checkpoint), tmp_path / "model"
+    )
+    (tmp_path / "model" / ".git").mkdir()
+    (tmp_path / "model" / ".git" / "config").write_text("mine")
+    return str(tmp_path / "model")
+
+
+# --- what clients do
+
+
+def push(folder: str, repo_id: str, **options) -> str:
+    return push_folder(folder, repo_id, **options).oid
+
+
+def push_model(model_class: str, source: str, repo_id: str, scale: float = 1.0, **options) -> str:
+    model = {"COTSModel": COTSModel, "COTSForPreTraining": COTSForPreTraining}[model_class].from_pretrained(source)
+    with torch.no_grad():
+        model.base_model.text_projection.weight.mul_(scale)
+    return model.push_to_hub(repo_id, **options).oid
+
+
+def push_model_without_processor(repo_id: str, config: dict) -> str:
+    from modeling_cots import COTSConfig
+
+    return COTSModel(COTSConfig(**config)).push_to_hub(repo_id).oid
+
+
+def push_with(token: str, folder: str, repo_id: str) -> str:
+    return push_folder(folder, repo_id, token=token).oid
+
+
+def impatiently(name: str, *args, **kwargs):
+    time.sleep = lambda seconds: None
+    return globals()[name](*args, **kwargs)
+
+
+def edit(repo_id: str, files: dict[str, str]) -> str:
+    operations = [CommitOperationAdd(path, content.encode()) for path, content in files.items()]
+    return HfApi().create_commit(repo_id, operations, commit_message="by hand").oid
+
+
+def read(repo_id: str, name: str, **kwargs) -> str:
+    return Path(hf_hub_download(repo_id, name, **kwargs)).read_text(encoding="utf-8")
+
+
+def facts(repo_id: str, **kwargs) -> dict:
+    model = HfApi().model_info(repo_id, **kwargs)
+    refs = HfApi().list_repo_refs(repo_id)
+    return {
+        "sha": model.sha,
+        "private": model.private,
+        "pipeline_tag": model.pipeline_tag,
+        "files": sorted(sibling.rfilename for sibling in model.siblings),
+        "tags": {ref.name: ref.target_commit for ref in refs.tags},
+        "num_commits": len(HfApi().list_repo_commits(repo_id)),
+    }
+
+
+def files_of(folder: str) -> list[str]:
+    root = Path(folder)
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    return sorted([*(name for name in names if not name.startswith(".git/")), ".gitattributes"])
+
+
+# --- push, tag, pull by revision
+
+
+@pytest.mark.parametrize("model_class", ["COTSModel", "COTSForPreTraining"])
+def test_a_model_is_pushed_as_a_complete_repository(hub, checkpoint, folder, model_class):
+    repo_id = hub.new_repo_id()
+    commit = hub.run(push_model, model_class, checkpoint, repo_id, private=True, tag="v1.0")
+    found = hub.run(facts, repo_id)
+    assert found["files"] == files_of(folder)
+    assert found["sha"] == commit and found["tags"] == {"v1.0": commit} and found["private"] is True
+    assert found["pipeline_tag"] == "zero-shot-image-classification"
+    card = hub.run(read, repo_id, "README.md")
+    assert f'from_pretrained("{repo_id}", trust_remote_code=True)' in card
+
+
+def test_a_version_is_pulled_by_its_tag_where_the_package_is_not(hub, checkpoint, folder, tmp_path):
+    """Model, processor and sentence-transformers, as remote code from the server; then pushed on from there."""
+    repo_id, second_id = hub.new_repo_id(), hub.new_repo_id()
+    hub.run(push_model, "COTSModel", checkpoint, repo_id, tag="v1.0")
+    hub.run(push_model, "COTSModel", checkpoint, repo_id, scale=-1.0)
+    code = f"""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+
+    for revision in ("v1.0", "main"):
+        options = {{"revision": revision, "trust_remote_code": True}}
+        model = AutoModel.from_pretrained({repo_id!r}, **options).eval()
+        processor = AutoProcessor.from_pretrained({repo_id!r}, **options)
+        inputs = processor(text={CAPTIONS!r}, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            answer[revision] = model.encode_text(**inputs).tolist()
+        sentences = SentenceTransformer({repo_id!r}, device="cpu", **options).encode({CAPTIONS!r})
+        answer["sentences " + revision] = sentences.tolist()
+    answer["pushed"] = model.push_to_hub({second_id!r}).oid
+    """
+    answer = run_without_package(code, tmp_path, hub.environment())
+    model, processor = COTSModel.from_pretrained(folder).eval(), COTSProcessor.from_pretrained(folder)
+    inputs = processor(text=CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    for revision, scale in (("v1.0", 1.0), ("main", -1.0)):
+        with torch.no_grad():
+            model.text_projection.weight.mul_(scale)
+            expected = model.encode_text(**inputs)
+        for name in (revision, f"sentences {revision}"):
+            torch.testing.assert_close(torch.tensor(answer[name]), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(torch.tensor(answer["v1.0"]), torch.tensor(answer["main"]), atol=1e-3)
+    found = hub.run(facts, second_id)
+    assert found["sha"] == answer["pushed"] and found["files"] == files_of(folder)
+
+
+def test_a_branch_is_made_and_main_stays(hub, folder):
+    repo_id = hub.new_repo_id()
+    first = hub.run(push, folder, repo_id)
+    Path(folder, "requirements.txt").write_text("other")
+    second = hub.run(push, folder, repo_id, revision="trial")
+    assert hub.run(facts, repo_id)["sha"] == first
+    assert hub.run(facts, repo_id, revision="trial")["sha"] == second
+    assert hub.run(read, repo_id, "requirements.txt", revision="trial") == "other"
+
+
+def test_old_shards_do_not_stay_beside_new_weights(hub, folder):
+    repo_id = hub.new_repo_id()
+    hub.run(push, folder, repo_id)
+    stale = {"model-00001-of-00002.safetensors": "old", "model.safetensors.index.json": "{}", "notes.txt": "mine"}
+    hub.run(edit, repo_id, stale)
+    Path(folder, "requirements.txt").write_text("other")
+    hub.run(push, folder, repo_id)
+    assert hub.run(facts, repo_id)["files"] == sorted([*files_of(folder), "notes.txt"])
+
+
+# --- cards
+
+
+def test_an_edited_card_stays_and_a_generated_one_is_replaced(hub, folder):
+    repo_id = hub.new_repo_id()
+    for version in ("first", "second"):
+        Path(folder, "README.md").write_text(mark_generated(CARD + version))
+        hub.run(push, folder, repo_id)
+        assert version in hub.run(read, repo_id, "README.md")
+
+    edited = hub.run(read, repo_id, "README.md").replace("# Ours", "# By hand")
+    hub.run(edit, repo_id, {"README.md": edited})
+    Path(folder, "README.md").write_text(mark_generated(CARD + "third"))
+    Path(folder, "requirements.txt").write_text("other")
+    hub.run(push, folder, repo_id)
+    assert hub.run(read, repo_id, "README.md") == edited
+    assert hub.run(read, repo_id, "requirements.txt") == "other"
+    hub.run(push, folder, repo_id, overwrite_card=True)
+    assert "third" in hub.run(read, repo_id, "README.md")
+
+
+def test_a_given_card_is_pushed_as_it_is(hub, checkpoint):
+    repo_id = hub.new_repo_id()
+    hub.run(push_model, "COTSModel", checkpoint, repo_id, card=CARD)
+    assert hub.run(read, repo_id, "README.md") == CARD
+
+
+# --- refusals
+
+
+def test_refuses_a_tag_that_exists_before_anything_is_sent(hub, folder):
+    repo_id = hub.new_repo_id()
+    first = hub.run(push, folder, repo_id, tag="v1")
+    Path(folder, "requirements.txt").write_text("other")
+    with pytest.raises(ClientError, match="^ValueError: .*has a tag 'v1' already"):
+        hub.run(push, folder, repo_id, tag="v1")
+    found = hub.run(facts, repo_id)
+    assert found["sha"] == first and found["tags"] == {"v1": first}
+
+
+def test_refuses_to_put_what_is_private_where_everybody_sees_it(hub, folder):
+    repo_id = hub.new_repo_id()
+    first = hub.run(push, folder, repo_id, private=False)
+    Path(folder, "requirements.txt").write_text("other")
+    with pytest.raises(ClientError, match="^ValueError: .*everybody sees it"):
+        hub.run(push, folder, repo_id, private=True)
+    assert hub.run(facts, repo_id)["sha"] == first
+
+
+def test_refuses_an_impossible_name_and_a_model_without_a_processor(hub, folder, tiny_config, checkpoint):
+    with pytest.raises(ClientError, match="^HFValidationError"):
+        hub.run(push, folder, "no such/name/at all")
+    with pytest.raises(ClientError, match=r"^ValueError: .*processor=processor"):
+        hub.run(push_model_without_processor, hub.new_repo_id(), tiny_config.to_dict())
+    Path(checkpoint, "processor_config.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(checkpoint, name).unlink()
+    with pytest.raises(ClientError, match=r"^ValueError: There is no processor beside the model"):
+        hub.run(push_model, "COTSModel", checkpoint, hub.new_repo_id())
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", READ_TOKEN])
+def test_a_token_that_may_not_write_is_refused_in_plain_words(own_hub, folder, token):
+    repo_id = own_hub.new_repo_id()
+    for _ in range(2):  # without a repository, then with one
+        with pytest.raises(ClientError, match=r"^HubPushError: .*did not let this account write.*HF_TOKEN") as error:
+            own_hub.run(push_with, token, folder, repo_id)
+        assert token not in str(error.value)
+        own_hub.run(push, folder, repo_id)
+
+
+# --- a network that fails
+
+
+@pytest.mark.parametrize("during", ["PUT", "POST .*/commit/", "POST .*/preupload/", "POST /api/repos/create"])
+def test_a_push_through_a_vanished_network_says_so_and_can_be_made_again(own_hub, folder, during):
+    repo_id = own_hub.new_repo_id()
+    network = own_hub.server.network
+    network.vanish_after(50_000 if during == "PUT" else 10, during)
+    with pytest.raises(ClientError, match=r"^HubPushError: .*did not get through.*Push again") as error:
+        own_hub.run(impatiently, "push", folder, repo_id)
+    assert network.is_down and own_hub.token not in str(error.value)
+
+    network.come_back()
+    network.requests.clear()
+    commit = own_hub.run(push, folder, repo_id, tag="v1")
+    found = own_hub.run(facts, repo_id)
+    assert found["files"] == files_of(folder)
+    assert found["sha"] == commit and found["tags"] == {"v1": commit} and found["num_commits"] == 2
+    num_uploads = sum(request.method == "PUT" for request in network.requests)
+    assert num_uploads == (0 if "commit" in during else 1)  # the weights, which had arrived in one of the cases
+
+
+def test_a_tag_that_did_not_get_through_is_set_by_the_same_push(own_hub, folder):
+    repo_id = own_hub.new_repo_id()
+    own_hub.server.network.vanish_after(0, "POST .*/tag/")
+    with pytest.raises(ClientError, match="^HubPushError"):
+        own_hub.run(impatiently, "push", folder, repo_id, tag="v1")
+    own_hub.server.network.come_back()
+    commit = own_hub.run(push, folder, repo_id, tag="v1")
+    found = own_hub.run(facts, repo_id)
+    assert found["tags"] == {"v1": commit} and found["num_commits"] == 2
+
+
+def test_what_is_pushed_names_no_folder_of_the_machine(hub, folder, tmp_path):
+    repo_id = hub.new_repo_id()
+    hub.run(push_model, "COTSModel", folder, repo_id)
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json", "README.md"):
+        assert str(tmp_path) not in hub.run(read, repo_id, name)
+    assert json.loads(hub.run(read, repo_id, "config.json"))["model_type"] == "cots"
