@@ -9,59 +9,26 @@ of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. 
 that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what resuming needs.
 """
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
-from modeling_cots.building import (
-    build_config,
-    build_image_tokenizer,
-    build_model,
-    build_processor,
-    build_tokenizer,
-)
 from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.datasets_opening import open_dataset
-from modeling_cots.image_reading import check_readable
 from modeling_cots.reporting import format_example_retrievals, format_recall
+from modeling_cots.script_steps import (
+    DataArguments,
+    ModelArguments,
+    build_parts,
+    find_checkpoint,
+    open_split,
+    read_config,
+)
 
 
 @dataclass
-class ScriptArguments:
-    dataset: str = field(
-        metadata={
-            "help": "`scenes` (built in), a Hub id, a folder of images with metadata.jsonl or metadata.csv, or "
-            ".parquet, .jsonl, .csv or WebDataset .tar files."
-        }
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(
-        default="validation", metadata={"help": "Split to measure retrieval on; `none` to measure nothing."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the captions, one or a list for each image; found if not given."}
-    )
-    model: str | None = field(default=None, metadata={"help": "A COTS checkpoint to go on from (Hub id or folder)."})
-    text_model: str | None = field(default=None, metadata={"help": "A pre-trained text encoder (Hub id or folder)."})
-    vision_model: str | None = field(
-        default=None, metadata={"help": "A pre-trained vision encoder (Hub id, folder, or timm/NAME)."}
-    )
-    model_config: str | None = field(
-        default=None, metadata={"help": "A JSON file of COTSConfig fields for what is not pre-trained."}
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or folder; by default the text model's, or one trained on the captions."},
-    )
-    image_tokenizer: str = field(
-        default="facebook/flava-image-codebook",
-        metadata={"help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook."},
-    )
-    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
+class ScriptArguments(ModelArguments, DataArguments):
+    """Paths and columns; the data set comes first, as it alone has no default."""
 
 
 def main() -> None:
@@ -69,41 +36,16 @@ def main() -> None:
     set_seed(args.seed)
 
     # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
-    config = build_config(
-        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
-    )
+    config = read_config(script_args)
 
     # 2. The data.
-    columns = {"image_column": script_args.image_column, "caption_column": script_args.caption_column}
-    opening = {"seed": args.data_seed, "image_size": config.image_size[0], **columns}
-    train_dataset = open_dataset(script_args.dataset, script_args.train_split, **opening)
-    check_readable(train_dataset)
-    eval_dataset = None
-    if script_args.eval_split not in (None, "none"):
-        eval_dataset = open_dataset(script_args.dataset, script_args.eval_split, **opening)
-        check_readable(eval_dataset)
+    opening = {"image_size": config.image_size[0], "seed": args.data_seed}
+    train_dataset = open_split(script_args, script_args.train_split, **opening)
+    eval_dataset = open_split(script_args, script_args.eval_split, **opening)
 
     # 3. Tokenizers, model and processor, made to agree.
-    tokenizer = build_tokenizer(
-        script_args.tokenizer or script_args.model,
-        script_args.text_model,
-        train_dataset.iter_captions(),
-        script_args.max_text_length,
-        config.text_config.vocab_size,
-    )
-    processor = build_processor(config, tokenizer, script_args.vision_model)
-    image_tokenizer = None
-    if args.cmvm_weight > 0:
-        image_tokenizer = build_image_tokenizer(script_args.image_tokenizer, processor, config.image_vocab_size)
-    model = build_model(
-        model=script_args.model,
-        text_model=script_args.text_model,
-        vision_model=script_args.vision_model,
-        config=config,
-        num_word_pieces=len(tokenizer),
-        num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
-        max_text_length=script_args.max_text_length,
-    )
+    parts = build_parts(script_args, config, args, train_dataset)
+    model, processor = parts.model, parts.processor
 
     # 4. Training.
     trainer = COTSTrainer(
@@ -112,14 +54,10 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        image_tokenizer=image_tokenizer,
+        image_tokenizer=parts.image_tokenizer,
         max_text_length=script_args.max_text_length,
     )
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "latest":
-        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {args.output_dir}: a new run.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
 
     # 5. What was learnt, and the folder to share.
     if eval_dataset is not None:

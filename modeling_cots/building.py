@@ -125,6 +125,8 @@ def build_model(
         built = COTSForPreTraining(config)
     else:
         built = _from_encoders(text_model, vision_model, config, num_word_pieces, num_image_tokens)
+        if config._attn_implementation is not None:  # of the configuration file; encoders come with their own
+            built.set_attn_implementation(config._attn_implementation)
     vocab_size = built.config.text_config.vocab_size
     if num_word_pieces > vocab_size:
         raise ValueError(

@@ -8,15 +8,17 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = None) -> tuple:
+def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = None, defaults: dict | None = None):
     """
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
-    The first argument may be a YAML file of options; options on the command line win over it. Raises `ValueError` for
-    a file that is not there and for an option in it that does not exist.
+    The first argument may be a YAML file of options; options on the command line win over it, and both over
+    `defaults`, which replace those of the dataclasses. Raises `ValueError` for a file that is not there and for an
+    option in it that does not exist.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types)
+    parser.set_defaults(**(defaults or {}))
     if argv and not argv[0].startswith("-"):
         parser.set_defaults(**_read_options(Path(argv.pop(0)), dataclass_types))
     for action in parser._actions:  # what the file gives is no longer required on the command line

@@ -221,16 +221,23 @@ class COTSEvaluationCollator:
                 self.report.add(item["name"], error)
                 images.append(Image.new("RGB", (1, 1)))
                 valid.append(False)
-        captions = [caption for item in items for caption in item["captions"]]
-        tokens = tokenize(self.tokenizer, captions, self.max_text_length)
         return {
             "pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
-            "pair_ids": torch.tensor([item["pair_id"] for item in items]),
             "valid": torch.tensor(valid),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "caption_pair_ids": torch.tensor([item["pair_id"] for item in items for _ in item["captions"]]),
+            **caption_batch(items, self.tokenizer, self.max_text_length),
         }
+
+
+def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[str, torch.Tensor]:
+    """All C captions of B items: input_ids, attention_mask (C, L), caption_pair_ids (C,); and pair_ids (B,)."""
+    captions = [caption for item in items for caption in item["captions"]]
+    tokens = tokenize(tokenizer, captions, max_text_length)
+    return {
+        "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "caption_pair_ids": torch.tensor([item["pair_id"] for item in items for _ in item["captions"]]),
+    }
 
 
 def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, torch.Tensor]:
@@ -246,19 +253,24 @@ def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, 
 
 
 class SkipReport:
-    """Names every picture that cannot be read, once each and up to a hundred; the trainer's log counts all."""
+    """Names every picture that cannot be read, once each and up to a hundred; the trainer's log counts all.
 
-    def __init__(self):
+    Args:
+        kind: What is skipped, in the messages.
+    """
+
+    def __init__(self, kind: str = "image"):
+        self.kind = kind
         self.names: set[str] = set()
 
     def add(self, name: str, error: Exception) -> None:
-        """Report the picture called `name`."""
+        """Report the one called `name`."""
         if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
             return
         self.names.add(name)
-        logger.warning(f"Skipped the image {name}, which cannot be read ({error}).")
+        logger.warning(f"Skipped the {self.kind} {name}, which cannot be read ({error}).")
         if len(self.names) == MAX_REPORTED_NAMES:
-            logger.warning("Further images that cannot be read are counted, but no longer named.")
+            logger.warning(f"Further {self.kind}s that cannot be read are counted, but no longer named.")
 
 
 __all__ = ["COTSDataCollator", "COTSEvaluationCollator", "build_image_transform"]

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from .karpathy_files import is_karpathy, load_karpathy
 from .pair_files import load_rows
 from .pair_items import EpochSeeds
 
@@ -32,6 +33,7 @@ def open_pairs(
     dataset: str,
     split: str,
     *,
+    image_folder: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
     seed: int = 0,
@@ -45,8 +47,10 @@ def open_pairs(
 
     Args:
         dataset: A Hub id; a folder of images with metadata.jsonl or metadata.csv; a file, folder or glob of .parquet,
-            of WebDataset .tar shards, or of .jsonl, .json, .csv with image paths relative to that file.
+            of WebDataset .tar shards, or of .jsonl, .json, .csv with image paths relative to that file; Flickr8k,
+            Flickr30k or COCO in Karpathy's form (`load_karpathy`).
         split: Its name, with a slice of rows if wanted ("train[:1000]"). A single file is the split itself.
+        image_folder: Where the images of Karpathy's form are, if not beside its file; for no other form.
         image_column: By default the first that is there of image, file_name, jpg, jpeg, png, webp. It holds images,
             bytes, or paths.
         caption_column: By default the first that is there of caption, captions, text, txt, json. It holds a string or
@@ -56,7 +60,12 @@ def open_pairs(
     Raises `ValueError` for a data set, split or column that is not there, an empty data set, captions that are no
     strings, images that are none, image paths that leave the folder, and a folder where none of the images exists.
     """
-    rows, root = load_rows(dataset, split)
+    if is_karpathy(dataset):
+        rows, root = load_karpathy(dataset, split, image_folder)
+    elif image_folder is not None:
+        raise ValueError(f"image_folder is for Karpathy's form (dataset_flickr30k.json, ...), not for {dataset!r}.")
+    else:
+        rows, root = load_rows(dataset, split)
     if len(rows) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty.")
     if "file_name" in rows.column_names and "image" not in rows.column_names:

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from .data_collator import COTSEvaluationCollator
 from .retrieval_metrics import retrieval_metrics
+from .video_collator import COTSVideoEvaluationCollator, holds_videos
 
 
 @dataclass
 class PairEmbeddings:
-    """Unit-length embeddings of a data set of N readable images with C captions; equal ids belong together.
+    """Unit-length embeddings of a data set of N readable images or videos with C captions; equal ids belong together.
 
     Args:
         image_embeds: (N, d) float32.
@@ -37,16 +38,18 @@ class PairEmbeddings:
 @torch.no_grad()
 def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True):
     """
-    Embed all images and captions of `dataset` (items as `open_pairs` gives them) with a [`COTSModel`].
+    Embed all images or videos, and captions, of `dataset` (items as `open_pairs` or `open_videos` gives them) with a
+    [`COTSModel`].
 
     Returns [`PairEmbeddings`] on the CPU, the same on every process. Raises `ValueError` if no image could be read.
     """
+    collator_class = COTSVideoEvaluationCollator if holds_videos(dataset) else COTSEvaluationCollator
     share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     loader = DataLoader(
         share,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=COTSEvaluationCollator(processor, max_text_length=max_text_length),
+        collate_fn=collator_class(processor, max_text_length=max_text_length),
     )
     was_training = model.training
     model.eval()
@@ -69,7 +72,10 @@ def _embed_batch(model, batch: dict) -> tuple[torch.Tensor, ...]:
     if not readable.any():
         empty = torch.empty(0, model.config.projection_dim)
         return empty, empty, batch["pair_ids"][readable].cpu(), batch["caption_pair_ids"][described].cpu()
-    image_embeds = model.encode_image(batch["pixel_values"][readable])
+    if "pixel_values_videos" in batch:
+        image_embeds = model.encode_video(batch["pixel_values_videos"][readable])
+    else:
+        image_embeds = model.encode_image(batch["pixel_values"][readable])
     text_embeds = model.encode_text(batch["input_ids"][described], batch["attention_mask"][described])
     parts = image_embeds, text_embeds, batch["pair_ids"][readable], batch["caption_pair_ids"][described]
     return tuple(part.cpu() for part in parts)
@@ -84,9 +90,12 @@ def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
 
 
 def evaluate_retrieval(
-    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True
+    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True, protocol=None
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`."""
+    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`.
+
+    `protocol`, one of `PROTOCOLS`, counts only where its whole test set could be read: see `skipped_images`.
+    """
     embeds = embed_pairs(
         model,
         dataset,
@@ -97,7 +106,13 @@ def evaluate_retrieval(
         num_workers=num_workers,
         progress=progress,
     )
-    metrics = retrieval_metrics(embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids)
+    metrics = retrieval_metrics(
+        embeds.image_embeds,
+        embeds.text_embeds,
+        embeds.image_ids,
+        embeds.text_ids,
+        protocol=protocol if embeds.num_skipped_images == 0 else None,
+    )
     if embeds.num_skipped_images > 0:
         metrics["skipped_images"] = embeds.num_skipped_images
     return metrics

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
@@ -25,14 +24,18 @@ from .encoders_cots import (
     max_text_length,
 )
 from .hub_push import push_model
+from .similarities_cots import frames_of, image_text_contrastive_loss, image_text_logits, masked_mean, unit_length
 
 logger = logging.get_logger(__name__)
+
+# Frames that run through the encoder together where no gradient is wanted: a batch of videos is many pictures.
+FRAMES_AT_A_TIME = 64
 
 
 @dataclass
 class COTSOutput(ModelOutput):
     """
-    Output of [`COTSModel`]. B images, C texts, d = `projection_dim`.
+    Output of [`COTSModel`]. B images or videos, C texts, d = `projection_dim`.
 
     Args:
         loss (`torch.Tensor` of shape `()`, with `return_loss=True`):
@@ -40,7 +43,7 @@ class COTSOutput(ModelOutput):
         logits_per_image (`torch.Tensor` of shape `(B, C)`, float32):
             Cosine similarities of images and texts, divided by the temperature.
         logits_per_text (`torch.Tensor` of shape `(C, B)`, float32):
-            Its transpose.
+            Its transpose, or that of `logits_per_video`.
         text_embeds (`torch.Tensor` of shape `(C, d)`, float32):
             Unit-length text embeddings.
         image_embeds (`torch.Tensor` of shape `(B, d)`, float32):
@@ -49,6 +52,12 @@ class COTSOutput(ModelOutput):
             What `get_text_features` returns.
         vision_model_output (`BaseModelOutputWithPooling`):
             What `get_image_features` returns.
+        logits_per_video (`torch.Tensor` of shape `(B, C)`, float32):
+            As `logits_per_image`, of videos.
+        video_embeds (`torch.Tensor` of shape `(B, d)`, float32):
+            Unit-length video embeddings.
+        video_model_output (`BaseModelOutputWithPooling`):
+            What `get_video_features` returns.
     """
 
     loss: torch.Tensor | None = None
@@ -58,26 +67,12 @@ class COTSOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
+    logits_per_video: torch.Tensor | None = None
+    video_embeds: torch.Tensor | None = None
+    video_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens that `attention_mask` (B, L) keeps, of `hidden_states` (B, L, H): (B, H).
-
-    The global text feature of COTS (supplement): all text tokens, padding excluded.
-    """
-    if attention_mask is None:
-        return hidden_states.mean(dim=1)
-    weights = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
-    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-
-def image_text_contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
-    """Mean of the image-to-text and text-to-image cross-entropies of (B, B) logits, pairs on the diagonal."""
-    targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_image.t(), targets)) / 2
 
 
 class COTSPreTrainedModel(PreTrainedModel):
@@ -86,7 +81,7 @@ class COTSPreTrainedModel(PreTrainedModel):
     config: COTSConfig
     base_model_prefix = "cots"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text", "video")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -257,6 +252,26 @@ class COTSModel(COTSPreTrainedModel):
         outputs.pooler_output = self.vision_projection(outputs.pooler_output)
         return outputs
 
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Video features of B videos of T frames, (B, T, 3, H, W): `last_hidden_state` (B, T, 1 + patches, vision hidden
+        size) and, in `pooler_output` (B, `projection_dim`), the mean of the frames' unit-length embeddings, *not*
+        normalised again (COTS, supplement). Hidden states and attentions are the frames', one after the other (B * T).
+        Frames are encoded apart, so their order counts for nothing. For embeddings see `encode_video`.
+        """
+        frames = frames_of(pixel_values_videos)
+        outputs = self.get_image_features(frames, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
+        shape = pixel_values_videos.shape[:2]
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, shape)
+        outputs.pooler_output = unit_length(outputs.pooler_output).unflatten(0, shape).mean(dim=1)
+        return outputs
+
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """Unit-length text embeddings (B, `projection_dim`), float32, of token ids (B, L)."""
         return unit_length(
@@ -266,6 +281,16 @@ class COTSModel(COTSPreTrainedModel):
     def encode_image(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Unit-length image embeddings (B, `projection_dim`), float32, of pixels (B, 3, H, W)."""
         return unit_length(self.get_image_features(pixel_values, **{**kwargs, "return_dict": True}).pooler_output)
+
+    def encode_video(self, pixel_values_videos: torch.Tensor, **kwargs) -> torch.Tensor:
+        """
+        Unit-length video embeddings (B, `projection_dim`), float32, of frames (B, T, 3, H, W): the mean of the frames'
+        embeddings, made unit length again. Without gradients `FRAMES_AT_A_TIME` frames are encoded at a time.
+        """
+        frames = frames_of(pixel_values_videos)
+        parts = [frames] if torch.is_grad_enabled() else frames.split(FRAMES_AT_A_TIME)
+        frame_embeds = torch.cat([self.encode_image(part, **kwargs) for part in parts])
+        return unit_length(frame_embeds.unflatten(0, pixel_values_videos.shape[:2]).mean(dim=1))
 
     @can_return_tuple
     def forward(
@@ -277,10 +302,11 @@ class COTSModel(COTSPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        pixel_values_videos: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | COTSOutput:
         """
-        Embed texts, images or both; with both, also compare every image with every text.
+        Embed texts, and images or videos; with both, also compare every image or video with every text.
 
         Args:
             input_ids (`torch.Tensor` of shape `(C, L)`, *optional*): Token ids.
@@ -288,41 +314,45 @@ class COTSModel(COTSPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(C, L)`, *optional*): 1 for tokens, 0 for padding.
             return_loss (`bool`, *optional*): Fill `loss`; image i and text i are a pair, so B = C.
             interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.
+            pixel_values_videos (`torch.Tensor` of shape `(B, T, 3, H, W)`, *optional*): Frames, in place of images.
 
-        Raises `ValueError` without any input, and for `return_loss` without both.
+        Raises `ValueError` without any input, for images and videos at once, and for `return_loss` without pairs.
         """
-        if input_ids is None and pixel_values is None:
-            raise ValueError("COTSModel needs `input_ids`, `pixel_values` or both.")
-        if return_loss and (input_ids is None or pixel_values is None):
-            raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
+        has_pixels = pixel_values is not None or pixel_values_videos is not None
+        if pixel_values is not None and pixel_values_videos is not None:
+            raise ValueError("COTSModel takes `pixel_values` or `pixel_values_videos`, not both in one call.")
+        if input_ids is None and not has_pixels:
+            raise ValueError("COTSModel needs `input_ids`, `pixel_values` or both (or `pixel_values_videos`).")
+        if return_loss and (input_ids is None or not has_pixels):
+            raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values` or `pixel_values_videos`.")
         output = COTSOutput()
         kwargs["return_dict"] = True
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
             output.vision_model_output = image_features
             output.image_embeds = unit_length(image_features.pooler_output)
+        if pixel_values_videos is not None:
+            video_features = self.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            output.video_model_output = video_features
+            output.video_embeds = unit_length(video_features.pooler_output)
         if input_ids is not None:
             text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
             output.text_model_output = text_features
             output.text_embeds = unit_length(text_features.pooler_output)
-        if output.image_embeds is not None and output.text_embeds is not None:
-            text_embeds = output.text_embeds.to(output.image_embeds.device)
-            output.logits_per_image = image_text_logits(output.image_embeds, text_embeds, self.config.temperature)
-            output.logits_per_text = output.logits_per_image.t()
-            if return_loss:
-                output.loss = image_text_contrastive_loss(output.logits_per_image)
+        if has_pixels and input_ids is not None:
+            self._compare(output, return_loss)
         return COTSOutput(**output)  # in the order of the fields, whatever the order of the assignments above
 
-
-def unit_length(features: torch.Tensor) -> torch.Tensor:
-    """L2-normalise the rows of `features` (B, d) in float32, whatever precision the model runs in."""
-    return F.normalize(features.float(), dim=-1)
-
-
-def image_text_logits(image_embeds: torch.Tensor, text_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Similarities (B, C) of unit-length embeddings (B, d) and (C, d) over the temperature, float32 under autocast."""
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        return image_embeds @ text_embeds.t() / temperature
+    def _compare(self, output: COTSOutput, return_loss: bool | None) -> None:
+        """Fill the logits of an output that holds texts and images or videos, and, if asked for, the loss."""
+        is_video = output.image_embeds is None
+        visual_embeds = output.video_embeds if is_video else output.image_embeds
+        text_embeds = output.text_embeds.to(visual_embeds.device)
+        logits = image_text_logits(visual_embeds, text_embeds, self.config.temperature)
+        output["logits_per_video" if is_video else "logits_per_image"] = logits
+        output.logits_per_text = logits.t()
+        if return_loss:
+            output.loss = image_text_contrastive_loss(logits)
 
 
 __all__ = ["COTSModel", "COTSOutput", "COTSPreTrainedModel"]

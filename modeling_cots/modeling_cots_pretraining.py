@@ -16,7 +16,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_cots import COTSConfig
-from .modeling_cots import COTSModel, COTSPreTrainedModel, unit_length
+from .modeling_cots import COTSModel, COTSPreTrainedModel
+from .similarities_cots import unit_length
 
 
 @dataclass
@@ -26,7 +27,7 @@ class COTSForPreTrainingOutput(ModelOutput):
 
     Args:
         image_embeds (`torch.Tensor` of shape `(B, d)`, float32):
-            Unit-length embeddings of the unmasked images.
+            Unit-length embeddings of the unmasked images, or of the videos in their place.
         text_embeds (`torch.Tensor` of shape `(B, d)`, float32):
             Unit-length embeddings of the unmasked texts.
         image_token_logits (`torch.Tensor` of shape `(masked patches, image_vocab_size)`, with `bool_masked_pos`):
@@ -37,6 +38,7 @@ class COTSForPreTrainingOutput(ModelOutput):
             Output of the text encoder for the unmasked texts, with the global text feature as `pooler_output`.
         vision_model_output (`BaseModelOutputWithPooling`):
             Output of the vision encoder for the unmasked images, with the global image feature as `pooler_output`.
+            With videos both are what `COTSModel.get_video_features` and `get_text_features` return.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -100,13 +102,14 @@ class COTSForPreTraining(COTSPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         masked_input_ids: torch.Tensor | None = None,
         masked_token_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        pixel_values_videos: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | COTSForPreTrainingOutput:
         """
@@ -114,7 +117,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, L)`): Token ids.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalised pixels.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
             bool_masked_pos (`torch.Tensor` of shape `(B, patches)`, *optional*):
                 Patches to hide from the masked pass and to predict. Without it there is no masked pass of images.
@@ -123,12 +126,28 @@ class COTSForPreTraining(COTSPreTrainedModel):
             masked_token_pos (`torch.Tensor` of shape `(B, L)`, bool, required with `masked_input_ids`):
                 Tokens to predict.
             interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.
+            pixel_values_videos (`torch.Tensor` of shape `(B, T, 3, H, W)`, *optional*):
+                Frames of videos, in place of `pixel_values`. Videos have no masked passes.
 
-        Raises `ValueError` for only one of `masked_input_ids` and `masked_token_pos`.
+        Raises `ValueError` for only one of `masked_input_ids` and `masked_token_pos`, for images and videos at once or
+        neither, and for masks with videos.
         """
+        if (pixel_values is None) == (pixel_values_videos is None):
+            raise ValueError("Give `pixel_values` or `pixel_values_videos`, one of the two.")
         if (masked_input_ids is None) != (masked_token_pos is None):
             raise ValueError("`masked_input_ids` and `masked_token_pos` go together.")
         kwargs["return_dict"] = True
+        if pixel_values_videos is not None:
+            if bool_masked_pos is not None or masked_input_ids is not None:
+                raise ValueError("Videos have no masked passes: leave out `bool_masked_pos` and `masked_input_ids`.")
+            vision_output = self.cots.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            text_output = self.cots.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+            return COTSForPreTrainingOutput(
+                image_embeds=unit_length(vision_output.pooler_output),
+                text_embeds=unit_length(text_output.pooler_output),
+                text_model_output=text_output,
+                vision_model_output=vision_output,
+            )
         vision_output = self.cots.run_vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )

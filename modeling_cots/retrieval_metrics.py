@@ -138,7 +138,7 @@ def retrieval_metrics(
     six recalls. Raises `ValueError` where the counts are not those of the protocol.
     """
     if protocol is not None:
-        _check_counts(protocol, len(image_embeds), len(text_embeds))
+        check_protocol(protocol, len(image_embeds), len(text_embeds))
     if protocol == "coco-1k":
         folds = _coco_folds(image_ids, text_ids)
         results = [
@@ -162,7 +162,8 @@ def chance_recall(k: int, num_candidates: int, num_relevant: int = 1) -> float:
     return 100.0 * (1 - miss)
 
 
-def _check_counts(protocol: str, num_images: int, num_texts: int) -> None:
+def check_protocol(protocol: str, num_images: int, num_texts: int) -> None:
+    """Raise `ValueError` for a name that is none of `PROTOCOLS`, and for other counts than it has."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"No protocol is called {protocol!r}; there are {', '.join(PROTOCOLS)}.")
     if (num_images, num_texts) != PROTOCOLS[protocol]:
@@ -212,6 +213,7 @@ __all__ = [
     "COTSRetrieval",
     "best_positive_ranks",
     "chance_recall",
+    "check_protocol",
     "rank_statistics",
     "retrieval_metrics",
 ]

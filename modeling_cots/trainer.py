@@ -30,7 +30,8 @@ from .momentum_state import MomentumState
 from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
 from .training_log import CollapseWatch, TrainingLog
-from .training_setup import check_setup, freeze_unused_parameters, hold_then_decay
+from .training_setup import build_video_collator, check_setup, freeze_unused_parameters, hold_then_decay
+from .video_collator import holds_videos
 
 logger = logging.get_logger(__name__)
 
@@ -42,12 +43,14 @@ class COTSTrainer(Trainer):
     Args:
         model ([`COTSForPreTraining`]): The model, already loaded.
         args ([`COTSTrainingArguments`]): Training arguments.
-        train_dataset: Items as `open_pairs` and `ScenesDataset` give them; one item an image.
+        train_dataset: Items as `open_pairs` and `ScenesDataset` give them, one item an image; or those of
+            `open_videos`, whose embeddings take the place of the images' in losses, queues and momentum copy.
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
             Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
+        eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
         data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
 
     Raises `ValueError` at construction for a model, tokenizer or launch mode that the method cannot work with.
@@ -63,13 +66,17 @@ class COTSTrainer(Trainer):
         *,
         image_tokenizer: ImageTokenizer | None = None,
         max_text_length: int = 64,
+        eval_protocol: str | None = None,
         data_collator=None,
         processing_class=None,
         **kwargs,
     ):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
-        if data_collator is None:
+        self.eval_protocol = eval_protocol
+        if data_collator is None and holds_videos(kwargs.get("train_dataset")):
+            data_collator = build_video_collator(args, processing_class, max_text_length)
+        elif data_collator is None:
             data_collator = self._build_collator(model, args, processing_class)
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -149,8 +156,8 @@ class COTSTrainer(Trainer):
 
     def _model_inputs(self, inputs: dict) -> dict:
         """The part of the batch that the model encodes; masked views only for the losses that are switched on."""
-        names = ["input_ids", "pixel_values", "attention_mask"]
-        model_inputs = {name: inputs[name] for name in names}
+        names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
+        model_inputs = {name: inputs[name] for name in names if name in inputs}
         if self.args.cmvm_weight > 0:
             model_inputs["bool_masked_pos"] = inputs["bool_masked_pos"]
         if self.args.cmlm_weight > 0:
@@ -162,7 +169,10 @@ class COTSTrainer(Trainer):
     def _momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         momentum_model = self.momentum_state.encoder.model
         with self.accelerator.autocast():
-            image_embeds = momentum_model.encode_image(inputs["pixel_values"])
+            if "pixel_values_videos" in inputs:
+                image_embeds = momentum_model.encode_video(inputs["pixel_values_videos"])
+            else:
+                image_embeds = momentum_model.encode_image(inputs["pixel_values"])
             text_embeds = momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         return image_embeds, text_embeds
 
@@ -267,6 +277,7 @@ class COTSTrainer(Trainer):
             max_text_length=self.max_text_length,
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
+            protocol=self.eval_protocol,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)

@@ -33,6 +33,7 @@ def build_card(trainer, model) -> ModelCard:
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
         metrics=metrics,
+        protocol=trainer.eval_protocol,
     )
 
 

@@ -1,4 +1,4 @@
-"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, the schedule."""
+"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ from transformers.trainer_utils import HubStrategy
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .training_args import COTSTrainingArguments
+from .video_collator import COTSVideoDataCollator
 
 
 def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: ImageTokenizer | None) -> None:
@@ -37,6 +38,21 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
     num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
     if num_words > vocab_size:
         raise ValueError(f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size}.")
+
+
+def build_video_collator(args: COTSTrainingArguments, processor, max_text_length: int) -> COTSVideoDataCollator:
+    """The collator of training videos. Raises `ValueError` for what is set and could do nothing for them."""
+    for name in ("cmvm_weight", "cmlm_weight"):
+        if getattr(args, name) > 0:
+            raise ValueError(f"Videos have no masked passes: set {name} to 0, got {getattr(args, name)}.")
+    if args.auto_augment is not None:
+        raise ValueError(f"auto_augment works on single pictures: leave it out for videos, got {args.auto_augment!r}.")
+    return COTSVideoDataCollator(
+        processor,
+        max_text_length=max_text_length,
+        min_crop_scale=args.min_crop_scale,
+        horizontal_flip=args.horizontal_flip,
+    )
 
 
 def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:
@@ -70,4 +86,4 @@ def hold_then_decay(num_training_steps: int, *, num_warmup_steps: int, num_hold_
     return factor
 
 
-__all__ = ["check_setup", "freeze_unused_parameters", "hold_then_decay"]
+__all__ = ["build_video_collator", "check_setup", "freeze_unused_parameters", "hold_then_decay"]

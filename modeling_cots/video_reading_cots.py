@@ -16,6 +16,10 @@ from transformers.video_utils import VideoMetadata
 
 # Containers that lead to the key frame before a given time; the others are decoded from their start.
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
+# Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
+MAX_FRAME_PIXELS = 7680 * 4320
+# Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
+MAX_FRAME_PIXELS = 7680 * 4320
 
 
 class UnreadableVideoError(ValueError):
@@ -54,7 +58,8 @@ def read_video(
 
     Returns frames (T, H, W, 3), uint8 RGB, and their `VideoMetadata`, as transformers' decoders do.
 
-    Raises [`UnreadableVideoError`] for a file of which no frame can be decoded.
+    Raises [`UnreadableVideoError`] for a file of which no frame can be decoded, and for frames of more than
+    `MAX_FRAME_PIXELS`.
     """
     requires_backends(read_video, ["av"])
     with _opened(path) as container:
@@ -94,8 +99,11 @@ def _picture_stream(container):
     if is_av_available():
         from av.stream import Disposition
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
-            return stream
+        if stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
+            continue
+        if stream.width * stream.height > MAX_FRAME_PIXELS:
+            raise UnreadableVideoError(f"Its frames have {stream.width} x {stream.height} pixels, above the limit.")
+        return stream
     raise UnreadableVideoError("The file has no video stream.")
 
 

@@ -9,7 +9,8 @@ import pytest
 from torch.utils.data import DataLoader
 from video_files import numbers_of, write_video
 
-from modeling_cots import datasets_videos
+from modeling_cots import datasets_moving_scenes, datasets_videos
+from modeling_cots.datasets_opening import open_video_dataset
 from modeling_cots.datasets_videos import open_videos
 from modeling_cots.video_reading_cots import read_video
 
@@ -262,3 +263,20 @@ def test_the_path_is_what_the_reader_takes(tmp_path):
     write_csv(tmp_path / "metadata.csv", [{"file_name": "a.mp4", "caption": "grey, lighter and lighter"}])
     frames, _ = read_video(open_videos(str(tmp_path), "train")[0]["video"])
     assert numbers_of(frames) == list(range(8))
+
+
+def test_moving_scenes_are_written_once_and_opened_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_moving_scenes, "SPLIT_SIZES", {"train": 3, "validation": 2})
+    folder = tmp_path / "generated"
+    opened = open_video_dataset("moving_scenes", "train", generated_folder=str(folder), image_size=48, seed=4)
+    assert (opened.name, len(opened)) == ("moving_scenes", 3)
+    frames, _ = read_video(opened[2]["video"])
+    assert frames.shape == (24, 48, 48, 3)
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = open_video_dataset("moving_scenes", "train", generated_folder=str(folder), image_size=48)
+    assert again.captions == opened.captions and again[0]["seed"] != opened[0]["seed"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
+    with pytest.raises(ValueError, match="moving_scenes is generated: leave out video_folder"):
+        open_video_dataset("moving_scenes", "train", generated_folder=str(folder), video_folder="videos")
+    mine = open_video_dataset(str(folder), "train", generated_folder="unused", protocol=None)
+    assert mine.name == "generated" and mine.captions == opened.captions

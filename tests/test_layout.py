@@ -19,6 +19,7 @@ HUB_CLOSURE = {
     "modeling_cots_pretraining",
     "pipeline_cots",
     "processing_cots",
+    "similarities_cots",
     "video_processing_cots",
     "video_reading_cots",
 }
@@ -37,6 +38,7 @@ TOOLS = {
 }
 HELPERS_OF_TOOLS = {
     "image_reading",
+    "karpathy_files",
     "msrvtt_files",
     "pair_files",
     "pair_items",
@@ -50,12 +52,15 @@ TRAINING = {
     "model_card",
     "reporting",
     "stock_exports",
+    "retrieval_results",
+    "script_steps",
     "trainer",
     "trainer_hub",
     "training_args",
     "training_cost",
     "training_log",
     "training_setup",
+    "video_collator",
 }
 ALLOWED = {
     **dict.fromkeys(HUB_CLOSURE, HUB_CLOSURE),

@@ -2,7 +2,6 @@
 `test_modeling_cots_common.py`."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import interpolate, pad
 from transformers import Trainer, TrainingArguments, pipeline
 
 from modeling_cots import COTSConfig, COTSModel
-from modeling_cots.modeling_cots import image_text_contrastive_loss, masked_mean
+from modeling_cots.similarities_cots import image_text_contrastive_loss
 
 
 @pytest.fixture
@@ -54,42 +53,11 @@ def test_embeddings_have_unit_length(model, tiny_inputs):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(4))
 
 
-def test_loss_equals_its_definition():
-    logits = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.3], [1.5, -0.2, 0.7]])
-    expected = 0.0
-    for i in range(3):
-        row, column = logits[i].tolist(), logits[:, i].tolist()
-        for scores in (row, column):
-            expected -= math.log(math.exp(scores[i]) / sum(math.exp(score) for score in scores)) / 6
-    assert image_text_contrastive_loss(logits).item() == pytest.approx(expected, abs=1e-6)
-    assert image_text_contrastive_loss(logits.t()).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_loss_is_at_chance_on_equal_logits_and_zero_on_perfect_ones():
-    assert image_text_contrastive_loss(torch.full((8, 8), 3.0)).item() == pytest.approx(math.log(8))
-    assert image_text_contrastive_loss(100 * torch.eye(8)).item() == pytest.approx(0.0, abs=1e-6)
-
-
 @torch.no_grad()
 def test_return_loss_is_the_loss_of_the_logits(model, tiny_inputs):
     output = model(**tiny_inputs, return_loss=True)
     torch.testing.assert_close(output.loss, image_text_contrastive_loss(output.logits_per_image))
     assert model(**tiny_inputs).loss is None
-
-
-def test_masked_mean_equals_a_loop():
-    hidden_states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]])
-    result = masked_mean(hidden_states, attention_mask)
-    for i in range(3):
-        kept = [hidden_states[i, j] for j in range(5) if attention_mask[i, j]]
-        torch.testing.assert_close(result[i], sum(kept) / len(kept))
-    torch.testing.assert_close(masked_mean(hidden_states, None), masked_mean(hidden_states, torch.ones(3, 5)))
-    torch.testing.assert_close(masked_mean(hidden_states, attention_mask.bool()), result)
-
-
-def test_masked_mean_of_nothing_is_zero():
-    assert masked_mean(torch.ones(1, 2, 4), torch.zeros(1, 2)).tolist() == [[0.0] * 4]
 
 
 @torch.no_grad()

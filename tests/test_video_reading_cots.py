@@ -251,6 +251,16 @@ def test_a_stream_that_changes_its_size_keeps_the_first(tmp_path):
     assert frames.shape == (2, 48, 64, 3) and numbers_of(frames) == [0, 19]
 
 
+def test_frames_beyond_any_camera_are_refused_before_they_are_decoded(tmp_path, num_decoded, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", range(3))
+    monkeypatch.setattr(video_reading_cots, "MAX_FRAME_PIXELS", 48 * 64 - 1)
+    with pytest.raises(UnreadableVideoError, match="64 x 48 pixels, above the limit"):
+        read_video(path)
+    assert not num_decoded
+    monkeypatch.setattr(video_reading_cots, "MAX_FRAME_PIXELS", 48 * 64)
+    assert len(read_video(path)[0]) == 3
+
+
 def test_errors_of_the_sampling_function_stay_what_they_are(tmp_path):
     def refuse(metadata):
         raise KeyError("mine")

@@ -1,0 +1,154 @@
+"""What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
+
+import os
+from dataclasses import dataclass, field
+
+from torch.utils.data import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+from .building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+from .configuration_cots import COTSConfig
+from .datasets_opening import open_dataset
+from .image_reading import check_readable
+from .image_tokenizer import ImageTokenizer
+from .modeling_cots_pretraining import COTSForPreTraining
+from .processing_cots import COTSProcessor
+from .training_args import COTSTrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """Which pairs, and how they are found in their files."""
+
+    dataset: str = field(
+        metadata={
+            "help": "`scenes` (built in), a Hub id, a folder of images with metadata.jsonl or metadata.csv, .parquet, "
+            ".jsonl, .csv or WebDataset .tar files, or dataset_flickr30k.json or dataset_coco.json of Karpathy."
+        }
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; of dataset_coco.json `train` takes in `restval`."}
+    )
+    eval_split: str | None = field(
+        default="validation", metadata={"help": "Split to measure retrieval on; `none` to measure nothing."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Images of a Karpathy file, if they are not beside it."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions, one or a list for each image; found if not given."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Where the streams start from, and with which tokenizers."""
+
+    model: str | None = field(default=None, metadata={"help": "A COTS checkpoint to go on from (Hub id or folder)."})
+    text_model: str | None = field(default=None, metadata={"help": "A pre-trained text encoder (Hub id or folder)."})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "A pre-trained vision encoder (Hub id, folder, or timm/NAME)."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "A JSON file of COTSConfig fields for what is not pre-trained."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder; by default the text model's, or one trained on the captions."},
+    )
+    image_tokenizer: str = field(
+        default="facebook/flava-image-codebook",
+        metadata={"help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook."},
+    )
+    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
+
+
+@dataclass
+class TrainingParts:
+    """A model with its processor and image tokenizer, made to agree; the last is `None` without masked vision."""
+
+    model: COTSForPreTraining
+    processor: COTSProcessor
+    image_tokenizer: ImageTokenizer | None
+
+
+def read_config(options: ModelArguments) -> COTSConfig:
+    """
+    The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
+
+    Raises `ValueError` for a checkpoint beside encoders or a configuration, which it would leave no room for.
+    """
+    if options.model is not None:
+        for name in ("text_model", "vision_model", "model_config"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
+    return build_config(options.model, options.model_config, options.text_model, options.vision_model)
+
+
+def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:
+    """A split of the data, of which the first images could be read; `None` for no split."""
+    if split in (None, "none"):
+        return None
+    opened = open_dataset(
+        options.dataset,
+        split,
+        image_folder=options.image_folder,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        image_size=image_size,
+        seed=seed,
+    )
+    check_readable(opened)
+    return opened
+
+
+def build_parts(
+    options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
+) -> TrainingParts:
+    """Tokenizers, processor and model; a tokenizer is trained on the captions of `train_dataset` if none is given."""
+    tokenizer = build_tokenizer(
+        options.tokenizer or options.model,
+        options.text_model,
+        train_dataset.iter_captions(),
+        options.max_text_length,
+        config.text_config.vocab_size,
+    )
+    if options.model is None:
+        processor = build_processor(config, tokenizer, options.vision_model)
+    else:  # pictures must be normalised as the checkpoint has learnt them
+        processor = COTSProcessor.from_pretrained(options.model)
+        processor.tokenizer = tokenizer
+    image_tokenizer = None
+    if args.cmvm_weight > 0:
+        image_tokenizer = build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size)
+    model = build_model(
+        model=options.model,
+        text_model=options.text_model,
+        vision_model=options.vision_model,
+        config=config,
+        num_word_pieces=len(tokenizer),
+        num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
+        max_text_length=options.max_text_length,
+    )
+    return TrainingParts(model, processor, image_tokenizer)
+
+
+def find_checkpoint(args: COTSTrainingArguments) -> str | None:
+    """The checkpoint to resume from; for "latest" the newest of the output folder, if it has one."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {args.output_dir}: a new run.")
+    return checkpoint
+
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "TrainingParts",
+    "build_parts",
+    "find_checkpoint",
+    "open_split",
+    "read_config",
+]

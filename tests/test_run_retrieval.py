@@ -1,0 +1,208 @@
+"""The retrieval script from end to end on small real files: fine-tuning, measuring only, protocols, bad input."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from karpathy_data import write_karpathy
+
+import modeling_cots.trainer
+from modeling_cots import COTSModel
+from modeling_cots.retrieval_metrics import PROTOCOLS
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import run_retrieval  # noqa: E402
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+MODEL = {
+    "text_config": {**ENCODER, "vocab_size": 150},
+    "vision_config": {**ENCODER, "image_size": 32, "patch_size": 16},
+    "projection_dim": 16,
+    "image_vocab_size": 30,
+}
+SPLITS = ["train"] * 8 + ["val"] * 2 + ["test"] * 5
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the script in this process with a tiny model and two steps; returns the output folder."""
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+
+    def run(dataset, *config: str, **options) -> Path:
+        options = {
+            "dataset": str(dataset),
+            "model_config": None if "model" in options else str(tmp_path / "model.json"),
+            "max_text_length": 24,
+            "eval_split": "test",
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "lr_hold_epochs": 0,
+            "queue_size": 6,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": "true",
+            "disable_tqdm": "true",
+            **options,
+        }
+        argv = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["run_retrieval.py", *config, *argv])
+        run_retrieval.main()
+        return Path(options["output_dir"])
+
+    return run
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def measured_in_card(folder: Path) -> dict[tuple[str, str], float]:
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    return {(result.dataset_type, result.metric_type): result for result in results}
+
+
+def test_fine_tuning_ends_in_a_model_results_and_a_card(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "flickr30k-1k", (5, 10))
+    write_karpathy(tmp_path / "data", SPLITS)
+    folder = run(tmp_path / "data", protocol="flickr30k-1k")
+    printed = capsys.readouterr().out
+    assert "among 5 images and 10 captions" in printed
+    assert "Protocol: flickr30k-1k; zero-shot: none; skipped: 0." in printed
+    results = results_of(folder)
+    assert results["protocol"] == "flickr30k-1k" and results["zero_shot_protocol"] == "none"
+    assert results["trained_on"] == "flickr30k train" and results["measured_on"] == "flickr30k test"
+    assert results["num_steps"] == 2 and results["num_captions"] == 10
+    COTSModel.from_pretrained(folder)
+    in_card = measured_in_card(folder)[("flickr30k-test", "t2i_recall_at_5")]
+    assert in_card.metric_value == round(results["metrics"]["t2i_recall_at_5"], 2)
+    assert in_card.dataset_config == "flickr30k-1k" and in_card.metric_args == {"zero_shot_protocol": "none"}
+    assert "Protocol: `flickr30k-1k`. Not zero-shot" in (folder / "README.md").read_text()
+
+
+@pytest.fixture
+def checkpoint(run, tmp_path) -> Path:
+    """A model fine-tuned on scenes."""
+    run("scenes", eval_split="validation")
+    return shutil.move(tmp_path / "run", tmp_path / "checkpoint")
+
+
+def test_measuring_only_states_how_far_it_is_zero_shot(run, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "coco-1k", (5, 10))
+    write_karpathy(tmp_path / "data", SPLITS, name="coco")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    options = {"model": str(checkpoint), "train_split": "none", "protocol": "coco-1k"}
+    with pytest.raises(ValueError, match="Say how the measured model came about"):
+        run(tmp_path / "data", **options)
+    folder = run(tmp_path / "data", **options, zero_shot_protocol="fine-tuned-elsewhere")
+    results = results_of(folder)
+    assert "zero-shot: fine-tuned-elsewhere" in capsys.readouterr().out
+    assert results["zero_shot_protocol"] == "fine-tuned-elsewhere" and results["trained_on"] is None
+    # Five folds of one image with its two captions each: whatever is wanted is all there is.
+    assert results["protocol"] == "coco-1k" and results["metrics"]["i2t_recall_at_1"] == 100.0
+    in_card = measured_in_card(folder)
+    assert in_card[("coco-test", "i2t_recall_at_1")].metric_args == {"zero_shot_protocol": "fine-tuned-elsewhere"}
+    assert ("scenes-validation", "i2t_recall_at_1") in in_card, "what the card said before is still there"
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_other_counts_than_the_protocols_are_refused_before_training(run, tmp_path):
+    write_karpathy(tmp_path / "data", SPLITS)
+    with pytest.raises(ValueError, match="1,000 images or videos and 5,000 captions, got 5 and 10"):
+        run(tmp_path / "data", protocol="flickr30k-1k")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_test_image_costs_the_name_of_the_protocol(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "flickr30k-1k", (5, 10))
+    write_karpathy(tmp_path / "data", SPLITS)
+    (tmp_path / "data" / "images" / "12.png").write_bytes(b"no picture")
+    results = results_of(run(tmp_path / "data", protocol="flickr30k-1k"))
+    assert results["protocol"] is None and results["num_skipped"] == 1
+    assert "this is not flickr30k-1k" in results["note"]
+
+
+def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch):
+    write_karpathy(tmp_path / "data", ["train"] * 4 + ["test"] * 2)
+    seen = []
+
+    def spy(query, positive, candidates, excluded, temperature):
+        seen.append(excluded)
+        return modeling_cots.losses.queue_logits(query, positive, candidates, excluded, temperature)
+
+    masks = []
+
+    def mask_spy(pair_ids, candidate_ids, filled):
+        mask = modeling_cots.losses.excluded_candidates(pair_ids, candidate_ids, filled)
+        masks.append((pair_ids.clone(), candidate_ids.clone(), filled.clone(), mask))
+        return mask
+
+    monkeypatch.setattr(modeling_cots.trainer, "queue_logits", spy)
+    monkeypatch.setattr(modeling_cots.trainer, "excluded_candidates", mask_spy)
+    run(tmp_path / "data", max_steps=4, queue_size=8)  # four images over and over: the queue holds them all twice
+    met = 0
+    for pair_ids, candidate_ids, filled, mask in masks:
+        same = (pair_ids[:, None] == candidate_ids[None]) & filled
+        met += int(same.sum())
+        assert mask[same].all()
+    assert met > 0
+    assert len(seen) == 2 * len(masks)
+    for (_, _, _, mask), i2t, t2i in zip(masks, seen[::2], seen[1::2], strict=True):
+        assert torch.equal(mask, i2t) and torch.equal(mask, t2i)
+
+
+def test_token_losses_are_off_unless_asked_for(run, tmp_path, caplog):
+    write_karpathy(tmp_path / "data", SPLITS)
+    plain = run(tmp_path / "data", save_strategy="steps", save_steps=2)
+    asked = run(
+        tmp_path / "data",
+        cmvm_weight=1,
+        cmlm_weight=1,
+        image_tokenizer="random",
+        save_strategy="steps",
+        save_steps=2,
+        output_dir=tmp_path / "asked",
+    )
+    logged = {}
+    for name, folder in (("plain", plain), ("asked", asked)):
+        history = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+        logged[name] = set().union(*history)
+    assert {"loss_cmvm", "loss_cmlm"} <= logged["asked"] - logged["plain"]
+    assert {"loss_i2t", "loss_t2i", "loss_kl"} <= logged["plain"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_split": "none", "zero_shot_protocol": "pretrained"}, "There is nothing to measure: give `model`"),
+        ({"eval_split": "none"}, "There is nothing to measure on"),
+        ({"zero_shot_protocol": "pretrained"}, "this run trains on the data set"),
+        ({"train_split": "none", "zero_shot_protocol": "half"}, "one of pretrained"),
+        ({"protocol": "flickr"}, "No protocol is called"),
+    ],
+)
+def test_what_cannot_be_is_refused(run, options, message):
+    options = {"eval_split": "validation", **options}
+    with pytest.raises(ValueError, match=message):
+        run("scenes", **options)
+
+
+@pytest.mark.parametrize("recipe, protocol", [("flickr30k", "flickr30k-1k"), ("coco", "coco-5k")])
+def test_the_recipes_run_on_a_few_pictures(run, checkpoint, tmp_path, monkeypatch, recipe, protocol):
+    monkeypatch.setitem(PROTOCOLS, protocol, (5, 10))
+    write_karpathy(tmp_path / "data", SPLITS, name=recipe)
+    folder = run(
+        tmp_path / "data",
+        str(ROOT / "examples" / "configs" / f"{recipe}.yaml"),
+        model=str(checkpoint),
+        bf16="false",
+        auto_augment=None,
+        dataloader_num_workers=0,
+    )
+    assert results_of(folder)["protocol"] == protocol
