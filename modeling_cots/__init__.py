@@ -1,7 +1,7 @@
 """COTS: collaborative two-stream vision-language pre-training for cross-modal retrieval (Lu et al., CVPR 2022).
 
-Importing this package makes `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoVideoProcessor` know COTS. Everything
-that training needs is imported when it is first used.
+Importing this package makes `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoVideoProcessor` know COTS, and
+`pipeline` the task `image-text-retrieval`. Everything that training needs is imported when it is first used.
 """
 
 import importlib
@@ -13,10 +13,12 @@ from transformers import (
     AutoProcessor,
     AutoVideoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_cots import COTSConfig
 from .modeling_cots import COTSModel, COTSOutput, COTSPreTrainedModel
 from .modeling_cots_pretraining import COTSForPreTraining, COTSForPreTrainingOutput
+from .pipeline_cots import TASK, ImageTextRetrievalPipeline, RetrievalIndex
 from .processing_cots import COTSProcessor
 from .video_processing_cots import COTSVideoProcessor
 
@@ -25,6 +27,8 @@ AutoModel.register(COTSConfig, COTSModel)
 AutoModelForZeroShotImageClassification.register(COTSConfig, COTSModel)
 AutoProcessor.register(COTSConfig, COTSProcessor)
 AutoVideoProcessor.register(COTSConfig, COTSVideoProcessor)
+PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=ImageTextRetrievalPipeline, pt_model=AutoModel)
+COTSConfig.pipelines_are_registered = True
 
 __version__ = "0.1.0"
 
@@ -57,5 +61,7 @@ __all__ = [
     "COTSPreTrainedModel",
     "COTSProcessor",
     "COTSVideoProcessor",
+    "ImageTextRetrievalPipeline",
+    "RetrievalIndex",
     *_LAZY_NAMES,
 ]

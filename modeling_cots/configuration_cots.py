@@ -56,6 +56,8 @@ class COTSConfig(PreTrainedConfig):
         ),
     }
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
+    # Set by the package when it is imported: transformers then has our pipelines in its own registry.
+    pipelines_are_registered = False
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -66,6 +68,10 @@ class COTSConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if self.pipelines_are_registered:
+            # What a repository says for processes without the package. For a task in it, transformers asks for
+            # `trust_remote_code` and never looks into its registry (tests/test_pipeline_cots.py).
+            kwargs.pop("custom_pipelines", None)
         vision_config = self.vision_config
         if isinstance(vision_config, dict) and vision_config.get("model_type", "vit") == "vit":
             # SubConfigSpec applies its init_kwargs only to an absent configuration, not to a partial dict.

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
@@ -80,6 +81,12 @@ def tiny_processor(tiny_tokenizer) -> COTSProcessor:
     return COTSProcessor(
         ViTImageProcessor(size=size, do_convert_rgb=True), tiny_tokenizer, COTSVideoProcessor(size=size, num_frames=4)
     )
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Eight by six orange pixels."""
+    return Image.new("RGB", (8, 6), (200, 100, 0))
 
 
 @pytest.fixture

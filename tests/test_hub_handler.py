@@ -5,7 +5,6 @@ How it reads pictures is in `test_hub_handler_images.py`.
 
 import base64
 import importlib.util
-import io
 import json
 import socket
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from picture_files import as_base64, as_bytes
 
 from modeling_cots import COTSModel, hub_handler
 from modeling_cots.hub_handler import EndpointHandler, Query, RequestError, parse_payload
@@ -61,21 +60,6 @@ def handler(monkeypatch) -> EndpointHandler:
     handler = EndpointHandler("repository")
     handler.loaded = loaded
     return handler
-
-
-@pytest.fixture
-def picture() -> Image.Image:
-    return Image.new("RGB", (8, 6), (200, 100, 0))
-
-
-def as_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def as_base64(image: Image.Image, format: str = "PNG", **options) -> str:
-    return base64.b64encode(as_bytes(image, format, **options)).decode()
 
 
 def test_code_and_weights_are_those_of_the_repository(handler):

@@ -4,7 +4,6 @@ Whatever is connected to here is on the loopback, which a test may declare publi
 """
 
 import base64
-import io
 import ipaddress
 import socket
 import ssl
@@ -16,25 +15,11 @@ import torch
 from hub_network import Answer, Network, Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picture_files import as_base64, as_bytes
 from PIL import Image
 
 from modeling_cots import hub_handler
 from modeling_cots.hub_handler import RequestError, is_public, load_image
-
-
-@pytest.fixture
-def picture() -> Image.Image:
-    return Image.new("RGB", (8, 6), (200, 100, 0))
-
-
-def as_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def as_base64(image: Image.Image, **options) -> str:
-    return base64.b64encode(as_bytes(image, **options)).decode()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ HUB_CLOSURE = {
     "hub_push",
     "modeling_cots",
     "modeling_cots_pretraining",
+    "pipeline_cots",
     "processing_cots",
     "similarities_cots",
     "video_processing_cots",

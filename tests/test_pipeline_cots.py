@@ -1,0 +1,294 @@
+"""The pipeline `image-text-retrieval`: the same answers as the encoders, for every way to ask."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_network import Answer, Network, Server
+from picture_files import as_base64, as_bytes
+from PIL import Image
+from test_layout import HUB_CLOSURE, PACKAGE
+from transformers import pipeline
+
+from modeling_cots import COTSModel, ImageTextRetrievalPipeline, RetrievalIndex, pipeline_cots
+from modeling_cots.pipeline_cots import CUSTOM_PIPELINES, TASK
+
+TEXTS = ["a red circle", "two green triangles beside one star", "the dog runs", "people near a boat"]
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    """Four unlike ones, in different modes."""
+    ramp = Image.linear_gradient("L").resize((40, 30))
+    return [
+        ramp,
+        ramp.rotate(90),
+        Image.new("RGB", (20, 50), (200, 30, 0)),
+        Image.new("RGBA", (8, 8), (0, 9, 220, 99)),
+    ]
+
+
+@pytest.fixture
+def model(tiny_config) -> COTSModel:
+    torch.manual_seed(0)
+    return COTSModel(tiny_config).eval()
+
+
+@pytest.fixture
+def folder(model, tiny_processor, tmp_path) -> Path:
+    """A saved model."""
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def finder(folder) -> ImageTextRetrievalPipeline:
+    return pipeline(TASK, model=str(folder))
+
+
+@pytest.fixture
+def embed(model, tiny_processor):
+    """`encode_image` and `encode_text` of one picture or text at a time: (d,)."""
+
+    @torch.no_grad()
+    def embed(item):
+        if isinstance(item, str):
+            return model.encode_text(**tiny_processor(text=[item], truncation=True, return_tensors="pt"))[0]
+        return model.encode_image(**tiny_processor(images=[item.convert("RGB")], return_tensors="pt"))[0]
+
+    return embed
+
+
+def ranking(answer: list[dict]) -> list[int]:
+    return [found["index"] for found in answer]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_are_those_of_the_encoders(finder, embed, pictures, batch_size):
+    """Pictures and texts among the queries and among the candidates, in batches and one by one."""
+    queries = [pictures[0], TEXTS[0], TEXTS[1], pictures[2]]
+    candidates = [TEXTS[2], *pictures, TEXTS[3], TEXTS[1]]
+    answers = finder(queries, candidates, top_k=4, batch_size=batch_size)
+    for query, answer in zip(queries, answers, strict=True):
+        scores = torch.stack([embed(candidate) for candidate in candidates]) @ embed(query)
+        assert ranking(answer) == scores.argsort(descending=True)[:4].tolist()
+        for found in answer:
+            assert found["score"] == pytest.approx(scores[found["index"]].item(), abs=1e-5)
+            assert found["item"] is candidates[found["index"]]
+
+
+def test_an_index_is_computed_once_and_gives_the_same(finder, pictures, monkeypatch):
+    expected = finder(TEXTS, pictures, top_k=2)
+    index = finder.build_index(pictures, items=["p", "q", "r", "s"], batch_size=3)
+    assert len(index) == 4 and index.embeds.shape == (4, 16)
+    torch.testing.assert_close(index.embeds.norm(dim=1), torch.ones(4))
+    monkeypatch.setattr(finder.model, "encode_image", None)  # no picture is embedded from here on
+    answers = finder(TEXTS, index=index, top_k=2)
+    assert [ranking(answer) for answer in answers] == [ranking(answer) for answer in expected]
+    assert [[found["item"] for found in answer] for answer in answers] == [
+        ["pqrs"[found["index"]] for found in answer] for answer in expected
+    ]
+    again = RetrievalIndex(index.embeds.clone(), ["p", "q", "r", "s"])  # kept elsewhere and brought back
+    assert finder(TEXTS, index=again, top_k=2) == answers
+
+
+def test_one_query_a_list_a_tuple_a_generator(finder, pictures):
+    index = finder.build_index(pictures)
+    one = finder(TEXTS[0], index=index)
+    assert len(one) == 4  # no more than there are, though top_k is 5
+    answers = finder(TEXTS, index=index, top_k=4)
+    assert ranking(answers[0]) == ranking(one)
+    assert finder(tuple(TEXTS), index=index, top_k=4) == answers
+    assert list(finder((text for text in TEXTS), index=index, top_k=4)) == answers
+    assert finder([], index=index) == []
+
+
+def test_what_is_set_once_holds_for_every_call(folder, finder, pictures):
+    index = finder.build_index(pictures)
+    set_up = pipeline(TASK, model=str(folder), index=index, top_k=2, batch_size=2)
+    assert set_up(TEXTS) == finder(TEXTS, index=index, top_k=2, batch_size=2)
+    assert len(set_up(TEXTS[0], top_k=1)) == 1
+
+
+def test_pictures_from_anywhere(finder, tmp_path):
+    picture = Image.radial_gradient("L").resize((30, 20)).convert("RGB")
+    path = tmp_path / "a picture.png"
+    picture.save(path)
+    answers = {"/p": Answer(content=as_bytes(picture))}
+    server = Server(Network(), lambda request: answers.get(request.path, Answer(404)))
+    server.open()
+    expected = finder(picture, TEXTS)
+    data_url = f"data:image/png;base64,{as_base64(picture)}"
+    try:
+        sources = [path, str(path), f"{server.url}/p", data_url, {"image": path}, {"image": as_base64(picture)}]
+        assert finder(sources, TEXTS, batch_size=4) == finder([picture] * 6, TEXTS, batch_size=4)
+        for source in sources:
+            assert finder(source, TEXTS) == expected
+        scores = [found["score"] for found in finder(TEXTS[0], [picture, *sources])]
+        assert scores == pytest.approx([scores[0]] * 5, abs=1e-5)
+        with pytest.raises(ValueError, match="/none' cannot be read"):
+            finder(f"{server.url}/none", TEXTS)
+    finally:
+        server.close()
+        server.server_close()
+
+
+def test_a_server_that_is_silent_is_left(finder):
+    """The kernel accepts the connection, and nobody ever answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/picture.png"
+        with pytest.raises(ValueError, match="cannot be read: ReadTimeout"):
+            finder(url, TEXTS, timeout=0.05)
+        with pytest.raises(ValueError, match="cannot be read: ReadTimeout"):
+            finder(TEXTS[0], [url], timeout=0.05)
+
+
+def test_a_text_may_look_like_a_picture(finder, embed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dog").write_text("no picture")
+    for text in ("dog", "boat.png", "https://dog.test"):
+        (found,) = finder({"text": text}, ["a star"])
+        assert found["score"] == pytest.approx((embed(text) @ embed("a star")).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="'dog' cannot be read"):
+        finder("dog", ["a star"])
+    with pytest.raises(ValueError, match="There is no picture 'boat.png'"):
+        finder("boat.png", ["a star"])
+
+
+def test_long_texts_are_cut_with_a_warning(finder, embed, caplog, monkeypatch):
+    monkeypatch.setattr(pipeline_cots.logger, "propagate", True)
+    pipeline_cots.logger.parent.propagate = True
+    type(pipeline_cots.logger).warning_once.cache_clear()
+    long = "dog " * 100
+    (found,) = finder(long, ["a star"])
+    assert found["score"] == pytest.approx((embed(long) @ embed("a star")).item(), abs=1e-5)
+    num_tokens = len(finder.tokenizer(long)["input_ids"])
+    warnings = [record.message for record in caplog.records if "cut" in record.message]
+    assert num_tokens > 100 and warnings == [f"A text of {num_tokens} tokens is cut to the first 40."]
+    # Without a limit in the tokenizer, the encoder's number of positions is one.
+    finder.tokenizer = type(finder.tokenizer).from_pretrained(finder.model.name_or_path, model_max_length=10**9)
+    (found,) = finder([long, "a star"], [long], batch_size=2)[0]
+    assert found["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "message"),
+    [
+        ("a", {}, "needs `candidates`"),
+        ("a", {"candidates": []}, "Got 0 candidates"),
+        ("a", {"candidates": "a star"}, "must be a list of pictures and texts, got a str"),
+        ("a", {"candidates": {"text": "a"}}, "got a dict"),
+        ("a", {"candidates": ["a", 5]}, "got '5' of type int"),
+        (None, {"candidates": ["a"]}, "got 'None' of type NoneType"),
+        ({"text": 5}, {"candidates": ["a"]}, "of type dict"),
+        ({"image": "a", "text": "b"}, {"candidates": ["a"]}, "of type dict"),
+        ("a", {"candidates": ["a"], "top_k": 0}, "`top_k` must be .* at least 1, got 0"),
+        ("a", {"candidates": ["a"], "top_k": 2.5}, "`top_k` must be"),
+        ("a", {"index": ["a"]}, "`index` must be what `build_index` returns, got list"),
+        ("a", {"candidates": ["a"], "index": "b"}, "not both"),
+    ],
+)
+def test_refusals(finder, inputs, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        finder(inputs, **kwargs)
+
+
+def test_an_option_that_does_not_exist_is_an_error(finder):
+    with pytest.raises(TypeError, match="topk"):
+        finder("a", ["b"], topk=3)
+
+
+@pytest.mark.parametrize(("embeds", "items"), [((2, 4), 3), ((0, 4), 0), ((4,), 4)])
+def test_an_index_has_a_row_for_each_item(embeds, items):
+    with pytest.raises(ValueError, match="one row of embeddings for each item"):
+        RetrievalIndex(torch.zeros(embeds), ["x"] * items)
+
+
+def test_a_model_object_needs_its_processor(model, tiny_processor, tiny_config):
+    model.train()
+    finder = pipeline(TASK, model=model, processor=tiny_processor)
+    assert not model.training and len(finder(TEXTS[0], TEXTS)) == 4
+    with pytest.raises(Exception, match="[Pp]rocessor"):
+        pipeline(TASK, model=model)
+    with pytest.raises(ValueError, match="needs a COTSModel, got ViTModel"):
+        ImageTextRetrievalPipeline(model.vision_model, processor=tiny_processor)
+
+
+def test_half_precision(folder, finder, pictures):
+    scores = [found["score"] for found in finder(TEXTS[0], pictures, top_k=4)]
+    half = pipeline(TASK, model=str(folder), dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert [found["score"] for found in half(TEXTS[0], pictures, top_k=4)] == pytest.approx(scores, abs=0.05)
+
+
+def test_saving_keeps_the_processor(finder, tmp_path, pictures):
+    finder.save_pretrained(tmp_path / "again")
+    assert pipeline(TASK, model=str(tmp_path / "again"))(TEXTS, pictures) == finder(TEXTS, pictures)
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["custom_pipelines"] == CUSTOM_PIPELINES
+
+
+# ------------------------------------------------------------------------------------- as code of a repository
+
+REMOTE = """
+import json, sys
+sys.modules["modeling_cots"] = None  # installed or not, it cannot be imported
+from transformers import pipeline
+folder, task, text, *pictures = sys.argv[1:]
+try:
+    pipeline(task, model=folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("code of a repository ran without trust_remote_code")
+finder = pipeline(task, model=folder, trust_remote_code=True)
+assert type(finder).__module__.startswith("transformers_modules.")
+print(json.dumps(finder([text, pictures[0]], pictures, batch_size=2)))
+print(json.dumps(pipeline(model=folder, trust_remote_code=True)(text, pictures)))
+"""
+
+
+@pytest.fixture
+def repository(folder) -> Path:
+    """A saved model with its code in the folder, as a model repository has it."""
+    for module in HUB_CLOSURE:
+        (folder / f"{module}.py").write_bytes((PACKAGE / f"{module}.py").read_bytes())
+    classes = {
+        "AutoConfig": "configuration_cots.COTSConfig",
+        "AutoModel": "modeling_cots.COTSModel",
+        "AutoProcessor": "processing_cots.COTSProcessor",
+        "AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": classes, "custom_pipelines": CUSTOM_PIPELINES}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["auto_map"] = {"AutoProcessor": classes["AutoProcessor"]}
+    processor["video_processor"]["auto_map"] = {"AutoVideoProcessor": classes["AutoVideoProcessor"]}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_by_trust_remote_code_where_the_package_is_not(repository, tmp_path, pictures):
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(pictures))]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    command = [sys.executable, "-c", REMOTE, str(repository), TASK, TEXTS[0], *paths]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    remote, single = map(json.loads, result.stdout.splitlines())
+    expected = pipeline(TASK, model=str(repository))([TEXTS[0], paths[0]], paths, batch_size=2)
+    assert [ranking(answer) for answer in remote] == [ranking(answer) for answer in expected]
+    assert remote[0][0]["score"] == pytest.approx(expected[0][0]["score"], abs=1e-5)
+    assert ranking(single) == ranking(expected[0])
+
+
+def test_the_package_serves_a_repository_by_name_without_its_code(repository):
+    """transformers would ask for `trust_remote_code` for any task in `custom_pipelines`."""
+    assert type(pipeline(TASK, model=str(repository))) is ImageTextRetrievalPipeline
+    assert type(pipeline(TASK, model=str(repository), trust_remote_code=True)) is ImageTextRetrievalPipeline
