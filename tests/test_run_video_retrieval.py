@@ -284,6 +284,6 @@ def test_the_quick_configuration_learns_what_moves_where(tmp_path):
     command = ["examples/run_video_retrieval.py", "examples/configs/moving_scenes.yaml", "--output_dir", str(folder)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
     metrics = results_of(folder)["metrics"]
-    # Chance is 10 both ways. It gave 82 and 65 when this was written; near half of that something is broken.
-    assert metrics["t2v_recall_at_10"] > 40
-    assert metrics["v2t_recall_at_10"] > 33
+    # Chance is 10 both ways. It gave 89 and 72 when this was written; near half of that something is broken.
+    assert metrics["t2v_recall_at_10"] > 44
+    assert metrics["v2t_recall_at_10"] > 36
