@@ -80,7 +80,9 @@ def estimate_training_cost(
     if text_length < 3:
         raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
     with FakeTensorMode(), no_init_weights():
-        step = _FakeStep(COTSForPreTraining(config).train(), args, text_length)
+        model = COTSForPreTraining(config).train()
+        model.tie_weights()  # which transformers does after initialising, and that was left out
+        step = _FakeStep(model, args, text_length)
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
         parameters = _count_parameters(step.model)

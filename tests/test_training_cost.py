@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_cots import COTSConfig, COTSTrainingArguments
+from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
 from modeling_cots.training_cost import estimate_training_cost
 
 
@@ -73,6 +73,11 @@ def test_the_papers_model_meets_the_closed_formula(arguments):
     assert cost.flop_per_pair["vision, momentum"] == pytest.approx(vision, rel=1e-6)
     assert cost.flop_per_pair["text, momentum"] == pytest.approx(encoder(32) + projection, rel=1e-6)
     assert cost.num_parameters["projections"] == 2 * (width * 256 + 256)
+
+
+def test_parameters_are_those_of_the_model(arguments, tiny_config):
+    cost = estimate_training_cost(tiny_config, arguments())
+    assert sum(cost.num_parameters.values()) == COTSForPreTraining(tiny_config).num_parameters()
 
 
 def test_a_loss_that_is_off_costs_nothing(arguments, tiny_config):
