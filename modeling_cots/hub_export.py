@@ -19,6 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .pipeline_cots import CUSTOM_PIPELINES
+
 AUTO_MAP = {
     "AutoConfig": "configuration_cots.COTSConfig",
     "AutoModel": "modeling_cots.COTSModel",
@@ -26,7 +28,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_cots.COTSProcessor",
     "AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor",
 }
-# What is loaded from a repository; the files that these import go along. The last one only where it exists.
+# What is loaded from a repository; the files that these import go along.
 CODE_FILES = (
     "configuration_cots.py",
     "modeling_cots.py",
@@ -34,8 +36,6 @@ CODE_FILES = (
     "video_processing_cots.py",
     "pipeline_cots.py",
 )
-# What `config.json` says of the last of them.
-CUSTOM_PIPELINES = {"image-text-retrieval": {"impl": "pipeline_cots.ImageTextRetrievalPipeline", "pt": ["AutoModel"]}}
 # Its name in the package, and the one that Inference Endpoints look for in a repository.
 HANDLER_FILES = ("hub_handler.py", "handler.py")
 # Of the handler and the code files. What installs them on an endpoint is pip.
@@ -174,12 +174,12 @@ def find_code(model: PreTrainedModel) -> Path:
 
 def copy_code(source: Path, target: Path) -> None:
     """Copy the code files, all that they import from each other, and the handler."""
-    files = {source / name for name in CODE_FILES if (source / name).is_file()}
-    for file in list(files):
+    files = {source / name for name in CODE_FILES}
+    for file in [file for file in files if file.is_file()]:
         files.update(map(Path, get_relative_import_files(file)))
     handler = next((source / name for name in HANDLER_FILES if (source / name).is_file()), None)
-    if handler is None or not all((source / name).is_file() for name in CODE_FILES[:4]):
-        raise ValueError(f"{source} lacks some of the code files of COTS ({', '.join(CODE_FILES[:4])}, handler.py).")
+    if handler is None or not all(file.is_file() for file in files):
+        raise ValueError(f"{source} lacks some of the code files of COTS ({', '.join(CODE_FILES)}, handler.py).")
     for file, name in [*((file, file.name) for file in sorted(files)), (handler, HANDLER_FILES[1])]:
         if not (target / name).exists() or not os.path.samefile(file, target / name):
             shutil.copyfile(file, target / name)
@@ -188,9 +188,7 @@ def copy_code(source: Path, target: Path) -> None:
 def _name_model_code(folder: Path) -> None:
     """Tell the Auto classes and `pipeline`, in `config.json`, where the code is."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.update(auto_map=AUTO_MAP, architectures=["COTSModel"])
-    if (folder / CODE_FILES[-1]).is_file():
-        config["custom_pipelines"] = CUSTOM_PIPELINES
+    config.update(auto_map=AUTO_MAP, architectures=["COTSModel"], custom_pipelines=CUSTOM_PIPELINES)
     write_json(folder / "config.json", config)
 
 

@@ -6,6 +6,8 @@ own. Random augmentation is not here: it belongs to training (`data_collator.py`
 
 from transformers.processing_utils import ProcessorMixin
 
+LEFT_BY_CALLS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+
 
 class COTSProcessor(ProcessorMixin):
     """
@@ -22,6 +24,27 @@ class COTSProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, **kwargs):
         super().__init__(image_processor, tokenizer, video_processor, **kwargs)
+        forget_calls(self.tokenizer)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save the parts, the tokenizer without what its last call has left in it."""
+        forget_calls(self.tokenizer)
+        return super().save_pretrained(save_directory, **kwargs)
+
+
+def forget_calls(tokenizer) -> None:
+    """
+    Drop the truncation and padding of a tokenizer's last call.
+
+    A fast tokenizer keeps them and saves them; loading makes defaults of them, and a processor would cut every text at
+    the `max_length` of somebody's last call instead of at `model_max_length` (tests/test_processing_cots.py).
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for name in LEFT_BY_CALLS:
+        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
 
 
 __all__ = ["COTSProcessor"]

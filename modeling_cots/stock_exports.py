@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification
 
 from .hub_export import CARD_NAME, check_processor, mark_generated, streams_of, write_json
+from .processing_cots import forget_calls
 
 HYPOTHESIS_TEMPLATE = "This is a photo of {}."  # as the zero-shot-image-classification pipeline
 IMAGE_BATCH = 32
@@ -225,6 +226,7 @@ def _plain_copy(config):
 def _save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
     """Save a tokenizer that cuts texts where COTS does, and names no processor of ours; returns that length."""
     max_length = min(tokenizer.model_max_length, model.max_text_length or tokenizer.model_max_length)
+    forget_calls(tokenizer)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

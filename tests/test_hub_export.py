@@ -45,12 +45,12 @@ CODE = {
     "hub_export.py",
     "hub_push.py",
     "modeling_cots.py",
+    "pipeline_cots.py",
     "processing_cots.py",
     "similarities_cots.py",
     "video_processing_cots.py",
     "video_reading_cots.py",
 }
-OPTIONAL_CODE = {"pipeline_cots.py"}
 # What may be imported by a repository's files: with transformers, torch and torchvision installed, all are there.
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
@@ -93,10 +93,12 @@ def read_json(path: Path) -> dict:
 
 
 def test_has_every_file_and_no_other(folder):
-    assert names_in(folder) - OPTIONAL_CODE == FILES | CODE
-    auto_map = read_json(folder / "config.json")["auto_map"]
+    assert names_in(folder) == FILES | CODE
+    config = read_json(folder / "config.json")
+    auto_map = config["auto_map"]
+    references = [*auto_map.values(), *(pipeline["impl"] for pipeline in config["custom_pipelines"].values())]
     assert {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification", "AutoProcessor"} <= set(auto_map)
-    for reference in auto_map.values():
+    for reference in references:
         module, _, name = reference.partition(".")
         tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}

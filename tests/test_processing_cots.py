@@ -118,3 +118,18 @@ def test_unknown_words_and_empty_texts(tiny_processor):
     inputs = tiny_processor(text=["", "Ω"], padding=True, return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[2, 3, 0], [2, 1, 3]]
     assert tiny_processor.batch_decode(inputs["input_ids"], skip_special_tokens=True) == ["", ""]
+
+
+def test_no_call_leaves_its_length_in_what_is_saved_and_loaded(tiny_processor, tmp_path):
+    """Also not a call before an earlier version of the processor was saved, or of the tokenizer by itself."""
+    tokenizer, text = tiny_processor.tokenizer, "a red circle " * 40
+    for save in (tiny_processor.save_pretrained, tokenizer.save_pretrained):
+        tokenizer([text], truncation=True, max_length=7, padding="max_length")
+        save(tmp_path)
+        loaded = COTSProcessor.from_pretrained(tmp_path)
+        for processor in (tiny_processor, loaded):
+            encoded = processor(text=[text, "a"], truncation=True, padding=True)
+            assert [len(ids) for ids in encoded["input_ids"]] == [40, 40]  # model_max_length
+        if save == tiny_processor.save_pretrained:
+            saved = json.loads((tmp_path / "tokenizer.json").read_text())
+            assert saved["truncation"] is None and saved["padding"] is None
