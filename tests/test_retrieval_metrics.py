@@ -217,6 +217,20 @@ def test_an_unknown_protocol_is_refused_with_those_there_are():
         retrieval_metrics(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2), protocol="coco-2k")
 
 
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "flickr30k-1k"])  # as flickr8k-1k
+def test_protocols_take_a_whole_test_set_of_their_counts(protocol):
+    """Every caption is its image's twin but for those of the first image, which are the opposite of it."""
+    num_images, num_texts = PROTOCOLS[protocol]
+    ids = torch.arange(num_images), torch.arange(num_texts) % num_images
+    images = F.normalize(torch.randn(num_images, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    texts = torch.where((ids[1] == 0)[:, None], -images[ids[1]], images[ids[1]])
+    metrics = retrieval_metrics(images, texts, *ids, protocol=protocol)
+    folds, gallery = (5, 1000) if protocol == "coco-1k" else (1, num_images)
+    assert metrics["i2t_recall_at_1"] == pytest.approx(100 * (1 - 1 / gallery / folds))
+    assert metrics["t2i_median_rank"] == 1 and metrics["i2t_median_rank"] == 1
+    assert metrics["t2i_recall_at_10"] < 100 and metrics["recall_sum"] < 600
+
+
 @pytest.fixture(scope="module")
 def msrvtt_1ka():
     """1,000 videos and captions, each caption close to its video."""
