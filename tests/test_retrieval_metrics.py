@@ -1,6 +1,9 @@
 """Ranks against a dense twin with exact ties, the peak of memory as its docstring states it, every protocol."""
 
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -125,6 +128,13 @@ def test_peak_of_memory_is_what_the_docstring_says(dtype):
     assert 4 * chunk_size**2 < small <= 5 * chunk_size**2 + copies + rows_of_statistics
     assert large == small
     assert large < 4 * num_queries * 2400 / 2  # the full matrix would be this, twice over
+
+
+def test_the_name_in_the_package_is_the_module_however_often_it_is_asked_for():
+    """A function of the same name there would be hidden by the module as soon as that is imported."""
+    code = "import modeling_cots\nfor _ in range(2):\n    from modeling_cots import retrieval_metrics as found\n"
+    code += "    assert type(found) is type(modeling_cots)\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_statistics_of_known_ranks():
@@ -319,3 +329,12 @@ def test_evaluate_metric_knows_protocols(metric, msrvtt_1ka):
     assert found == pytest.approx(retrieval_metrics(videos, texts, *ids))
     with pytest.raises(ValueError, match="coco-5k has 5,000 images"):
         metric.compute(predictions=videos[:2], references=texts[:2, None], protocol="coco-5k")
+
+
+def test_the_code_of_the_documentation_runs(monkeypatch, capsys, tmp_path):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HF_EVALUATE_CACHE", str(tmp_path))
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "retrieval.md").read_text(), re.DOTALL)
+    exec(compile(code, "docs/retrieval.md", "exec"), {})
+    assert capsys.readouterr().out.split() == ["600.0", "600.0"]
