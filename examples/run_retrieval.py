@@ -21,6 +21,7 @@ from transformers import set_seed
 from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.command_line import parse_config_and_options
 from modeling_cots.reporting import format_example_retrievals, format_recall
+from modeling_cots.retrieval_metrics import COCO_NUM_FOLDS
 from modeling_cots.retrieval_results import (
     check_test_set,
     stated_zero_shot_protocol,
@@ -121,7 +122,9 @@ def main() -> None:
             write_card_of_measured(args.output_dir, script_args.model, results)
     examples = format_example_retrievals(parts.model.cots, eval_dataset, parts.processor, script_args.max_text_length)
     if trainer.is_world_process_zero():
-        print("", format_recall(metrics, len(eval_dataset), num_captions), examples, sep="\n\n")
+        folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1  # candidates are those of a fold
+        recall = format_recall(metrics, len(eval_dataset) // folds, num_captions // folds)
+        print("", recall, examples, sep="\n\n")
         print(
             f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}."
         )

@@ -42,7 +42,6 @@ _LAZY_NAMES = {
     "export_zero_shot_classifier": "stock_exports",
     "open_pairs": "datasets_pairs",
     "push_folder": "hub_push",
-    "retrieval_metrics": "retrieval_metrics",
 }
 
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .configuration_cots import COTSConfig
 from .encoders_cots import build_text_encoder, build_vision_encoder
 from .image_tokenizer import ImageTokenizer
+from .modeling_cots import COTSModel
 from .modeling_cots_pretraining import COTSForPreTraining
 from .processing_cots import COTSProcessor
 from .timm_weights import load_timm_vit
@@ -110,15 +111,17 @@ def build_model(
     num_word_pieces: int,
     num_image_tokens: int,
     max_text_length: int,
+    with_heads: bool = True,
 ) -> COTSForPreTraining:
     """
     The model to train: a COTS checkpoint to go on from, a pair of pre-trained encoders, or fresh weights.
 
-    A stream without a pre-trained encoder is built from `config`, whose vocabularies then follow the tokenizers.
+    A stream without a pre-trained encoder is built from `config`, whose vocabularies then follow the tokenizers. Of a
+    checkpoint the heads of masked modelling are loaded only `with_heads`: what people share has none.
     Raises `ValueError` where a given stream and a given tokenizer do not fit.
     """
     if model is not None:
-        built = COTSForPreTraining.from_pretrained(model)
+        built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_streams(model)
     elif text_model is None and vision_model is None:
         config.text_config.vocab_size = num_word_pieces
         config.image_vocab_size = num_image_tokens
@@ -143,6 +146,15 @@ def build_model(
         raise ValueError(
             f"max_text_length is {max_text_length} and the text encoder has only {max_positions} positions."
         )
+    return built
+
+
+def _load_streams(model: str) -> COTSForPreTraining:
+    """The streams of a checkpoint under fresh heads, without the loader's report of the heads that it lacks."""
+    streams = COTSModel.from_pretrained(model)
+    built = COTSForPreTraining(streams.config)
+    missing, _ = built.cots.load_state_dict(streams.state_dict(), strict=False)
+    assert all(name.endswith("mask_token") for name in missing), missing
     return built
 
 

@@ -4,9 +4,12 @@ import json
 import os
 
 from .model_card import add_results, eval_results, load_card
-from .retrieval_metrics import check_protocol
+from .retrieval_metrics import RECALL_AT, check_protocol
 
 ZERO_SHOT_PROTOCOLS = ("pretrained", "fine-tuned-elsewhere", "none")
+# The last section of a card to which measurements were added. Unlike its rows, its head begins with a bar alone.
+MEASURED_LATER = "## Measured later\n\nRecall in percent.\n\n"
+TABLE_HEAD = "|on | protocol | zero-shot | direction | R@1 | R@5 | R@10 | median rank |\n" + 8 * "|---" + "|"
 
 
 def stated_zero_shot_protocol(stated: str | None, is_trained_here: bool) -> str:
@@ -74,7 +77,20 @@ def write_card_of_measured(output_dir: str, model: str, results: dict, unit: str
         zero_shot_protocol=results["zero_shot_protocol"],
     )
     add_results(card, measured, model_name=os.path.basename(os.path.normpath(model)))
+    card.text = _with_rows(card.text, results, unit)
     card.save(os.path.join(output_dir, "README.md"))
+
+
+def _with_rows(text: str, results: dict, unit: str) -> str:
+    """The text of a card with one row a direction in its last table; rows of the same test set are replaced."""
+    what = f"| {results['measured_on']} | {results['protocol'] or ''} | {results['zero_shot_protocol']} |"
+    text, _, table = text.partition(MEASURED_LATER)
+    rows = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith(what)]
+    image, metrics = unit[0] if unit == "video" else "i", results["metrics"]
+    for direction, side in ((f"{unit} to text", f"{image}2t"), (f"text to {unit}", f"t2{image}")):
+        numbers = [f"{metrics[f'{side}_recall_at_{k}']:.1f}" for k in RECALL_AT]
+        rows.append(" ".join([what, direction, "|", " | ".join(numbers), f"| {metrics[f'{side}_median_rank']:g} |"]))
+    return "\n".join([text.rstrip() + "\n", MEASURED_LATER + TABLE_HEAD, *rows]) + "\n"
 
 
 __all__ = [

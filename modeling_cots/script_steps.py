@@ -130,6 +130,7 @@ def build_parts(
         num_word_pieces=len(tokenizer),
         num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
         max_text_length=options.max_text_length,
+        with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
     )
     return TrainingParts(model, processor, image_tokenizer)
 

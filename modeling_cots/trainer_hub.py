@@ -33,7 +33,8 @@ def build_card(trainer, model) -> ModelCard:
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
         metrics=metrics,
-        protocol=trainer.eval_protocol,
+        # With images missing it is another test set.
+        protocol=None if metrics is None or "skipped_images" in metrics else trainer.eval_protocol,
     )
 
 

@@ -1,6 +1,9 @@
 """Ranks against a dense twin with exact ties, the peak of memory as its docstring states it, every protocol."""
 
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -127,6 +130,13 @@ def test_peak_of_memory_is_what_the_docstring_says(dtype):
     assert large < 4 * num_queries * 2400 / 2  # the full matrix would be this, twice over
 
 
+def test_the_name_in_the_package_is_the_module_however_often_it_is_asked_for():
+    """A function of the same name there would be hidden by the module as soon as that is imported."""
+    code = "import modeling_cots\nfor _ in range(2):\n    from modeling_cots import retrieval_metrics as found\n"
+    code += "    assert type(found) is type(modeling_cots)\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_statistics_of_known_ranks():
     ranks = [1, 1, 2, 5, 6, 10, 11, 40]
     found = rank_statistics(torch.tensor(ranks))
@@ -217,6 +227,20 @@ def test_an_unknown_protocol_is_refused_with_those_there_are():
         retrieval_metrics(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2), protocol="coco-2k")
 
 
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "flickr30k-1k"])  # as flickr8k-1k
+def test_protocols_take_a_whole_test_set_of_their_counts(protocol):
+    """Every caption is its image's twin but for those of the first image, which are the opposite of it."""
+    num_images, num_texts = PROTOCOLS[protocol]
+    ids = torch.arange(num_images), torch.arange(num_texts) % num_images
+    images = F.normalize(torch.randn(num_images, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    texts = torch.where((ids[1] == 0)[:, None], -images[ids[1]], images[ids[1]])
+    metrics = retrieval_metrics(images, texts, *ids, protocol=protocol)
+    folds, gallery = (5, 1000) if protocol == "coco-1k" else (1, num_images)
+    assert metrics["i2t_recall_at_1"] == pytest.approx(100 * (1 - 1 / gallery / folds))
+    assert metrics["t2i_median_rank"] == 1 and metrics["i2t_median_rank"] == 1
+    assert metrics["t2i_recall_at_10"] < 100 and metrics["recall_sum"] < 600
+
+
 @pytest.fixture(scope="module")
 def msrvtt_1ka():
     """1,000 videos and captions, each caption close to its video."""
@@ -305,3 +329,12 @@ def test_evaluate_metric_knows_protocols(metric, msrvtt_1ka):
     assert found == pytest.approx(retrieval_metrics(videos, texts, *ids))
     with pytest.raises(ValueError, match="coco-5k has 5,000 images"):
         metric.compute(predictions=videos[:2], references=texts[:2, None], protocol="coco-5k")
+
+
+def test_the_code_of_the_documentation_runs(monkeypatch, capsys, tmp_path):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HF_EVALUATE_CACHE", str(tmp_path))
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "retrieval.md").read_text(), re.DOTALL)
+    exec(compile(code, "docs/retrieval.md", "exec"), {})
+    assert capsys.readouterr().out.split() == ["600.0", "600.0"]

@@ -5,7 +5,12 @@ import json
 import pytest
 
 from modeling_cots.retrieval_metrics import PROTOCOLS
-from modeling_cots.retrieval_results import check_test_set, stated_zero_shot_protocol, write_results
+from modeling_cots.retrieval_results import (
+    check_test_set,
+    stated_zero_shot_protocol,
+    write_card_of_measured,
+    write_results,
+)
 
 
 class Captions(list):
@@ -61,3 +66,33 @@ def test_a_test_set_with_holes_is_not_the_protocols(tmp_path):
     assert results["note"] == "2 of the test set could not be read, so this is not msrvtt-1ka."
     assert results["metrics"] == {"recall_sum": 100.0}
     assert "note" not in write_results(str(tmp_path / "results.json"), metrics, protocol=None)
+
+
+def measured(on: str, value: float, side: str = "i") -> dict:
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank")
+    metrics = {f"{way}_{name}": value for way in (f"{side}2t", f"t2{side}") for name in names}
+    return {"measured_on": on, "protocol": None, "zero_shot_protocol": "pretrained", "metrics": metrics}
+
+
+@pytest.mark.parametrize("unit, side", [("image", "i"), ("video", "v")])
+def test_a_card_grows_by_what_is_measured_later_and_a_repeated_number_is_replaced(tmp_path, unit, side):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nWritten by hand.\n")
+    for on, value in (("a test", 1.0), ("b test", 2.0), ("a test", 3.5)):
+        write_card_of_measured(str(model), str(model), measured(on, value, side), unit)
+    text = (model / "README.md").read_text()
+    assert text.count("## Measured later") == 1 and text.count("median rank") == 1 and "Written by hand." in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        f"| {on} |  | pretrained | {way} | {value} | {value} | {value} | {float(value):g} |"
+        for on, value in (("b test", "2.0"), ("a test", "3.5"))
+        for way in (f"{unit} to text", f"text to {unit}")
+    ]
+    assert text.count("name: a test") == 1 and "value: 1.0" not in text
+
+
+def test_a_checkpoint_without_a_card_gets_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    write_card_of_measured(str(tmp_path), str(tmp_path / "model"), measured("a test", 1.0))
+    assert "| a test |" in (tmp_path / "README.md").read_text()

@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from karpathy_data import write_karpathy
+from PIL import Image
 
-import modeling_cots.trainer
-from modeling_cots import COTSModel
+from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.retrieval_metrics import PROTOCOLS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import run_retrieval  # noqa: E402
+from test_run_pretraining import write_folder, write_jsonl, write_parquet, write_shards  # noqa: E402
 
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 MODEL = {
@@ -29,8 +29,7 @@ MODEL = {
 SPLITS = ["train"] * 8 + ["val"] * 2 + ["test"] * 5
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+def runner(tmp_path: Path, monkeypatch):
     """A function that runs the script in this process with a tiny model and two steps; returns the output folder."""
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
 
@@ -57,6 +56,32 @@ def run(tmp_path, monkeypatch):
         return Path(options["output_dir"])
 
     return run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return runner(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return runner(tmp_path_factory.mktemp("trained"), monkeypatch)("scenes", eval_split="validation")
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path) -> Path:
+    """A model fine-tuned on scenes."""
+    return shutil.copytree(trained, tmp_path / "checkpoint")
+
+
+def write_repository(folder: Path, scenes: list[dict]) -> Path:
+    """A data set as the Hub holds it: files whose splits its card names."""
+    write_parquet(folder, scenes)
+    (folder / "train.parquet").rename(folder / "part-0.parquet")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part-0.parquet\n---\n"
+    (folder / "README.md").write_text(card)
+    return folder
 
 
 def results_of(folder: Path) -> dict:
@@ -86,13 +111,6 @@ def test_fine_tuning_ends_in_a_model_results_and_a_card(run, tmp_path, monkeypat
     assert "Protocol: `flickr30k-1k`. Not zero-shot" in (folder / "README.md").read_text()
 
 
-@pytest.fixture
-def checkpoint(run, tmp_path) -> Path:
-    """A model fine-tuned on scenes."""
-    run("scenes", eval_split="validation")
-    return shutil.move(tmp_path / "run", tmp_path / "checkpoint")
-
-
 def test_measuring_only_states_how_far_it_is_zero_shot(run, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "coco-1k", (5, 10))
     write_karpathy(tmp_path / "data", SPLITS, name="coco")
@@ -102,14 +120,31 @@ def test_measuring_only_states_how_far_it_is_zero_shot(run, checkpoint, tmp_path
         run(tmp_path / "data", **options)
     folder = run(tmp_path / "data", **options, zero_shot_protocol="fine-tuned-elsewhere")
     results = results_of(folder)
-    assert "zero-shot: fine-tuned-elsewhere" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "zero-shot: fine-tuned-elsewhere" in printed
+    assert "among 1 images and 2 captions" in printed, "the candidates of a fold"
     assert results["zero_shot_protocol"] == "fine-tuned-elsewhere" and results["trained_on"] is None
     # Five folds of one image with its two captions each: whatever is wanted is all there is.
     assert results["protocol"] == "coco-1k" and results["metrics"]["i2t_recall_at_1"] == 100.0
     in_card = measured_in_card(folder)
     assert in_card[("coco-test", "i2t_recall_at_1")].metric_args == {"zero_shot_protocol": "fine-tuned-elsewhere"}
     assert ("scenes-validation", "i2t_recall_at_1") in in_card, "what the card said before is still there"
+    text = (folder / "README.md").read_text()
+    assert "| coco test | coco-1k | fine-tuned-elsewhere | image to text | 100.0 | 100.0 | 100.0 | 1 |" in text
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet, write_jsonl, write_shards, write_repository])
+def test_measures_on_every_form_that_pre_training_takes(run, checkpoint, tmp_path, write):
+    scenes = [ScenesDataset("train", 8, 32)[index] for index in range(8)]
+    data = write(tmp_path / "data", scenes)
+    options = {"eval_split": "train", "train_split": "none", "model": str(checkpoint)}
+    if write in (write_parquet, write_repository):
+        options.update(image_column="picture", caption_column="sentences")
+    results = results_of(run(data, **options, zero_shot_protocol="pretrained"))
+    several = write in (write_parquet, write_jsonl, write_repository)
+    assert results["num_images"] == 8 and results["num_captions"] == (40 if several else 8)
+    assert results["protocol"] is None and results["num_steps"] == 0
 
 
 def test_other_counts_than_the_protocols_are_refused_before_training(run, tmp_path):
@@ -126,35 +161,57 @@ def test_an_unreadable_test_image_costs_the_name_of_the_protocol(run, tmp_path, 
     results = results_of(run(tmp_path / "data", protocol="flickr30k-1k"))
     assert results["protocol"] is None and results["num_skipped"] == 1
     assert "this is not flickr30k-1k" in results["note"]
+    assert measured_in_card(tmp_path / "run")[("flickr30k-test", "t2i_recall_at_5")].dataset_config is None
+    assert "Protocol: `" not in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch):
-    write_karpathy(tmp_path / "data", ["train"] * 4 + ["test"] * 2)
-    seen = []
+def paint(folder: Path, form: str) -> Path:
+    """Four pictures, each of one colour that no crop changes, with three captions each, in one of two forms."""
+    folder.mkdir()
+    captions = [[f"picture {number} told {times} times" for times in ("one", "two", "six")] for number in range(4)]
+    for number in range(4):
+        Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    if form == "karpathy":
+        entries = [
+            {"filename": f"{n}.png", "split": split, "sentences": [{"raw": caption} for caption in captions[n]]}
+            for split in ("train", "test")
+            for n in range(4)
+        ]
+        (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+        return folder
+    rows = [{"image": f"{n}.png", "caption": caption} for n in range(4) for caption in captions[n]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
 
-    def spy(query, positive, candidates, excluded, temperature):
-        seen.append(excluded)
-        return modeling_cots.losses.queue_logits(query, positive, candidates, excluded, temperature)
 
-    masks = []
+@pytest.mark.parametrize("form", ["karpathy", "one caption a row"])
+def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch, form):
+    """By what the pictures show, not by the ids that the code goes by: a candidate counts if it is another picture."""
+    queue_size, history, checked = 8, [], []
 
-    def mask_spy(pair_ids, candidate_ids, filled):
-        mask = modeling_cots.losses.excluded_candidates(pair_ids, candidate_ids, filled)
-        masks.append((pair_ids.clone(), candidate_ids.clone(), filled.clone(), mask))
-        return mask
+    class Watching(run_retrieval.COTSTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.colours = inputs["pixel_values"][:, 0, 0, 0].clone()
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            history.extend(self.colours.tolist())
+            return loss
 
-    monkeypatch.setattr(modeling_cots.trainer, "queue_logits", spy)
-    monkeypatch.setattr(modeling_cots.trainer, "excluded_candidates", mask_spy)
-    run(tmp_path / "data", max_steps=4, queue_size=8)  # four images over and over: the queue holds them all twice
-    met = 0
-    for pair_ids, candidate_ids, filled, mask in masks:
-        same = (pair_ids[:, None] == candidate_ids[None]) & filled
-        met += int(same.sum())
-        assert mask[same].all()
-    assert met > 0
-    assert len(seen) == 2 * len(masks)
-    for (_, _, _, mask), i2t, t2i in zip(masks, seen[::2], seen[1::2], strict=True):
-        assert torch.equal(mask, i2t) and torch.equal(mask, t2i)
+        def _contrast(self, outputs, everyone, mine):
+            logits = super()._contrast(outputs, everyone, mine)
+            slots = [None] * queue_size
+            for number, colour in enumerate(history):
+                slots[number % queue_size] = colour
+            for side in logits:
+                for row, colour in zip(side.tolist(), self.colours.tolist(), strict=True):
+                    counts = [logit > -1e6 for logit in row[1:]]
+                    assert counts == [slot is not None and abs(slot - colour) > 1e-3 for slot in slots]
+                    checked.append(sum(slot is not None and abs(slot - colour) <= 1e-3 for slot in slots))
+            return logits
+
+    monkeypatch.setattr(run_retrieval, "COTSTrainer", Watching)
+    run(paint(tmp_path / "data", form), max_steps=6, queue_size=queue_size, per_device_train_batch_size=3)
+    assert len(set(history)) == 4
+    assert max(checked) >= 2 and len(checked) > 20, "pictures met their own in the queue, several times"
 
 
 def test_token_losses_are_off_unless_asked_for(run, tmp_path, caplog):
