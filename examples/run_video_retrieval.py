@@ -132,6 +132,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=parts.processor,
         max_text_length=script_args.max_text_length,
+        eval_protocol=script_args.protocol,
     )
     if trains:
         trainer.train(resume_from_checkpoint=find_checkpoint(args))

@@ -20,7 +20,7 @@ from transformers.utils import requires_backends
 
 from .scene_drawing import BACKGROUND_COLOURS, COLOURS, Scene, SceneObject, draw_scene
 
-SPLIT_SIZES = {"train": 1000, "validation": 100}
+SPLIT_SIZES = {"train": 2000, "validation": 100}
 VALIDATION_SHARE = 8  # one description in so many belongs to the validation split
 MIN_IMAGE_SIZE = 48  # below this a small object has fewer than five pixels a side
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
@@ -88,7 +88,7 @@ def write_moving_scenes(
     Args:
         folder: `open_videos` opens it, once its splits are written.
         split: "train" or "validation".
-        num_videos: 1,000 and 100 by default. The first videos are the same however many there are.
+        num_videos: 2,000 and 100 by default. The first videos are the same however many there are.
         image_size: Height and width in pixels, even. The scenes are the same at every size.
         num_frames: Of each video.
         frame_rate: Frames a second.

@@ -62,7 +62,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
     model.train(was_training)
     image_embeds, text_embeds, image_ids, text_ids = _collect(parts)
     if len(image_embeds) == 0:
-        raise ValueError(f"None of the {len(dataset)} images of the evaluation set could be read.")
+        raise ValueError(f"None of the {len(dataset)} images or videos of the evaluation set could be read.")
     return PairEmbeddings(image_embeds, text_embeds, image_ids, text_ids, len(dataset) - len(image_embeds))
 
 

@@ -46,6 +46,7 @@ CODE = {
     "hub_push.py",
     "modeling_cots.py",
     "processing_cots.py",
+    "similarities_cots.py",
     "video_processing_cots.py",
     "video_reading_cots.py",
 }
