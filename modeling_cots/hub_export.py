@@ -252,7 +252,9 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
     if not is_untouched(card):
         return card
     text = card.rpartition(CARD_MARK.partition("{")[0])[0]
-    return mark_generated(text.replace(f'("{old_id}"', f'("{new_id}"'))
+    for before in ("(", "model="):
+        text = text.replace(f'{before}"{old_id}"', f'{before}"{new_id}"')
+    return mark_generated(text)
 
 
 def copy_card_pictures(card: str, source: Path, target: Path) -> None:

@@ -1,118 +1,107 @@
-"""The card of a trained model, filled from its configuration, arguments and measured metrics; never by hand."""
+"""The card of a trained model, filled from its configuration and the record of its training; never by hand."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .training_args import COTSTrainingArguments
-from .video_collator import holds_videos
+from .retrieval_metrics import RECALL_AT, chance_recall
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 
-# What a reader wants to know of a run; all of it is in the checkpoint folders as well.
-REPORTED_SETTINGS = (
-    "seed",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "learning_rate",
-    "lr_hold_epochs",
-    "weight_decay",
-    "momentum",
-    "queue_size",
-    "batch_candidates",
-    "mcl_weight",
-    "kl_weight",
-    "kl_warmup_steps",
-    "cmvm_weight",
-    "cmlm_weight",
-    "image_mask_ratio",
-    "text_mask_ratio",
-    "adaptive_filter",
-    "filter_num_std",
-    "min_crop_scale",
-    "horizontal_flip",
-    "auto_augment",
-)
+# Of these the card knows what they are: who made the pictures, what the captions say, what that does to a model.
+KNOWN_DATA = {"scenes": "scenes", "flickr8k": "flickr8k"}
 
 
-def build_model_card(
-    model: PreTrainedModel,
-    args: COTSTrainingArguments,
-    *,
-    model_name: str,
-    num_steps: int,
-    train_dataset,
-    eval_dataset,
-    metrics: dict[str, float] | None,
-    protocol: str | None = None,
-) -> ModelCard:
+def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
     """
     Fill the template.
 
     Args:
-        model: The trained [`COTSModel`].
-        args: What it was trained with.
-        model_name: Title, and where the example loads it from.
-        num_steps: Optimiser steps taken.
-        train_dataset, eval_dataset: Data sets; their `name`, if they have one, is reported.
-        metrics: What `retrieval_metrics` measured on the evaluation set after training, or None.
-        protocol: By which it was measured, one of `PROTOCOLS`, or None.
+        config: The [`COTSConfig`] of the trained model.
+        record: What `build_record` has collected of its training, with the `widget` entries of the card.
+        model_name: Title, and where the examples load it from.
     """
-    eval_name = getattr(eval_dataset, "name", "the evaluation set")
-    zero_shot_protocol = _zero_shot_protocol(train_dataset, eval_dataset)
-    unit = "video" if holds_videos(train_dataset) or holds_videos(eval_dataset) else "image"
-    card_data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["cots", f"{unit}-text-retrieval", "two-stream"],
-        model_name=model_name,
-        eval_results=None
-        if metrics is None
-        else eval_results(metrics, eval_name, unit=unit, protocol=protocol, zero_shot_protocol=zero_shot_protocol),
-    )
-    config = model.config
+    data, evaluation, metrics = record["training_data"], record["evaluation_data"], record["metrics"]
+    kind = KNOWN_DATA.get(data["name"].split()[0].lower())
     return ModelCard.from_template(
-        card_data,
+        _card_data(record, model_name, kind),
         template_path=TEMPLATE_PATH,
-        model_name=model_name,
+        model_name=model_name.rpartition("/")[2],
         model_id=model_name,
-        unit=unit,
-        text_encoder=_describe(config.text_config),
-        vision_encoder=f"{_describe(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
+        unit=record["unit"],
+        kind=kind,
+        text_encoder=describe_encoder(config.text_config),
+        vision_encoder=f"{describe_encoder(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
         projection_dim=config.projection_dim,
         temperature=config.temperature,
-        num_parameters=f"{model.num_parameters():,}",
-        dataset_name=getattr(train_dataset, "name", "a data set of pairs"),
-        num_train_images=f"{len(train_dataset):,}",
-        num_steps=f"{num_steps:,}",
-        training_settings={name: getattr(args, name) for name in REPORTED_SETTINGS},
-        eval_dataset_name=eval_name,
-        protocol=protocol,
-        zero_shot_protocol=zero_shot_protocol,
-        num_eval_images=None if eval_dataset is None else f"{len(eval_dataset):,}",
-        metrics=None if metrics is None else {name: round(value, 1) for name, value in metrics.items()},
+        num_parameters=f"{record['num_parameters']:,}",
+        dataset_name=data["name"],
+        num_train_images=_number(data["num_items"]),
+        num_steps=f"{record['num_steps']:,}",
+        training_settings=record["settings"],
+        evaluation=evaluation and {name: _number(value) for name, value in evaluation.items()},
+        protocol=record["protocol"],
+        zero_shot_protocol=record["zero_shot_protocol"],
+        rows=None if metrics is None else _result_rows(metrics, evaluation, record["unit"]),
+        widget=record["widget"],
     )
 
 
-def _describe(config) -> str:
+def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData:
+    unit, name = record["unit"], record["training_data"]["name"]
+    is_on_the_hub = kind is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return ModelCardData(
+        # The weights of one's own data are one's own to license.
+        license=None if kind is None else "apache-2.0",
+        language=None if kind is None else "en",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["cots", f"{unit}-text-retrieval", "two-stream", "sentence-transformers"],
+        datasets=[name] if is_on_the_hub else None,
+        model_name=model_name.rpartition("/")[2],
+        eval_results=None
+        if record["metrics"] is None
+        else eval_results(
+            record["metrics"],
+            record["evaluation_data"]["name"],
+            unit=unit,
+            protocol=record["protocol"],
+            zero_shot_protocol=record["zero_shot_protocol"],
+        ),
+        widget=record["widget"] or None,
+    )
+
+
+def _number(value):
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _result_rows(metrics: dict[str, float], evaluation: dict, unit: str) -> list[list[str]]:
+    """Title, recalls beside those of a random order, median and mean rank, for both directions."""
+    num_items, num_captions = evaluation["num_items"], evaluation["num_captions"]
+    rows = []
+    for title, name in ((f"{unit} to text", "i2t"), (f"text to {unit}", "t2i")):
+        row = [title]
+        for k in RECALL_AT:
+            chance = ""
+            if num_items and num_captions:
+                num_relevant = max(1, round(num_captions / num_items)) if name == "i2t" else 1
+                share = chance_recall(k, num_captions if name == "i2t" else num_items, num_relevant)
+                chance = f" ({share:.1f})"
+            row.append(f"{metrics[f'{name}_recall_at_{k}']:.1f}{chance}")
+        rows.append([*row, *(f"{metrics[f'{name}_{rank}_rank']:.1f}" for rank in ("median", "mean"))])
+    return rows
+
+
+def describe_encoder(config) -> str:
+    """The size of an encoder, in words."""
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads"
     )
-
-
-def _zero_shot_protocol(train_dataset, eval_dataset) -> str | None:
-    """ "none" where training and evaluation are splits of one data set; otherwise only the user knows."""
-    names = [getattr(dataset, "name", None) for dataset in (train_dataset, eval_dataset)]
-    if None in names or names[1].split()[0] != names[0].split()[0]:
-        return None
-    return "none"
 
 
 def eval_results(
@@ -170,4 +159,4 @@ def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> 
     card.data.model_name = card.data.model_name or model_name
 
 
-__all__ = ["add_results", "build_model_card", "eval_results", "load_card"]
+__all__ = ["add_results", "build_model_card", "describe_encoder", "eval_results", "load_card"]

@@ -345,7 +345,8 @@ class COTSTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
         if self.is_world_process_zero():
-            build_card(self, self.model.cots).save(os.path.join(self.args.output_dir, "README.md"))
+            folder = self.args.output_dir
+            build_card(self, self.model.cots, folder).save(os.path.join(folder, "README.md"))
 
 
 class _MethodCallback(TrainerCallback):

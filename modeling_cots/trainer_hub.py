@@ -16,19 +16,23 @@ from transformers.utils.hub import PushInProgress
 from .hub_export import export_repository, mark_generated, streams_of
 from .hub_push import full_repo_id, push_folder
 from .model_card import build_model_card
+from .training_record import build_record, save_record
+from .widget_examples import publishable_pictures, record_widget_examples
 
 logger = logging.get_logger(__name__)
 
 
-def build_card(trainer, model) -> ModelCard:
-    """The card of what `trainer` has made of `model`, with what was measured last."""
+def build_card(trainer, model, folder: str) -> ModelCard:
+    """The card of what `trainer` has made of `model`, with what was measured last, for a repository in `folder`.
+
+    There it also writes the record that the card is made of, and the pictures that it shows.
+    """
     args = trainer.args
     logs = [entry for entry in trainer.state.log_history if "eval_recall_sum" in entry]
     metrics = {name.removeprefix("eval_"): value for name, value in logs[-1].items()} if logs else None
-    return build_model_card(
+    record = build_record(
         model,
         args,
-        model_name=trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
         num_steps=trainer.state.global_step,
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
@@ -36,11 +40,18 @@ def build_card(trainer, model) -> ModelCard:
         # With images missing it is another test set.
         protocol=None if metrics is None or "skipped_images" in metrics else trainer.eval_protocol,
     )
+    pictures = publishable_pictures(trainer.eval_dataset)
+    if pictures is not None:
+        record["widget"] = record_widget_examples(model, trainer.processing_class, pictures, folder)
+    save_record(record, folder)
+    model_name = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+    return build_model_card(model.config, record, model_name=model_name)
 
 
 def export_trained(trainer, output_dir: str) -> None:
     model = streams_of(trainer.model)
-    export_repository(model, trainer.processing_class, output_dir, card=mark_generated(build_card(trainer, model)))
+    card = build_card(trainer, model, output_dir)
+    export_repository(model, trainer.processing_class, output_dir, card=mark_generated(card))
 
 
 def push_trained(

@@ -59,7 +59,9 @@ TRAINING = {
     "training_args",
     "training_cost",
     "training_log",
+    "training_record",
     "training_setup",
+    "widget_examples",
     "video_collator",
 }
 ALLOWED = {

@@ -11,11 +11,11 @@ import torch
 from hub_network import Answer, Network, Server
 from picture_files import as_base64, as_bytes
 from PIL import Image
-from test_layout import HUB_CLOSURE, PACKAGE
 from transformers import pipeline
 
 from modeling_cots import COTSModel, ImageTextRetrievalPipeline, RetrievalIndex, pipeline_cots
-from modeling_cots.pipeline_cots import CUSTOM_PIPELINES, TASK
+from modeling_cots.hub_export import CUSTOM_PIPELINES, export_repository
+from modeling_cots.pipeline_cots import TASK
 
 TEXTS = ["a red circle", "two green triangles beside one star", "the dog runs", "people near a boat"]
 
@@ -254,24 +254,10 @@ print(json.dumps(pipeline(model=folder, trust_remote_code=True)(text, pictures))
 
 
 @pytest.fixture
-def repository(folder) -> Path:
-    """A saved model with its code in the folder, as a model repository has it."""
-    for module in HUB_CLOSURE:
-        (folder / f"{module}.py").write_bytes((PACKAGE / f"{module}.py").read_bytes())
-    classes = {
-        "AutoConfig": "configuration_cots.COTSConfig",
-        "AutoModel": "modeling_cots.COTSModel",
-        "AutoProcessor": "processing_cots.COTSProcessor",
-        "AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor",
-    }
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": classes, "custom_pipelines": CUSTOM_PIPELINES}
-    (folder / "config.json").write_text(json.dumps(config))
-    processor = json.loads((folder / "processor_config.json").read_text())
-    processor["auto_map"] = {"AutoProcessor": classes["AutoProcessor"]}
-    processor["video_processor"]["auto_map"] = {"AutoVideoProcessor": classes["AutoVideoProcessor"]}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    return folder
+def repository(model, tiny_processor, tmp_path) -> Path:
+    """A model with its code, as a repository has it."""
+    export_repository(model, tiny_processor, tmp_path / "cots-tiny-v1.0")
+    return tmp_path / "cots-tiny-v1.0"
 
 
 def test_by_trust_remote_code_where_the_package_is_not(repository, tmp_path, pictures):
