@@ -35,6 +35,7 @@ TOOLS = {
     "retrieval_metrics",
     "datasets_moving_scenes",
     "datasets_videos",
+    "relevance",
 }
 HELPERS_OF_TOOLS = {
     "image_reading",
@@ -75,6 +76,7 @@ THIRD_PARTY = {
     **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy", "av"}),
     **dict.fromkeys(HANDLER, {"torch", "transformers", "huggingface_hub", "PIL"}),
     **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
+    "relevance": {"torch"},
 }
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
