@@ -36,8 +36,11 @@ TOOLS = {
     "datasets_moving_scenes",
     "datasets_videos",
     "relevance",
+    "heat_maps",
+    "score_pictures",
 }
 HELPERS_OF_TOOLS = {
+    "figures",
     "image_reading",
     "karpathy_files",
     "msrvtt_files",
@@ -51,6 +54,7 @@ TRAINING = {
     "datasets_opening",
     "evaluation",
     "model_card",
+    "pair_scores",
     "reporting",
     "retrieval_results",
     "script_steps",
