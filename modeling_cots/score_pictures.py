@@ -29,7 +29,7 @@ def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
     Returns a matplotlib figure.
     """
     num_columns = max(len(row) for row in rows.values())
-    figure = new_figure(2.3 * num_columns, 3.3 * len(rows))
+    figure = new_figure(2.3 * num_columns, 3.5 * len(rows))
     for band_figure, (band, row) in zip(
         figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
     ):
@@ -45,7 +45,7 @@ def _draw_pair(axes, image, caption: str, score: float, is_dropped: bool) -> Non
     axes.set_yticks([])
     axes.spines[:].set(color="#c62828" if is_dropped else "#9e9e9e", linewidth=2.5 if is_dropped else 0.8)
     axes.set_title(f"{score:.3f}" + ("  dropped" if is_dropped else ""), fontsize=10)
-    lines = textwrap.wrap(shorten(" ".join(caption.split()), 90), 28)
+    lines = textwrap.wrap(shorten(" ".join(caption.split()), 90), 32)
     axes.set_xlabel("\n".join(lines + [""] * (4 - len(lines))), fontsize=8)
 
 
