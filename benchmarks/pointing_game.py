@@ -8,6 +8,8 @@ the words of a caption name: colour and shape ("red circle"), the colour alone, 
 * chance: a patch drawn uniformly, which is the share of the patches whose centre lies in the box (exact, not sampled);
 * attention roll-out (Abnar and Zuidema, 2020), the product of (A + I) / 2 over the layers: it knows no words;
 * the GAE map of the whole caption, which knows no single word;
+* other meanings of "the map of a word" than ours (what the embedding loses without the word): what it loses when the
+  word is replaced by [MASK]; the projected output at the word's own pieces; the word as a caption of its own;
 * occlusion: the patch without which, greyed out to the picture's mean, the word's score falls most. No map of
   attention, but what the model reacts to: a bound for what its attention could show.
 
@@ -18,6 +20,7 @@ import argparse
 from collections import defaultdict
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
@@ -125,32 +128,40 @@ def main() -> None:
             if not words:
                 continue
             targets = targets_of(model, processor.tokenizer, caption, [word for _, word, _ in words])
-            gae = image_relevance(model, pixel_values, targets.unsqueeze(0))[0]
+            stacked = torch.cat(list(targets.values()))
+            gae = image_relevance(model, pixel_values, stacked.unsqueeze(0))[0].split(len(words))
             with torch.no_grad():
-                occlusion = occlusion_maps(model, pixel_values, targets)
+                occlusion = occlusion_maps(model, pixel_values, targets["GAE, the word"])
             for place, (kind, _, item) in enumerate(words):
-                maps = {
-                    "attention roll-out": rollout,
-                    "GAE, whole caption": gae[-1],
-                    "GAE, the word": gae[place],
-                    "occlusion, the word": occlusion[place],
-                }
-                game.play(kind, item, scene.objects, maps)
+                maps = {"attention roll-out": rollout}
+                maps.update({name: of_words[place] for name, of_words in zip(targets, gae, strict=True)})
+                game.play(kind, item, scene.objects, {**maps, "occlusion, the word": occlusion[place]})
     print(f"{args.num_scenes} held-out scenes: map's maximum on the named object, in percent")
     print("(in scenes of several objects: the named one's share of all objects hit)")
     print(game.table())
 
 
-def targets_of(model, tokenizer, caption: str, words: list[str]) -> torch.Tensor:
-    """(K + 1, d): what each word adds to the caption's embedding, and the whole embedding."""
+@torch.no_grad()
+def targets_of(model, tokenizer, caption: str, words: list[str]) -> dict[str, torch.Tensor]:
+    """By method (K, d): what the maps of K words are the maps of."""
     tokens = tokenizer(caption, truncation=True, return_offsets_mapping=True, return_tensors="pt")
+    input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
     found = find_words(caption, tokens["offset_mapping"][0].tolist(), words)
-    masks = torch.zeros(1, len(found), tokens["input_ids"].shape[1], dtype=torch.bool)
+    masks = torch.zeros(len(found), input_ids.shape[1], dtype=torch.bool)
     for row, word in enumerate(found):
-        masks[0, row, list(word.positions)] = True
-    with torch.no_grad():
-        whole = model.encode_text(tokens["input_ids"], tokens["attention_mask"])
-    return torch.cat([word_targets(model, tokens["input_ids"], tokens["attention_mask"], masks)[0], whole])
+        masks[row, list(word.positions)] = True
+    whole = model.encode_text(input_ids, attention_mask).expand(len(words), -1)
+    hidden = model.run_text_model(input_ids, attention_mask).last_hidden_state[0]
+    own = model.text_projection(masks.float() @ hidden / masks.sum(dim=1, keepdim=True))
+    masked_ids = input_ids.expand(len(words), -1).masked_fill(masks, tokenizer.mask_token_id)
+    alone = tokenizer(words, padding=True, return_tensors="pt")
+    return {
+        "GAE, whole caption": whole,
+        "GAE, the word": word_targets(model, input_ids, attention_mask, masks.unsqueeze(0))[0],
+        "GAE, word masked": whole - model.encode_text(masked_ids, attention_mask.expand(len(words), -1)),
+        "GAE, its own pieces": F.normalize(own, dim=-1),
+        "GAE, word as caption": model.encode_text(alone["input_ids"], alone["attention_mask"]),
+    }
 
 
 if __name__ == "__main__":
