@@ -35,8 +35,12 @@ TOOLS = {
     "retrieval_metrics",
     "datasets_moving_scenes",
     "datasets_videos",
+    "relevance",
+    "heat_maps",
+    "score_pictures",
 }
 HELPERS_OF_TOOLS = {
+    "figures",
     "image_reading",
     "karpathy_files",
     "msrvtt_files",
@@ -50,6 +54,7 @@ TRAINING = {
     "datasets_opening",
     "evaluation",
     "model_card",
+    "pair_scores",
     "reporting",
     "retrieval_results",
     "script_steps",
@@ -77,6 +82,7 @@ THIRD_PARTY = {
     **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy", "av"}),
     **dict.fromkeys(HANDLER, {"torch", "transformers", "huggingface_hub", "PIL"}),
     **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
+    "relevance": {"torch"},
 }
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,46 @@
+"""Which parts of a picture the words of a caption respond to (Figure 1 of the supplement of COTS).
+
+    python examples/visualize_attention.py photo.jpg "a girl in a red hat" --words girl hat
+
+Writes one picture: the image, the heat map of the whole caption, one heat map a word, and a bar for every word of the
+caption. Without --words the six words that matter most for the picture are mapped. See docs/seeing.md for what the
+maps are, and benchmarks/pointing_game.py for how far they can be trusted.
+"""
+
+import argparse
+
+from transformers import AutoProcessor
+
+from modeling_cots import COTSModel
+from modeling_cots.heat_maps import draw_word_maps
+from modeling_cots.image_reading import read_image
+from modeling_cots.relevance import explain_pair
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", help="a picture file")
+    parser.add_argument("caption", help="what to hold against it")
+    parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')
+    parser.add_argument("--model", default="runs/quickstart", help="a COTS checkpoint (folder or Hub id)")
+    parser.add_argument("--output", default="attention.png", help="the picture to write")
+    args = parser.parse_args()
+
+    # 1. The pair and the model; the maps need the attention weights, which only eager attention forms.
+    image = read_image(args.image)
+    model = COTSModel.from_pretrained(args.model, attn_implementation="eager").eval()
+    processor = AutoProcessor.from_pretrained(args.model)
+
+    # 2. The maps.
+    relevance = explain_pair(model, processor, image, args.caption, args.words)
+
+    # 3. The picture.
+    draw_word_maps(image, args.caption, relevance).savefig(args.output, dpi=100)
+    print(f"Cosine similarity of picture and caption: {relevance.score:.3f}. What each word adds to it:")
+    for word, score in zip(relevance.words, relevance.word_scores.tolist(), strict=True):
+        print(f"  {word.text:20s} {score:+.3f}")
+    print(f"The maps are in {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Rank the pairs of a data set by momentum similarity: which captions do not belong to their pictures?
+
+    python examples/visualize_filter.py PHOTOS/ --model runs/mine/checkpoint-900 --output_dir scores
+
+PHOTOS/ is anything that run_pretraining.py takes, `scenes` included. Writes contact_sheet.jpg (lowest, middle and
+highest scores with their captions), histogram.png (all scores and the threshold of the adaptive momentum filter) and
+scores.parquet (every pair with its score, and whether the filter keeps it), to clean the data set with.
+"""
+
+import argparse
+import os
+
+from accelerate import Accelerator
+from transformers import AutoProcessor
+
+from modeling_cots.datasets_opening import open_dataset
+from modeling_cots.figures import new_figure
+from modeling_cots.image_reading import read_image
+from modeling_cots.pair_scores import load_scoring_model, score_pairs, write_scores
+from modeling_cots.score_pictures import band_positions, draw_contact_sheet, draw_histogram
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
+    parser.add_argument("--model", default="runs/quickstart", help="checkpoint-*, or any COTS checkpoint")
+    parser.add_argument("--split", default="train", help="split of the data set")
+    parser.add_argument("--image_column", help="found if not given")
+    parser.add_argument("--caption_column", help="found if not given")
+    parser.add_argument("--num_std", type=float, default=2.0, help="k of the threshold mean - k * std")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--output_dir", default="scores", help="folder to write to")
+    args = parser.parse_args()
+    if args.num_std < 0:
+        parser.error(f"--num_std must not be negative, got {args.num_std}.")
+    new_figure(1, 1)  # without matplotlib stop now, and not after the work
+
+    # 1. The model and the data.
+    accelerator = Accelerator()
+    model, which = load_scoring_model(args.model)
+    processor = AutoProcessor.from_pretrained(args.model)
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    dataset = open_dataset(args.dataset, args.split, image_size=model.config.image_size[0], **columns)
+    accelerator.print(f"Pairs are scored by {which}.")
+
+    # 2. The scores, on every process; what follows is for one.
+    pairs = score_pairs(
+        model.to(accelerator.device),
+        dataset,
+        processor,
+        accelerator,
+        batch_size=args.batch_size,
+        max_text_length=processor.tokenizer.model_max_length,
+        num_std=args.num_std,
+    )
+    if not accelerator.is_main_process:
+        return
+    os.makedirs(args.output_dir, exist_ok=True)
+    scores_path = os.path.join(args.output_dir, "scores.parquet")
+    write_scores(scores_path, dataset, pairs, {"model": which, "dataset": args.dataset, "split": args.split})
+
+    # 3. The pictures.
+    order = pairs.scores.argsort(stable=True).tolist()
+    rows = {}
+    for band, places in band_positions(len(order)).items():
+        chosen = [(dataset[int(pairs.pair_ids[order[place]])], order[place]) for place in places]
+        rows[band] = [
+            (read_image(item["image"]), item["captions"][int(pairs.caption_numbers[row])], pairs.scores[row].item())
+            for item, row in chosen
+        ]
+    draw_contact_sheet(rows, pairs.threshold).savefig(
+        os.path.join(args.output_dir, "contact_sheet.jpg"), dpi=80, pil_kwargs={"quality": 85}
+    )
+    histogram = draw_histogram(pairs.scores, pairs.threshold, args.num_std)
+    histogram.savefig(os.path.join(args.output_dir, "histogram.png"), dpi=100)
+
+    # 4. The summary.
+    num_dropped = int((~pairs.keep).sum())
+    print(f"{num_dropped:,} of {len(order):,} pairs score below the threshold {pairs.threshold:.4f}.")
+    if pairs.num_skipped_images > 0:
+        print(f"{pairs.num_skipped_images:,} images could not be read and are left out.")
+    print(f"All scores are in {scores_path}, the pictures beside it.")
+
+
+if __name__ == "__main__":
+    main()
