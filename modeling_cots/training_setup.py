@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from transformers.trainer_utils import HubStrategy
+import torch
+from transformers.trainer_utils import HubStrategy, has_length
 
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
@@ -53,6 +54,44 @@ def build_video_collator(args: COTSTrainingArguments, processor, max_text_length
         min_crop_scale=args.min_crop_scale,
         horizontal_flip=args.horizontal_flip,
     )
+
+
+def check_launch(trainer) -> None:
+    """Raise `ValueError` for a distributed mode that splits the model: see docs/reliability.md for the sizes."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
+            "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
+        )
+
+
+def use_float16_on_cpu(trainer) -> None:
+    """On a CPU accelerate would train in float32 without a word where `fp16` was asked for; torch can do it."""
+    accelerator = trainer.accelerator
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def mark_repeated_samples(trainer, batches: list[dict]) -> None:
+    """Take the samples out of an epoch's last batch that are there only to make the processes' batches equal.
+
+    accelerate fills up with samples from the beginning of the epoch. With the pair id -1 and not `valid` they are in
+    no loss, no queue and no count, so that a last batch that is not full equals that of one process.
+    """
+    if trainer.args.world_size == 1 or not batches or not trainer.accelerator.gradient_state.end_of_dataloader:
+        return
+    batch = batches[-1]
+    batch_size = len(batch["valid"])
+    if has_length(trainer.train_dataset) and not trainer.args.dataloader_drop_last:
+        num_real = len(trainer.train_dataset) % (batch_size * trainer.args.world_size)
+    else:
+        num_real = max(0, trainer.accelerator.gradient_state.remainder)
+    if num_real == 0:
+        return
+    first_repeated = max(0, num_real - trainer.args.process_index * batch_size)
+    batch["valid"][first_repeated:] = False
+    batch["pair_ids"][first_repeated:] = -1
 
 
 def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:

@@ -46,9 +46,11 @@ HELPERS_OF_TOOLS = {
 }
 TRAINING = {
     "building",
+    "checkpoints",
     "command_line",
     "datasets_opening",
     "evaluation",
+    "filter_log",
     "model_card",
     "reporting",
     "retrieval_results",
@@ -57,8 +59,11 @@ TRAINING = {
     "trainer",
     "trainer_hub",
     "training_args",
+    "training_callback",
     "training_cost",
+    "training_guards",
     "training_log",
+    "training_recovery",
     "training_setup",
     "video_collator",
 }

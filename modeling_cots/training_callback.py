@@ -1,0 +1,31 @@
+"""`MethodCallback`: what `COTSTrainer` does at the moments of the training loop."""
+
+from transformers import TrainerCallback
+
+
+class MethodCallback(TrainerCallback):
+    """The moments of the training loop at which the method has something to do."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.recovery.begin_training()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # The Trainer's own call does not reach the sampler where a process of several skips batches to resume.
+        train_dataloader.set_epoch(int(state.epoch or 0))
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "set_epoch"):  # accelerate's own call does not reach the data set in every launch mode
+            dataset.set_epoch(int(state.epoch or 0))
+        self.trainer.recovery.begin_epoch()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.recovery.begin_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.momentum_state.encoder.update_(self.trainer.model.cots, args.momentum)
+
+
+__all__ = ["MethodCallback"]
