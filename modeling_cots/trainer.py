@@ -14,7 +14,6 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from .data_collator import COTSDataCollator, build_image_transform
 from .evaluation import evaluate_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
@@ -33,15 +32,14 @@ from .training_callback import MethodCallback
 from .training_log import CollapseWatch, TrainingLog
 from .training_recovery import Recovery
 from .training_setup import (
-    build_video_collator,
-    check_launch,
+    build_training_collator,
     check_setup,
     freeze_unused_parameters,
     hold_then_decay,
     mark_repeated_samples,
+    settle_launch,
     use_float16_on_cpu,
 )
-from .video_collator import holds_videos
 
 logger = logging.get_logger(__name__)
 
@@ -84,14 +82,14 @@ class COTSTrainer(Trainer):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
-        if data_collator is None and holds_videos(kwargs.get("train_dataset")):
-            data_collator = build_video_collator(args, processing_class, max_text_length)
-        elif data_collator is None:
-            data_collator = self._build_collator(model, args, processing_class)
+        if data_collator is None:
+            data_collator = build_training_collator(
+                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length
+            )
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
-        check_launch(self)
+        settle_launch(self)
         freeze_unused_parameters(model, args)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
@@ -104,26 +102,6 @@ class COTSTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         use_float16_on_cpu(self)
-
-    def _build_collator(self, model, args, processor) -> COTSDataCollator:
-        transform = build_image_transform(
-            model.config.image_size,
-            processor.image_processor.image_mean,
-            processor.image_processor.image_std,
-            min_crop_scale=args.min_crop_scale,
-            horizontal_flip=args.horizontal_flip,
-            auto_augment=args.auto_augment,
-        )
-        return COTSDataCollator(
-            processor,
-            image_transform=transform,
-            max_text_length=self.max_text_length,
-            patch_size=model.config.patch_size,
-            image_mask_ratio=args.image_mask_ratio,
-            text_mask_ratio=args.text_mask_ratio,
-            mask_images=args.cmvm_weight > 0,
-            mask_texts=args.cmlm_weight > 0,
-        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """

@@ -100,7 +100,7 @@ class Recovery:
         path = self._averages_file(folder)
         if not os.path.isfile(path):  # of a process that was not there when the checkpoint was saved
             return
-        state = safetensors.torch.load_file(path, device=str(self.trainer.args.device))
+        state = {name: value.to(self.trainer.args.device) for name, value in safetensors.torch.load_file(path).items()}
         self._put_back_averages(state)
         # What the Trainer reports for this call of `train` are the steps of this call.
         self.trainer._total_loss_scalar -= float(state["loss"])
