@@ -1,6 +1,7 @@
 """`MethodCallback`: what `COTSTrainer` does at the moments of the training loop."""
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 
 class MethodCallback(TrainerCallback):
@@ -9,6 +10,7 @@ class MethodCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self._scale: float | None = None
+        self._step_of_epoch = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.recovery.begin_training()
@@ -20,6 +22,16 @@ class MethodCallback(TrainerCallback):
         if hasattr(dataset, "set_epoch"):  # accelerate's own call does not reach the data set in every launch mode
             dataset.set_epoch(int(state.epoch or 0))
         self.trainer.recovery.begin_epoch()
+        self._step_of_epoch = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Raises `ValueError` where a run cannot go on: the Trainer would begin the stream again without a word."""
+        if state.global_step == self._step_of_epoch > 0 and not has_length(self.trainer.train_dataset):
+            raise ValueError(
+                f"The stream ended before the batch after step {state.global_step}, so the run cannot go on where it "
+                "stopped: a stream of its own kind is resumed within its first pass alone. One of `open_stream` has "
+                "no end."
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.recovery.begin_step()

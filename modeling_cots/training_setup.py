@@ -160,4 +160,12 @@ def hold_then_decay(num_training_steps: int, *, num_warmup_steps: int, num_hold_
     return factor
 
 
-__all__ = ["build_video_collator", "check_setup", "freeze_unused_parameters", "hold_then_decay"]
+__all__ = [
+    "build_training_collator",
+    "check_setup",
+    "freeze_unused_parameters",
+    "hold_then_decay",
+    "mark_repeated_samples",
+    "settle_launch",
+    "use_float16_on_cpu",
+]
