@@ -20,7 +20,6 @@ from modeling_cots.script_steps import (
     DataArguments,
     ModelArguments,
     build_parts,
-    find_checkpoint,
     open_split,
     read_config,
 )
@@ -57,7 +56,7 @@ def main() -> None:
         image_tokenizer=parts.image_tokenizer,
         max_text_length=script_args.max_text_length,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     # 5. What was learnt, and the folder to share.
     if eval_dataset is not None:

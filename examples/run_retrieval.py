@@ -32,7 +32,6 @@ from modeling_cots.script_steps import (
     DataArguments,
     ModelArguments,
     build_parts,
-    find_checkpoint,
     open_split,
     read_config,
 )
@@ -98,7 +97,7 @@ def main() -> None:
         eval_protocol=script_args.protocol,
     )
     if trains:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     # 5. What was learnt, and the folder to share.
     metrics = trainer.evaluate()

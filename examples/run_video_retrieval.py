@@ -25,7 +25,7 @@ from modeling_cots.retrieval_results import (
     write_card_of_measured,
     write_results,
 )
-from modeling_cots.script_steps import ModelArguments, build_parts, find_checkpoint, read_config
+from modeling_cots.script_steps import ModelArguments, build_parts, read_config
 from modeling_cots.video_collator import check_videos_readable
 
 # Their sources stand in examples/configs/msrvtt.yaml.
@@ -135,7 +135,7 @@ def main() -> None:
         eval_protocol=script_args.protocol,
     )
     if trains:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     # 5. What was learnt, and the folder to share.
     metrics = trainer.evaluate()

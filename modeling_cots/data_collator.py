@@ -16,6 +16,7 @@ from transformers.models.flava.image_processing_flava import FlavaMaskingGenerat
 from transformers.utils import logging
 
 from .image_reading import UnreadableImageError, read_image
+from .pair_items import encode_names
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +95,7 @@ class COTSDataCollator:
 
     Returns a dict of tensors:
         pixel_values (B, 3, H, W); input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
+        names (B, 120) uint8, see `encode_names`;
         with `mask_images` bool_masked_pos (B, patches) bool;
         with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
     """
@@ -134,6 +136,7 @@ class COTSDataCollator:
             "pixel_values": torch.stack([self._blank() if image is None else image for image in images]),
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),
             "valid": torch.tensor([image is not None for image in images]),
+            "names": encode_names([item["name"] for item in items]),
         }
         tokens = tokenize(self.tokenizer, captions, self.max_text_length)
         batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])

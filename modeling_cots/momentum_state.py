@@ -27,11 +27,11 @@ class MomentumState(nn.Module):
 
     def save(self, folder: str) -> None:
         """Write `momentum_state.safetensors` into a checkpoint folder."""
-        state = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        safetensors.torch.save_file(state, os.path.join(folder, MOMENTUM_STATE_NAME))
+        # Not `save_file`, which refuses tensors that share memory: encoders may tie parameters.
+        safetensors.torch.save_model(self, os.path.join(folder, MOMENTUM_STATE_NAME))
 
     def load(self, folder: str) -> None:
-        """Restore it. Raises `ValueError` where the file is missing or does not fit this model and queue."""
+        """Restore it. Raises `ValueError` where the file is missing, damaged, or of another model or queue."""
         path = os.path.join(folder, MOMENTUM_STATE_NAME)
         if not os.path.isfile(path):
             raise ValueError(
@@ -39,14 +39,21 @@ class MomentumState(nn.Module):
                 "not go on where it stopped. Resume from a checkpoint of COTSTrainer, or start a new run with this "
                 "one as its model."
             )
-        state = safetensors.torch.load_file(path)
-        saved_size = len(state["queue.scores"])
+        saved_size = _saved_queue_size(path)
         if saved_size != self.queue.size:
             raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
         try:
-            self.load_state_dict(state)
+            safetensors.torch.load_model(self, path)
         except RuntimeError as error:
             raise ValueError(f"{path} was saved with another model than this one. {error}") from error
+
+
+def _saved_queue_size(path: str) -> int:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_slice("queue.scores").get_shape()[0]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or holds no momentum state: {error}.") from error
 
 
 __all__ = ["MOMENTUM_STATE_NAME", "MomentumState"]

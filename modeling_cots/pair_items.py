@@ -1,8 +1,14 @@
-"""Seeds of items: what a sample draws depends on the data set's seed, the epoch and its index, and on nothing else."""
+"""What every data set of pairs gives its items: seeds, and names that travel through a batch.
+
+What a sample draws depends on the data set's seed, the epoch and its index, and on nothing else.
+"""
 
 import hashlib
 
+import numpy as np
 import torch
+
+NAME_BYTES = 120
 
 
 class EpochSeeds:
@@ -35,4 +41,18 @@ class EpochSeeds:
         return int.from_bytes(digest, "big") >> 1
 
 
-__all__ = ["EpochSeeds"]
+def encode_names(names: list[str]) -> torch.Tensor:
+    """(B, 120) uint8, so that names of samples go wherever a batch goes; of long names the end stays."""
+    encoded = np.zeros((len(names), NAME_BYTES), dtype=np.uint8)
+    for row, name in zip(encoded, names, strict=True):
+        characters = name.encode("utf-8", errors="replace")[-NAME_BYTES:]
+        row[: len(characters)] = np.frombuffer(characters, dtype=np.uint8)
+    return torch.from_numpy(encoded)
+
+
+def decode_name(row: torch.Tensor) -> str:
+    """The name in one row, (120,) on the CPU, of `encode_names`."""
+    return bytes(row.tolist()).rstrip(b"\0").decode("utf-8", errors="ignore")
+
+
+__all__ = ["EpochSeeds", "decode_name", "encode_names"]

@@ -1,10 +1,8 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
-import os
 from dataclasses import dataclass, field
 
 from torch.utils.data import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from .building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
 from .configuration_cots import COTSConfig
@@ -135,21 +133,11 @@ def build_parts(
     return TrainingParts(model, processor, image_tokenizer)
 
 
-def find_checkpoint(args: COTSTrainingArguments) -> str | None:
-    """The checkpoint to resume from; for "latest" the newest of the output folder, if it has one."""
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "latest":
-        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {args.output_dir}: a new run.")
-    return checkpoint
-
-
 __all__ = [
     "DataArguments",
     "ModelArguments",
     "TrainingParts",
     "build_parts",
-    "find_checkpoint",
     "open_split",
     "read_config",
 ]

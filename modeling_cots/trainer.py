@@ -10,11 +10,10 @@ import os
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from .data_collator import COTSDataCollator, build_image_transform
 from .evaluation import evaluate_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
@@ -29,9 +28,18 @@ from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
 from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
+from .training_callback import MethodCallback
 from .training_log import CollapseWatch, TrainingLog
-from .training_setup import build_video_collator, check_setup, freeze_unused_parameters, hold_then_decay
-from .video_collator import holds_videos
+from .training_recovery import Recovery
+from .training_setup import (
+    build_training_collator,
+    check_setup,
+    freeze_unused_parameters,
+    hold_then_decay,
+    mark_repeated_samples,
+    settle_launch,
+    use_float16_on_cpu,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -74,47 +82,49 @@ class COTSTrainer(Trainer):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
-        if data_collator is None and holds_videos(kwargs.get("train_dataset")):
-            data_collator = build_video_collator(args, processing_class, max_text_length)
-        elif data_collator is None:
-            data_collator = self._build_collator(model, args, processing_class)
+        if data_collator is None:
+            data_collator = build_training_collator(
+                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length
+            )
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
-                "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
-            )
+        settle_launch(self)
         freeze_unused_parameters(model, args)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
         self.training_log = TrainingLog()
         self.collapse_watch = CollapseWatch(args)
-        self.add_callback(_MethodCallback(self))
+        self.recovery = Recovery(self)
+        self.add_callback(MethodCallback(self))
 
-    def _build_collator(self, model, args, processor) -> COTSDataCollator:
-        transform = build_image_transform(
-            model.config.image_size,
-            processor.image_processor.image_mean,
-            processor.image_processor.image_std,
-            min_crop_scale=args.min_crop_scale,
-            horizontal_flip=args.horizontal_flip,
-            auto_augment=args.auto_augment,
-        )
-        return COTSDataCollator(
-            processor,
-            image_transform=transform,
-            max_text_length=self.max_text_length,
-            patch_size=model.config.patch_size,
-            image_mask_ratio=args.image_mask_ratio,
-            text_mask_ratio=args.text_mask_ratio,
-            mask_images=args.cmvm_weight > 0,
-            mask_texts=args.cmlm_weight > 0,
-        )
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        use_float16_on_cpu(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train as `transformers.Trainer` does; "latest" goes on from the whole checkpoint of `output_dir` that was
+        written last, or begins where there is none. Raises `ValueError` for a checkpoint that is not whole.
+        """
+        checkpoint = self.recovery.choose_checkpoint(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.recovery.end_training()
 
     # ------------------------------------------------------------------------------------------- one training step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        mark_repeated_samples(self, batches)
+        return batches, num_items
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.recovery.check_step(grad_norm)
+        return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of COTS of one batch: w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM."""
@@ -149,8 +159,9 @@ class COTSTrainer(Trainer):
             + args.cmvm_weight * losses.get("loss_cmvm", 0.0)
             + args.cmlm_weight * losses.get("loss_cmlm", 0.0)
         )
-        self._record(losses, keep, everyone["valid"], threshold)
+        self._record(losses, keep, everyone, scores, threshold, inputs, mine)
         if model.training:
+            self.recovery.guard.add(losses, (logits_i2t, logits_t2i), inputs)
             self._push(everyone, scores)
         return (loss, outputs) if return_outputs else loss
 
@@ -241,10 +252,12 @@ class COTSTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------- logging
 
-    def _record(self, losses, keep, valid, threshold) -> None:
+    def _record(self, losses, keep, everyone, scores, threshold, inputs, mine) -> None:
+        valid, is_real = everyone["valid"], everyone["pair_ids"] >= 0
         self.training_log.add_losses(losses)
-        self.training_log.add_counts(kept=keep.sum(), readable=valid.sum(), skipped_images=(~valid).sum())
+        self.training_log.add_counts(kept=keep.sum(), readable=valid.sum(), skipped_images=(~valid & is_real).sum())
         self.training_log.set_latest(filter_threshold=threshold, queue_fill=self.queue.fill)
+        self.recovery.note_filtered((valid & ~keep)[mine], scores[mine], threshold, inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what happened since the last log to the Trainer's own line of training logs."""
@@ -317,6 +330,19 @@ class COTSTrainer(Trainer):
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
+    def _save_checkpoint(self, model, trial) -> None:
+        self.recovery.save(
+            self._get_output_dir(trial), lambda: super(COTSTrainer, self)._save_checkpoint(model, trial)
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.recovery.save_averages(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.recovery.snapshot.take_generators()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -347,22 +373,6 @@ class COTSTrainer(Trainer):
         if self.is_world_process_zero():
             folder = self.args.output_dir
             build_card(self, self.model.cots, folder).save(os.path.join(folder, "README.md"))
-
-
-class _MethodCallback(TrainerCallback):
-    """Two moments of the training loop at which the method has something to do."""
-
-    def __init__(self, trainer: COTSTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        dataset = self.trainer.train_dataset
-        if hasattr(dataset, "set_epoch"):  # accelerate's own call does not reach the data set in every launch mode
-            dataset.set_epoch(int(state.epoch or 0))
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.momentum_state.encoder.update_(self.trainer.model.cots, args.momentum)
 
 
 __all__ = ["COTSTrainer"]

@@ -67,6 +67,21 @@ class COTSTrainingArguments(TrainingArguments):
         metadata={"help": "k: pairs that score below mean - k * std of the queued momentum similarities are noise."},
     )
 
+    filter_log: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder for the audit trail of the filter: parquet files with id, name, step, score and "
+            "threshold of every pair that it leaves out."
+        },
+    )
+    max_skipped_fraction: float = field(
+        default=0.2,
+        metadata={
+            "help": "Stop when more than this share of the last 1,000 or more pictures cannot be read: rotten data, "
+            "or storage that is gone. 1 never stops."
+        },
+    )
+
     min_crop_scale: float = field(
         default=0.5, metadata={"help": "Smallest share of the picture that a random resized crop keeps; 1 = no crop."}
     )
@@ -79,6 +94,9 @@ class COTSTrainingArguments(TrainingArguments):
     )
 
     # What this trainer needs of the base class, see `COTSTrainer`.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log; COTSTrainer stops at them."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Must stay False."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
@@ -95,7 +113,7 @@ class COTSTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
             )
-        for name in ("momentum", "image_mask_ratio", "text_mask_ratio", "horizontal_flip"):
+        for name in ("max_skipped_fraction", "momentum", "image_mask_ratio", "text_mask_ratio", "horizontal_flip"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}.")
@@ -120,6 +138,10 @@ class COTSTrainingArguments(TrainingArguments):
                 raise ValueError(f"{ratio} is 0, so there is nothing to predict: set {weight} to 0 as well.")
 
     def _check_base_arguments(self) -> None:
+        if self.filter_log is not None and not self.adaptive_filter:
+            raise ValueError(
+                "filter_log has nothing to tell without the filter: set adaptive_filter, or leave the log out."
+            )
         if self.lr_hold_epochs > 0 and self.lr_scheduler_type != "linear":
             raise ValueError(
                 f"lr_hold_epochs belongs to lr_scheduler_type=linear, got {self.lr_scheduler_type}: "

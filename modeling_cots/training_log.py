@@ -59,6 +59,23 @@ class TrainingLog:
         self._clear()
         return logs
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of what has been collected since the last log, by this process."""
+        parts = {"sum": self._sums, "total": self._totals}  # the latest values are set anew before the next log
+        state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        state["num_batches"] = self._num_batches
+        return {name: torch.as_tensor(value).detach().clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._clear()
+        parts = {"sum": self._sums, "total": self._totals}
+        for key, value in state.items():
+            part, _, name = key.partition(".")
+            if part in parts:
+                parts[part][name] = value.clone()
+        self._num_batches = int(state["num_batches"])
+
 
 class CollapseWatch:
     """

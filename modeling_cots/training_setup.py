@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-from transformers.trainer_utils import HubStrategy
+import torch
+import torch.distributed.distributed_c10d as c10d
+from transformers.trainer_utils import HubStrategy, has_length
 
+from .data_collator import COTSDataCollator, build_image_transform
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .training_args import COTSTrainingArguments
-from .video_collator import COTSVideoDataCollator
+from .video_collator import COTSVideoDataCollator, holds_videos
 
 
 def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: ImageTokenizer | None) -> None:
@@ -40,6 +43,30 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
         raise ValueError(f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size}.")
 
 
+def build_training_collator(train_dataset, config, args: COTSTrainingArguments, processor, max_text_length: int):
+    """The collator of training pictures or videos, with the augmentation and the masks that the arguments ask for."""
+    if holds_videos(train_dataset):
+        return build_video_collator(args, processor, max_text_length)
+    transform = build_image_transform(
+        config.image_size,
+        processor.image_processor.image_mean,
+        processor.image_processor.image_std,
+        min_crop_scale=args.min_crop_scale,
+        horizontal_flip=args.horizontal_flip,
+        auto_augment=args.auto_augment,
+    )
+    return COTSDataCollator(
+        processor,
+        image_transform=transform,
+        max_text_length=max_text_length,
+        patch_size=config.patch_size,
+        image_mask_ratio=args.image_mask_ratio,
+        text_mask_ratio=args.text_mask_ratio,
+        mask_images=args.cmvm_weight > 0,
+        mask_texts=args.cmlm_weight > 0,
+    )
+
+
 def build_video_collator(args: COTSTrainingArguments, processor, max_text_length: int) -> COTSVideoDataCollator:
     """The collator of training videos. Raises `ValueError` for what is set and could do nothing for them."""
     for name in ("cmvm_weight", "cmlm_weight"):
@@ -53,6 +80,53 @@ def build_video_collator(args: COTSTrainingArguments, processor, max_text_length
         min_crop_scale=args.min_crop_scale,
         horizontal_flip=args.horizontal_flip,
     )
+
+
+def settle_launch(trainer) -> None:
+    """Hold several processes to `ddp_timeout`. Raises `ValueError` for a mode that splits the model among them.
+
+    docs/reliability.md has the sizes for which it need not be split.
+    """
+    # The arguments are asked too: a single process would ignore them without a word.
+    wanted = trainer.args.fsdp or trainer.args.deepspeed
+    if wanted or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
+            "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
+        )
+    # The Trainer hands the time-out to processes with GPUs alone; others would wait for a hung one for 30 minutes.
+    if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
+        set_timeout = getattr(torch.distributed, "set_timeout", None) or c10d._set_pg_timeout  # its older name
+        set_timeout(trainer.args.ddp_timeout_delta, torch.distributed.group.WORLD)
+
+
+def use_float16_on_cpu(trainer) -> None:
+    """On a CPU accelerate would train in float32 without a word where `fp16` was asked for; torch can do it."""
+    accelerator = trainer.accelerator
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def mark_repeated_samples(trainer, batches: list[dict]) -> None:
+    """Take the samples out of an epoch's last batch that are there only to make the processes' batches equal.
+
+    accelerate fills up with samples from the beginning of the epoch. With the pair id -1 and not `valid` they are in
+    no loss, no queue and no count, so that a last batch that is not full equals that of one process.
+    """
+    if trainer.args.world_size == 1 or not batches or not trainer.accelerator.gradient_state.end_of_dataloader:
+        return
+    batch = batches[-1]
+    batch_size = len(batch["valid"])
+    if has_length(trainer.train_dataset) and not trainer.args.dataloader_drop_last:
+        num_real = len(trainer.train_dataset) % (batch_size * trainer.args.world_size)
+    else:
+        num_real = max(0, trainer.accelerator.gradient_state.remainder)
+    if num_real == 0:
+        return
+    first_repeated = max(0, num_real - trainer.args.process_index * batch_size)
+    batch["valid"][first_repeated:] = False
+    batch["pair_ids"][first_repeated:] = -1
 
 
 def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:
@@ -86,4 +160,12 @@ def hold_then_decay(num_training_steps: int, *, num_warmup_steps: int, num_hold_
     return factor
 
 
-__all__ = ["build_video_collator", "check_setup", "freeze_unused_parameters", "hold_then_decay"]
+__all__ = [
+    "build_training_collator",
+    "check_setup",
+    "freeze_unused_parameters",
+    "hold_then_decay",
+    "mark_repeated_samples",
+    "settle_launch",
+    "use_float16_on_cpu",
+]

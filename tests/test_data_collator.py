@@ -21,6 +21,7 @@ from modeling_cots.data_collator import (
     build_image_transform,
 )
 from modeling_cots.datasets_scenes import ScenesDataset
+from modeling_cots.pair_items import NAME_BYTES, decode_name
 
 SIZE, PATCH, MAX_TEXT_LENGTH = 32, 8, 24
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
@@ -100,6 +101,7 @@ def test_a_batch_has_the_agreed_format(tiny_processor, mask_images, mask_texts):
         "pixel_values": ((3, 3, SIZE, SIZE), torch.float32),
         "pair_ids": ((3,), torch.int64),
         "valid": ((3,), torch.bool),
+        "names": ((3, NAME_BYTES), torch.uint8),
         "input_ids": ((3, length), torch.int64),
         "attention_mask": ((3, length), torch.int64),
     }
@@ -110,6 +112,7 @@ def test_a_batch_has_the_agreed_format(tiny_processor, mask_images, mask_texts):
     assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == expected
     assert batch["pair_ids"].tolist() == [7, 8, 9]
     assert batch["valid"].all()
+    assert [decode_name(name) for name in batch["names"]] == [each["name"] for each in items]
 
 
 def test_captions_are_cut_and_padded_to_the_longest_of_the_batch(tiny_processor):

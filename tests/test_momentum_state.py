@@ -69,6 +69,31 @@ def test_the_copy_is_still_frozen_after_loading(trained, tmp_path):
     assert not any(module.training for module in trained.encoder.modules())
 
 
+def test_tied_parameters_come_back_tied(tmp_path):
+    def tied(seed: int) -> TwoStreams:
+        model = TwoStreams(seed=seed)
+        model.same_weight = model.weight
+        return model
+
+    state = MomentumState(tied(0), QUEUE_SIZE)
+    state.encoder.update_(tied(1), 0.5)
+    state.save(str(tmp_path))
+    restored = MomentumState(tied(2), QUEUE_SIZE)
+    restored.load(str(tmp_path))
+    assert torch.equal(restored.encoder.model.weight, state.encoder.model.weight)
+    restored.encoder.update_(tied(3), 0.9)
+    assert torch.equal(restored.encoder.model.same_weight, restored.encoder.model.weight)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a safetensors file", None])
+def test_a_damaged_file_is_an_error(trained, tmp_path, damage):
+    trained.save(str(tmp_path))
+    path = tmp_path / MOMENTUM_STATE_NAME
+    path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
+    with pytest.raises(ValueError, match="is damaged"):
+        trained.load(str(tmp_path))
+
+
 def test_a_missing_file_is_an_error(trained, tmp_path):
     with pytest.raises(ValueError, match=f"has no {MOMENTUM_STATE_NAME}"):
         trained.load(str(tmp_path))

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from modeling_cots.checkpoints import MANIFEST_NAME, latest_checkpoint
 from modeling_cots.momentum_state import MOMENTUM_STATE_NAME
 
 ARGUMENTS = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1, "momentum": 0.9}
@@ -54,6 +55,57 @@ def test_resumed_run_equals_the_whole_run(make_trainer, dropout_config, tmp_path
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_averages_of_a_log_line_reach_back_over_the_checkpoint(make_trainer, tmp_path):
+    """Step 4 is logged with what happened in steps 1 to 4, though the run went on from step 3."""
+    arguments = {**ARGUMENTS, "logging_steps": 4}
+    whole = make_trainer(**arguments)
+    whole_loss = whole.train().training_loss
+    resumed = make_trainer(**arguments, output_dir=str(tmp_path / "resumed"))
+    resumed_loss = resumed.train(str(tmp_path / "run" / "checkpoint-3")).training_loss
+    lines = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, resumed)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == [4]
+    # The Trainer's own summary is of the steps since the resume.
+    first_three = make_trainer(**{**arguments, "logging_steps": 3, "output_dir": str(tmp_path / "logged")})
+    first_three.train()
+    sums = [line["loss"] * 3 for line in first_three.state.log_history if "loss" in line]
+    assert whole_loss == pytest.approx(sum(sums) / 6, rel=1e-6)
+    assert resumed_loss == pytest.approx(sums[1] / 3, rel=1e-6)
+
+
+def test_latest_is_the_whole_one_written_last(make_trainer, tmp_path):
+    make_trainer(**ARGUMENTS).train()
+    (tmp_path / "run" / "checkpoint-6" / MANIFEST_NAME).unlink()
+    trainer = make_trainer(**ARGUMENTS)
+    steps = []
+    trainer.compute_loss = lambda *args, compute_loss=trainer.compute_loss, **kwargs: (
+        steps.append(trainer.state.global_step) or compute_loss(*args, **kwargs)
+    )
+    trainer.train(resume_from_checkpoint="latest")
+    assert steps == [5]
+    assert latest_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-6")
+
+
+def test_latest_begins_where_there_is_none(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train(resume_from_checkpoint="latest")
+    assert trainer.state.global_step == 1
+
+
+def test_true_asks_for_one(make_trainer):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        make_trainer(max_steps=1).train(resume_from_checkpoint=True)
+
+
+def test_only_the_newest_whole_ones_stay(make_trainer, tmp_path):
+    half_written = tmp_path / "run" / "checkpoint-99"
+    half_written.mkdir(parents=True)
+    make_trainer(**{**ARGUMENTS, "save_total_limit": 2}).train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    saved = torch.load(tmp_path / "run" / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 2
 
 
 def test_missing_momentum_state_is_an_error(make_trainer, tmp_path):

@@ -174,16 +174,16 @@ def test_goes_on_from_its_own_checkpoint(run, tmp_path, scenes):
         assert torch.equal(tensor, two.state_dict()[name]), name
 
 
-def test_latest_goes_on_from_the_last_checkpoint(run, tmp_path, scenes, capsys):
+def test_latest_goes_on_from_the_last_checkpoint(run, tmp_path, scenes, caplog):
     data = write_folder(tmp_path / "data", scenes)
     options = {"eval_split": "none", "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "latest"}
     whole = run(data, max_steps=3, output_dir=str(tmp_path / "whole"), **options)
-    assert "a new run" in capsys.readouterr().out
+    assert "a new run" in caplog.text
     for checkpoint in ("checkpoint-2", "checkpoint-3"):
         shutil.rmtree(whole / checkpoint)
     expected = COTSModel.from_pretrained(whole).state_dict()
     run(data, max_steps=3, output_dir=str(whole), **options)
-    assert "checkpoint-1" in capsys.readouterr().out
+    assert f"Going on from {whole / 'checkpoint-1'}" in caplog.text
     for name, tensor in COTSModel.from_pretrained(whole).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
