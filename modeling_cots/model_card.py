@@ -89,7 +89,7 @@ def build_model_card(
         temperature=config.temperature,
         num_parameters=f"{model.num_parameters():,}",
         dataset_name=getattr(train_dataset, "name", "a data set of pairs"),
-        num_train_images=f"{len(train_dataset):,}",
+        num_train_images=f"{len(train_dataset):,}" if hasattr(train_dataset, "__len__") else "streamed",
         num_steps=f"{num_steps:,}",
         training_settings={name: getattr(args, name) for name in REPORTED_SETTINGS},
         eval_dataset_name=eval_name,
