@@ -1,10 +1,16 @@
-"""Repositories on this machine as shards; rows that name files instead of holding pictures."""
+"""Repositories on this machine as shards; rows that name files instead of holding pictures; the Hub."""
+
+import json
+import os
+import subprocess
+import sys
 
 import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dataset_hub import OWNER, dataset_hub
 from stream_files import number_of, png, write_shards
 
 from modeling_cots.datasets_streaming import StreamingPairs, open_stream
@@ -87,3 +93,44 @@ def test_a_shard_that_fails_inside_datasets_ends_alone():
     pairs = StreamingPairs(RowShards(stream, ["a", "b", "c"], None), shuffle_buffer=0)
     assert [number_of(item) for item in pairs] == [0, 10, 1, 2, 12]
     assert pairs.report.skipped_shards == 1 and "shard b after 1 samples" in pairs.report.last
+
+
+STREAM_FROM_HUB = """
+import json, sys
+from modeling_cots.datasets_streaming import open_stream
+for repo_id in sys.argv[1:]:
+    pairs = open_stream(repo_id, "train", shuffle_buffer=2)
+    captions = sorted(item["captions"][0] for item in pairs)
+    print("FOUND", json.dumps([captions, pairs.report.skipped_shards, pairs.report.skipped_samples]))
+"""
+
+
+def write_pictures(folder, numbers) -> None:
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w") as metadata:
+        for number in numbers:
+            (folder / f"{number}.png").write_bytes(png(number))
+            metadata.write(json.dumps({"file_name": f"{number}.png", "caption": f"caption {number}"}) + "\n")
+
+
+@pytest.mark.slow
+def test_data_sets_of_the_hub_are_streamed_by_the_real_client(tmp_path):
+    """In a process of its own, as huggingface_hub reads its endpoint when it is imported."""
+    writers = {"shards": write_tar, "tables": write_parquet, "pictures": write_pictures}
+    for name, write in writers.items():
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        write(tmp_path / "hub" / name / "train", range(4))
+    (tmp_path / "hub" / "shards" / "train" / "train-001.tar").write_bytes(b"no archive")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    with dataset_hub(tmp_path / "hub") as address:
+        result = subprocess.run(
+            [sys.executable, "-c", STREAM_FROM_HUB, *(f"{OWNER}/{name}" for name in writers)],
+            env={**kept, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line[6:]) for line in result.stdout.splitlines() if line.startswith("FOUND ")]
+    captions = [f"caption {number}" for number in range(4)]
+    assert found == [[captions, 1, 0], [captions, 0, 0], [captions, 0, 0]]
