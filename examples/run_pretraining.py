@@ -9,7 +9,7 @@ of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. 
 that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what resuming needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
@@ -19,14 +19,16 @@ from modeling_cots.reporting import format_example_retrievals, format_recall
 from modeling_cots.script_steps import (
     DataArguments,
     ModelArguments,
+    StreamArguments,
     build_parts,
     open_split,
+    open_train_stream,
     read_config,
 )
 
 
 @dataclass
-class ScriptArguments(ModelArguments, DataArguments):
+class ScriptArguments(StreamArguments, ModelArguments, DataArguments):
     """Paths and columns; the data set comes first, as it alone has no default."""
 
 
@@ -39,8 +41,14 @@ def main() -> None:
 
     # 2. The data.
     opening = {"image_size": config.image_size[0], "seed": args.data_seed}
-    train_dataset = open_split(script_args, script_args.train_split, **opening)
-    eval_dataset = open_split(script_args, script_args.eval_split, **opening)
+    if script_args.streaming:
+        train_dataset = open_train_stream(script_args, args)
+    elif script_args.shuffle_buffer is not None:
+        raise ValueError("shuffle_buffer belongs to --streaming; without it everything is shuffled.")
+    else:
+        train_dataset = open_split(script_args, script_args.train_split, **opening)
+    held_out = replace(script_args, dataset=script_args.eval_dataset or script_args.dataset)
+    eval_dataset = open_split(held_out, script_args.eval_split, **opening)
 
     # 3. Tokenizers, model and processor, made to agree.
     parts = build_parts(script_args, config, args, train_dataset)

@@ -245,6 +245,8 @@ def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[st
 
 def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, special_tokens_mask of C captions: (C, L), padded to the longest of them."""
+    # Half a surrogate pair, which JSON can escape, is no Unicode text: tokenizers fail at it.
+    captions = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
     return tokenizer(
         captions,
         padding=True,

@@ -18,14 +18,12 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .karpathy_files import is_karpathy, load_karpathy
-from .pair_files import load_rows
+from .pair_files import leads_out, load_rows
 from .pair_items import EpochSeeds
+from .pair_rows import CAPTION_COLUMNS, IMAGE_COLUMNS, JSON_CAPTIONS
 
 logger = logging.get_logger(__name__)
 
-IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
-JSON_CAPTIONS = ("caption", "captions", "text")
 MAX_REPORTED_NAMES = 10
 
 
@@ -84,7 +82,8 @@ class PairDataset(Dataset):
     Map-style data set of N images with their captions.
 
     An item is {"image": {"bytes": bytes | None, "path": str | None}, "captions": list of strings, "pair_id": its
-    number, "name": path or row of the image, for reports, "seed": int}.
+    number, "name": path or row of the image, for reports, "seed": int}. In place of a path that leaves the folder by
+    a symbolic link, the image has the reason, under "refused".
 
     Args:
         images: R rows with an undecoded column "image".
@@ -121,7 +120,10 @@ class PairDataset(Dataset):
         image = self._images[rows[0]]["image"]
         name = _name(image, rows[0])
         if self._root is not None and image is not None and image["bytes"] is None and image["path"] is not None:
-            image = {"bytes": None, "path": os.path.join(self._root, image["path"])}
+            path = os.path.join(self._root, image["path"])
+            image = {"bytes": None, "path": path}
+            if leads_out(path, self._root):
+                image = {"bytes": None, "path": None, "refused": f"{path} is a link that leads out of {self._root}"}
         return {
             "image": image,
             "captions": [caption for row in rows for caption in _captions_of(self._captions, row, self._field)],

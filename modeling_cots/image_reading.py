@@ -18,6 +18,15 @@ UPRIGHT = {  # by the value of EXIF's orientation tag
 }
 
 
+# What people keep pictures in. PIL opens much more, and some of it by starting other programs (EPS by Ghostscript).
+Image.init()
+FORMATS = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+]
+
+
 class UnreadableImageError(ValueError):
     """A picture that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
 
@@ -28,24 +37,28 @@ def read_image(source) -> Image.Image:
 
     Args:
         source: What `datasets.Image(decode=False)` gives ({"bytes": ..., "path": ...}), a path, bytes or a PIL image.
-            Grey, palette, CMYK, 16-bit and transparent pictures are converted.
+            Grey, palette, CMYK, 16-bit and transparent pictures are converted. {"refused": reason} is never read.
 
     Raises [`UnreadableImageError`] for anything that cannot be decoded, and for more than `PIL.Image.MAX_IMAGE_PIXELS`
-    pixels (a decompression bomb).
+    pixels (a decompression bomb), and for formats other than `FORMATS`.
     """
     try:
         if isinstance(source, Image.Image):
             return _to_upright_rgb(source)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_as_file(source)) as image:
+            with Image.open(_as_file(source), formats=FORMATS) as image:
                 return _to_upright_rgb(image)
+    except UnreadableImageError:
+        raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _as_file(source):
     if isinstance(source, dict):
+        if source.get("refused"):
+            raise UnreadableImageError(source["refused"])
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     return io.BytesIO(source) if isinstance(source, bytes) else source
 

@@ -34,6 +34,31 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
 
     Raises `ValueError` where nothing is found or readable, and for a split that is not there.
     """
+    files = find_files(dataset, split)
+    if files is None:
+        path = Path(dataset).expanduser()
+        return (
+            (_load_repository(str(path), split), path) if path.is_dir() else (_load_repository(dataset, split), None)
+        )
+    folders = {file.parent for file in files}
+    return _load_files(files, split), folders.pop() if len(folders) == 1 else None
+
+
+def leads_out(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """
+    Whether a path, its symbolic links followed, is outside of `folder`.
+
+    The cache of the Hub is the exception: there, all files of a repository are links into its own folder of blobs.
+    """
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    allowed = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    return not any(real.startswith(os.path.join(place, "")) for place in allowed)
+
+
+def find_files(dataset: str, split: str) -> list[Path] | None:
+    """The files of a split, see `load_rows`; `None` for a repository: a Hub id, or a folder with a data set card."""
     if not dataset:
         raise ValueError("Name a data set: a file, a folder, a glob or a Hub id; got an empty string.")
     path = Path(dataset).expanduser()
@@ -42,16 +67,15 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
         _warn_if_unsplit(dataset, files, split)
     elif path.is_dir():
         if _has_dataset_card(path):
-            return _load_repository(str(path), split), path
+            return None
         files = _files_in_folder(path, split)
     elif glob.has_magic(dataset):
         files = _files_of_glob(str(path), split)
     elif path.is_absolute() or dataset.startswith(".") or path.suffix in BUILDERS or not _is_hub_id(dataset):
         raise ValueError(f"The data set {dataset!r} does not exist.")
     else:
-        return _load_repository(dataset, split), None
-    folders = {file.parent for file in files}
-    return _load_files(files, split), folders.pop() if len(folders) == 1 else None
+        return None
+    return files
 
 
 def _load_files(files: list[Path], split: str) -> datasets.Dataset:
@@ -96,13 +120,13 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         "train" if place == folder else place.name: place / name
         for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir()))
         for name in METADATA_FILES
-        if (place / name).is_file()
+        if (place / name).is_file() and not leads_out(place / name, folder)
     }
     if metadata:
         if _base(split) not in metadata:
             raise _missing_split(str(folder), split, metadata)
         return [metadata[_base(split)]]
-    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    found = _refuse_links([Path(place, name) for place, _, names in os.walk(folder) for name in names], folder)
     for suffix in BUILDERS:
         files = sorted(file for file in found if file.suffix == suffix)
         if not files:
@@ -115,6 +139,17 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         f"The folder {str(folder)!r} has no {' or '.join(METADATA_FILES)} with captions, and no file that ends in "
         f"{', '.join(BUILDERS)}."
     )
+
+
+def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
+    """Without the links that lead out of the folder: somebody else may have packed it. What a user names is read."""
+    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and leads_out(file, folder)]
+    if refused:
+        logger.warning(
+            f"Refused {len(refused)} files of {folder}, which are links that lead out of it: {_shorten(refused)}. "
+            "Name them, or the folder they lead to, if they are meant."
+        )
+    return [file for file in files if file not in set(refused)]
 
 
 def _files_of_glob(pattern: str, split: str) -> list[Path]:
@@ -174,4 +209,4 @@ def _shorten(files: list[Path]) -> str:
     return ", ".join(str(file) for file in files[:3]) + more
 
 
-__all__ = ["load_rows"]
+__all__ = ["find_files", "leads_out", "load_rows"]

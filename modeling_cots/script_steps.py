@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from .building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
 from .configuration_cots import COTSConfig
 from .datasets_opening import open_dataset
+from .datasets_streaming import StreamingPairs, open_stream
 from .image_reading import check_readable
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
@@ -36,6 +37,26 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
     caption_column: str | None = field(
         default=None, metadata={"help": "Column of the captions, one or a list for each image; found if not given."}
+    )
+
+
+@dataclass
+class StreamArguments:
+    """Whether pairs are read as they come, and what they are evaluated on then."""
+
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read .tar or .parquet shards (paths, https:// or s3:// addresses, with {000..009}) or a Hub id "
+            "as they come; needs max_steps. Evaluation data is always opened whole."
+        },
+    )
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={"help": "With streaming: samples of each worker that wait to be drawn from, 1000 if not given."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Where eval_split is, if not in the data set that is trained on."}
     )
 
 
@@ -101,6 +122,33 @@ def open_split(options: DataArguments, split: str | None, *, image_size: int, se
     return opened
 
 
+def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
+    """
+    The training split as a stream; `options` are all three kinds of arguments in one.
+
+    Raises `ValueError` without `max_steps` or a tokenizer, and for options that a stream has no use for.
+    """
+    if options.dataset == "scenes":
+        raise ValueError("The scenes are drawn, not read: leave out --streaming.")
+    if options.image_folder is not None:
+        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave one of both out.")
+    if args.max_steps <= 0:
+        raise ValueError("A stream has no end to count epochs by: give --max_steps.")
+    if (options.tokenizer or options.text_model or options.model) is None:
+        raise ValueError(
+            "With --streaming give --tokenizer, --text_model or --model: the captions of a stream are not all at hand "
+            "to train a tokenizer on, and every process and every resumed run needs the same one."
+        )
+    return open_stream(
+        options.dataset,
+        options.train_split,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        seed=args.data_seed,
+        **({} if options.shuffle_buffer is None else {"shuffle_buffer": options.shuffle_buffer}),
+    )
+
+
 def build_parts(
     options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
 ) -> TrainingParts:
@@ -136,8 +184,10 @@ def build_parts(
 __all__ = [
     "DataArguments",
     "ModelArguments",
+    "StreamArguments",
     "TrainingParts",
     "build_parts",
     "open_split",
+    "open_train_stream",
     "read_config",
 ]

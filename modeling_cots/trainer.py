@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
+from .datasets_streaming import StreamingPairs
 from .evaluation import evaluate_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
@@ -26,6 +27,7 @@ from .losses import (
 )
 from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
+from .stream_loading import build_stream_loader, stream_counts
 from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
 from .training_callback import MethodCallback
@@ -52,7 +54,8 @@ class COTSTrainer(Trainer):
         model ([`COTSForPreTraining`]): The model, already loaded.
         args ([`COTSTrainingArguments`]): Training arguments.
         train_dataset: Items as `open_pairs` and `ScenesDataset` give them, one item an image; or those of
-            `open_videos`, whose embeddings take the place of the images' in losses, queues and momentum copy.
+            `open_videos`, whose embeddings take the place of the images' in losses, queues and momentum copy; or a
+            stream of `open_stream`, split among processes and repeated until `max_steps`.
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
@@ -96,6 +99,7 @@ class COTSTrainer(Trainer):
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
         self.training_log = TrainingLog()
         self.collapse_watch = CollapseWatch(args)
+        self.stream_loader = None
         self.recovery = Recovery(self)
         self.add_callback(MethodCallback(self))
 
@@ -113,6 +117,13 @@ class COTSTrainer(Trainer):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self.recovery.end_training()
+
+    def get_train_dataloader(self):
+        """Batches of this process; of a stream without end."""
+        if not isinstance(self.train_dataset, StreamingPairs):
+            return super().get_train_dataloader()
+        self.stream_loader = build_stream_loader(self.train_dataset, self.args, self.data_collator)
+        return self.stream_loader
 
     # ------------------------------------------------------------------------------------------- one training step
 
@@ -266,7 +277,7 @@ class COTSTrainer(Trainer):
             counts = [entry["skipped_images"] for entry in self.state.log_history if "skipped_images" in entry]
             method_logs = self.training_log.drain(self.accelerator, skipped_before=counts[-1] if counts else 0)
             self.collapse_watch.check(method_logs, self.state.global_step, self.queue.size)
-            logs = {**logs, **method_logs}
+            logs = {**logs, **method_logs, **stream_counts(self.stream_loader, self.accelerator)}
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------------- evaluation
@@ -314,8 +325,8 @@ class COTSTrainer(Trainer):
         return self.lr_scheduler
 
     def _num_epochs(self, num_training_steps: int) -> float:
-        if self.args.max_steps <= 0:
-            return self.args.num_train_epochs
+        if self.args.max_steps <= 0 or isinstance(self.train_dataset, StreamingPairs):
+            return self.args.num_train_epochs  # of a stream, all steps together stand for so many
         batches = len(self.get_train_dataloader())
         return num_training_steps / max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
 

@@ -3,6 +3,8 @@
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from .stream_loading import skip_trained_batches
+
 
 class MethodCallback(TrainerCallback):
     """The moments of the training loop at which the method has something to do."""
@@ -13,6 +15,7 @@ class MethodCallback(TrainerCallback):
         self._step_of_epoch = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        skip_trained_batches(self.trainer.stream_loader, state.global_step, args)
         self.trainer.recovery.begin_training()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

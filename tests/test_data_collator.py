@@ -1,91 +1,38 @@
-"""From items to batches: what a row depends on, masks, tokens, augmentation, and pictures that cannot be read."""
+"""From items to batches: what a row depends on, tokens, augmentation, and pictures that cannot be read."""
 
-import io
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from collator_items import (
+    MAX_TEXT_LENGTH,
+    MEAN,
+    PATCH,
+    SIZE,
+    STD,
+    WORDS,
+    ambient_states,
+    assert_equal,
+    collator,
+    encode,
+    grid_collator,
+    item,
+    picture,
+    row_of,
+    seed_everything,
+)
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from modeling_cots.data_collator import (
     MAX_REPORTED_NAMES,
-    COTSDataCollator,
     COTSEvaluationCollator,
     build_image_transform,
 )
 from modeling_cots.datasets_scenes import ScenesDataset
 from modeling_cots.pair_items import NAME_BYTES, decode_name
-
-SIZE, PATCH, MAX_TEXT_LENGTH = 32, 8, 24
-MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
-WORDS = "a red circle above small blue square two green triangles the white dog runs people walk unheard".split()
-TEXT = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
-
-
-def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
-    """Noise, so that no two crops are alike."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def item(number: int, captions=("a red circle",), image=None, **values) -> dict:
-    image = {"bytes": encode(picture(number)), "path": None} if image is None else image
-    return {
-        "image": image,
-        "captions": list(captions),
-        "pair_id": number,
-        "name": f"{number}.png",
-        "seed": 1000 + number,
-        **values,
-    }
-
-
-def collator(processor, **options) -> COTSDataCollator:
-    transform = build_image_transform((SIZE, SIZE), MEAN, STD)
-    defaults = {"image_transform": transform, "patch_size": (PATCH, PATCH), "max_text_length": MAX_TEXT_LENGTH}
-    return COTSDataCollator(processor, **{**defaults, **options})
-
-
-def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollator:
-    """One that masks a grid of patches of 1 x 1 and has no pictures to speak of."""
-    size = {"height": grid[0], "width": grid[1]}
-    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(size=size))
-    return collator(processor, image_transform=lambda image: torch.zeros(3, *grid), patch_size=(1, 1), **options)
-
-
-def row_of(batch: dict, index: int) -> dict[str, torch.Tensor]:
-    """One sample of a batch, without the padding that its neighbours cost it."""
-    length = int(batch["attention_mask"][index].sum())
-    tokens = ("input_ids", "attention_mask", "masked_input_ids", "text_targets")
-    return {name: value[index, :length] if name in tokens else value[index] for name, value in batch.items()}
-
-
-def assert_equal(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-def ambient_states() -> tuple:
-    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
 
 # The batch
 
@@ -201,106 +148,6 @@ def test_items_without_a_seed_draw_from_the_ambient_generators(tiny_processor):
     assert_equal(first, collate(items))
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
     assert not torch.equal(first["text_targets"], second["text_targets"])
-
-
-# Masks
-
-
-def largest_blocks(masks: torch.Tensor) -> torch.Tensor:
-    """(N,) area of the largest all-masked rectangle of each of the masks (N, rows, columns), by trying every size."""
-    largest = torch.zeros(len(masks))
-    for height in range(1, masks.shape[1] + 1):
-        for width in range(1, masks.shape[2] + 1):
-            share = F.avg_pool2d(masks.float()[:, None], (height, width), stride=1)
-            is_there = (share == 1).flatten(1).any(dim=1)
-            largest = torch.where(is_there, largest.clamp_min(height * width), largest)
-    return largest
-
-
-def image_masks(tokenizer, grid: tuple[int, int], num_masks: int, ratio: float = 0.4) -> torch.Tensor:
-    collate = grid_collator(tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
-    return collate([item(i, image=picture(0, 2, 2), seed=i) for i in range(num_masks)])["bool_masked_pos"]
-
-
-@given(
-    grid=st.tuples(st.integers(2, 16), st.integers(2, 16)),
-    ratio=st.floats(0, 0.9),
-    first_seed=st.integers(0, 2**63 - 4),
-)
-@settings(max_examples=40, deadline=None)
-def test_no_mask_covers_more_than_its_ratio(tiny_tokenizer, grid, ratio, first_seed):
-    collate = grid_collator(tiny_tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
-    items = [item(i, image=picture(0, 2, 2), seed=first_seed + i) for i in range(4)]
-    masks = collate(items)["bool_masked_pos"]
-    assert masks.shape == (4, grid[0] * grid[1])
-    assert masks.sum(dim=1).max() <= round(ratio * grid[0] * grid[1])
-
-
-@pytest.mark.parametrize("grid", [(4, 4), (6, 6), (14, 14), (12, 7)])
-@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.6])
-def test_masks_cover_their_ratio_but_for_a_few_patches(tiny_tokenizer, grid, ratio):
-    target = round(ratio * grid[0] * grid[1])
-    covered = image_masks(tiny_tokenizer, grid, 50, ratio).sum(dim=1)
-    assert covered.float().mean() >= 0.97 * target
-    assert covered.min() >= 0.8 * target
-
-
-@pytest.mark.parametrize("grid", [(6, 6), (14, 14), (12, 7), (7, 12)])
-def test_masks_are_blocks(tiny_tokenizer, grid):
-    """And not as many patches at random; a tall grid tells rows from columns."""
-    masks = image_masks(tiny_tokenizer, grid, 50)
-    generator = torch.Generator().manual_seed(0)
-    scattered = torch.stack([mask[torch.randperm(len(mask), generator=generator)] for mask in masks])
-    blocks, rest = (largest_blocks(each.unflatten(1, grid)).mean() for each in (masks, scattered))
-    assert blocks > 2 * rest
-
-
-def test_blocks_have_the_least_size_of_beit(tiny_tokenizer):
-    """16 patches on its grid of 14 x 14, but for the rounding of both sides (14 at worst, as 2 x 7)."""
-    masks = image_masks(tiny_tokenizer, (14, 14), 200, ratio=20 / 196)
-    assert largest_blocks(masks.unflatten(1, (14, 14))).min() >= 14
-
-
-def test_no_patch_is_out_of_reach_and_mirror_images_are_masked_alike(tiny_tokenizer):
-    often = image_masks(tiny_tokenizer, (6, 6), 500).float().mean(dim=0).view(6, 6)
-    assert often.min() > 0.05
-    for mirrored in (often.flip(0), often.flip(1)):
-        assert (often - mirrored).abs().max() < 5 * (2 * 0.25 / 500) ** 0.5  # five standard deviations at most
-
-
-@given(captions=st.lists(TEXT, min_size=1, max_size=4), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**63 - 10))
-@settings(max_examples=60, deadline=None)
-def test_word_masks_spare_special_tokens_and_tell_the_truth(tiny_tokenizer, captions, ratio, seed):
-    collate = grid_collator(tiny_tokenizer, (2, 2), text_mask_ratio=ratio, mask_images=False)
-    items = [item(i, [caption], picture(0, 2, 2), seed=seed + i) for i, caption in enumerate(captions)]
-    batch = collate(items)
-    input_ids, targets, masked = batch["input_ids"], batch["text_targets"], batch["masked_input_ids"]
-    predicted = targets != -100
-    special = [tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id, tiny_tokenizer.pad_token_id]
-    assert not (predicted & torch.isin(input_ids, torch.tensor(special))).any()
-    assert torch.equal(targets[predicted], input_ids[predicted])
-    assert torch.equal(masked[~predicted], input_ids[~predicted])
-
-
-def test_words_are_corrupted_as_in_bert(tiny_tokenizer):
-    """15 % of the word pieces; of these 80 % become [MASK], 10 % any piece and 10 % stay."""
-    num_draws, num_pieces = 1500, 20
-    items = [item(i, ["a e o s t " * 4], picture(0, 2, 2), seed=i) for i in range(num_draws)]
-    batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False)(items)
-    assert batch["input_ids"].shape == (num_draws, num_pieces + 2)
-    predicted = batch["text_targets"] != -100
-    now, before = batch["masked_input_ids"][predicted], batch["input_ids"][predicted]
-    by_chance = 0.1 / len(tiny_tokenizer)  # a random piece may be [MASK], or the old one
-    is_mask, is_same = now == tiny_tokenizer.mask_token_id, now == before
-    for count, total, share in [
-        (len(now), num_draws * num_pieces, 0.15),
-        (is_mask.sum(), len(now), 0.8 + by_chance),
-        (is_same.sum(), len(now), 0.1 + by_chance),
-        ((~is_mask & ~is_same).sum(), len(now), 0.1 - 2 * by_chance),
-    ]:
-        assert abs(count - share * total) < 4 * (total * share * (1 - share)) ** 0.5
-    often = predicted[:, 1 : 1 + num_pieces].float().mean(dim=0)
-    assert (often - 0.15).abs().max() < 5 * (0.15 * 0.85 / num_draws) ** 0.5  # at every place alike
 
 
 # Augmentation

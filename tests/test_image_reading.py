@@ -256,3 +256,17 @@ def test_no_readable_image_is_refused_by_name(num_images, num_named):
     with pytest.raises(ValueError, match=rf"None of the first {num_named} images .* row 0 \(UnidentifiedImageError"):
         check_readable(dataset)
     assert dataset.asked == list(range(num_named))
+
+
+def test_formats_that_nobody_keeps_pictures_in_are_not_even_tried(monkeypatch):
+    """PIL would hand EPS, a programming language, to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("another program"))
+    for format in ("EPS", "PCX", "ICO", "TGA", "PDF", "DDS"):
+        with pytest.raises(UnreadableImageError):
+            read_image(encode(Image.new("RGB", (8, 8)), format))
+
+
+def test_a_refused_picture_is_not_read_whatever_else_is_said_of_it():
+    refused = {"bytes": encode(Image.new("RGB", (8, 8)), "PNG"), "path": None, "refused": "it is a link"}
+    with pytest.raises(UnreadableImageError, match="^it is a link$"):
+        read_image(refused)

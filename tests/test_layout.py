@@ -31,6 +31,7 @@ TOOLS = {
     "data_collator",
     "datasets_pairs",
     "datasets_scenes",
+    "datasets_streaming",
     "timm_weights",
     "retrieval_metrics",
     "datasets_moving_scenes",
@@ -46,8 +47,11 @@ HELPERS_OF_TOOLS = {
     "msrvtt_files",
     "pair_files",
     "pair_items",
+    "pair_rows",
     "scene_drawing",
 }
+# What a stream is made of, each on top of the ones before it.
+STREAM_PARTS = ("shard_names", "shard_reading", "stream_report", "shard_sources")
 TRAINING = {
     "building",
     "checkpoints",
@@ -61,6 +65,7 @@ TRAINING = {
     "retrieval_results",
     "script_steps",
     "stock_exports",
+    "stream_loading",
     "trainer",
     "trainer_hub",
     "training_args",
@@ -79,7 +84,9 @@ ALLOWED = {
     **dict.fromkeys(HANDLER, set()),
     **dict.fromkeys(MATHEMATICS, MATHEMATICS),
     **dict.fromkeys(HELPERS_OF_TOOLS, {"pair_items"}),
+    **{part: {"pair_files", "pair_rows", *STREAM_PARTS[:i]} for i, part in enumerate(STREAM_PARTS)},
     **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
+    "datasets_streaming": {*HELPERS_OF_TOOLS, *STREAM_PARTS},
     **dict.fromkeys(TRAINING, HUB_CLOSURE | MATHEMATICS | TOOLS | HELPERS_OF_TOOLS | TRAINING),
 }
 THIRD_PARTY = {

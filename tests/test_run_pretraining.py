@@ -299,3 +299,23 @@ def test_quick_start_and_everything_that_the_readme_does_with_it(tmp_path):
         assert python("-c", block, cwd=tmp_path)
     python("docs/draw_retrieval.py", str(folder), str(tmp_path / "retrieval.png"))
     assert Image.open(tmp_path / "retrieval.png").size[0] > 500
+
+
+def test_a_stream_is_trained_on_and_evaluated_beside(run, tmp_path, scenes, tiny_tokenizer, capsys):
+    shards = write_shards(tmp_path / "shards", scenes)
+    (shards / "pairs-002.tar").write_bytes(b"no archive")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    stream = {"streaming": "true", "tokenizer": str(tmp_path / "tokenizer"), "shuffle_buffer": 4}
+    held_out = write_folder(tmp_path / "held_out", scenes)
+    folder = run(f"{shards}/pairs-{{000..003}}.tar", **stream, eval_dataset=str(held_out), eval_split="train")
+    assert "among 8 images and 8 captions" in capsys.readouterr().out
+    COTSModel.from_pretrained(folder)
+    for options, message in [
+        ({**stream, "max_steps": -1}, "give --max_steps"),
+        ({**stream, "tokenizer": None}, "give --tokenizer, --text_model or --model"),
+        ({"shuffle_buffer": 4}, "belongs to --streaming"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(shards, **options)
+    with pytest.raises(ValueError, match="leave out --streaming"):
+        run("scenes", **stream)
