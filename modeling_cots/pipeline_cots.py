@@ -18,6 +18,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TASK = "image-text-retrieval"
+# What `config.json` of a model repository says of it.
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_cots.ImageTextRetrievalPipeline", "pt": ["AutoModel"]}}
 PICTURE_URLS = ("http://", "https://", "data:image/")
 PICTURE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TIMEOUT = 10.0  # seconds; without one, transformers would wait for a silent server for ever
