@@ -36,6 +36,7 @@ _LAZY_NAMES = {
     "COTSTrainer": "trainer",
     "COTSTrainingArguments": "training_args",
     "ImageTokenizer": "image_tokenizer",
+    "SearchIndex": "search_index",
     "ScenesDataset": "datasets_scenes",
     "export_repository": "hub_export",
     "export_text_encoder": "stock_exports",

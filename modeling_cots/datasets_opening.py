@@ -20,6 +20,7 @@ def open_dataset(
     caption_column: str | None = None,
     image_size: int = 64,
     seed: int = 0,
+    keep_uncaptioned: bool = False,
 ) -> Dataset:
     """
     Open `scenes` or whatever `open_pairs` takes; `name` of the result tells a model card what it is.
@@ -30,12 +31,13 @@ def open_dataset(
         image_folder, image_column, caption_column: See `open_pairs`; the scenes have neither.
         image_size: Pixels a side that scenes are drawn at.
         seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
+        keep_uncaptioned: See `open_pairs`.
     """
     if dataset == "scenes":
         opened = ScenesDataset(split, image_size=image_size)
     else:
         columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
-        opened = open_pairs(dataset, split, **columns, seed=seed)
+        opened = open_pairs(dataset, split, **columns, seed=seed, keep_uncaptioned=keep_uncaptioned)
     opened.name = _name(dataset)
     return opened
 

@@ -35,6 +35,7 @@ def open_pairs(
     image_column: str | None = None,
     caption_column: str | None = None,
     seed: int = 0,
+    keep_uncaptioned: bool = False,
 ) -> "PairDataset":
     """
     Open a split of image-caption pairs, grouped by image.
@@ -54,6 +55,7 @@ def open_pairs(
         caption_column: By default the first that is there of caption, captions, text, txt, json. It holds a string or
             a list of strings a row; of a JSON object the field caption, captions or text, or "column.field" as given.
         seed: Of what is drawn for each item in training.
+        keep_uncaptioned: Keep images without captions, and do without a column of captions; for indexing pictures.
 
     Raises `ValueError` for a data set, split or column that is not there, an empty data set, captions that are no
     strings, images that are none, image paths that leave the folder, and a folder where none of the images exists.
@@ -69,12 +71,19 @@ def open_pairs(
     if "file_name" in rows.column_names and "image" not in rows.column_names:
         rows = rows.rename_column("file_name", "image")  # as in a folder of images
     images = _select_images(rows, image_column, root)
-    captions, field = _select_captions(rows, caption_column)
+    if keep_uncaptioned and caption_column is None and not set(CAPTION_COLUMNS) & set(rows.column_names):
+        captions, field = _no_captions(len(rows)), None
+    else:
+        captions, field = _select_captions(rows, caption_column)
     _check_paths(images, root)
-    items = _drop_uncaptioned(_group_rows(_image_keys(images, root)), images, _count_captions(captions, field))
+    items = _group_rows(_image_keys(images, root))
+    if not keep_uncaptioned:
+        items = _drop_uncaptioned(items, images, _count_captions(captions, field))
     if not items:
         raise ValueError(f"No image of the split {split!r} of {dataset!r} has a caption.")
-    return PairDataset(images, captions, field, items, root, seed)
+    pairs = PairDataset(images, captions, field, items, root, seed)
+    pairs.metadata_rows = _select_metadata(rows, image_column, caption_column)
+    return pairs
 
 
 class PairDataset(Dataset):
@@ -108,6 +117,7 @@ class PairDataset(Dataset):
         self._rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in items])
         self._starts = np.cumsum([0, *(len(rows) for rows in items)])
         self._seeds = EpochSeeds(seed)
+        self.metadata_rows: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -136,6 +146,17 @@ class PairDataset(Dataset):
         """All captions, without touching an image."""
         for row in self._rows.tolist():
             yield from _captions_of(self._captions, row, self._field)
+
+    def names(self) -> list[str]:
+        """The `name` of every item, without reading an image."""
+        column = self._images.with_format("arrow")[:]["image"]
+        paths = pc.struct_field(column, "path").to_pylist()
+        rows = (int(row) for row in self._rows[self._starts[:-1]])
+        return [os.path.join(self._root or "", paths[row]) if paths[row] else f"row {row}" for row in rows]
+
+    def metadata(self, index: int) -> dict:
+        """What the first row of an item says beside image and captions: texts, numbers and booleans by column."""
+        return {} if self.metadata_rows is None else self.metadata_rows[int(self._rows[self._starts[index]])]
 
     def set_epoch(self, epoch: int) -> None:
         """Give every item a fresh seed."""
@@ -184,6 +205,25 @@ def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tupl
         raise ValueError(f"Captions must be strings or lists of strings; {column!r} holds {_describe(feature)}.")
     captions = rows.select_columns([column])
     return (captions if column == "caption" else captions.rename_column(column, "caption")), field
+
+
+def _no_captions(num_rows: int) -> datasets.Dataset:
+    features = datasets.Features({"caption": datasets.List(datasets.Value("string"))})
+    return datasets.Dataset.from_dict({"caption": [[]] * num_rows}, features=features)
+
+
+def _select_metadata(rows: datasets.Dataset, image_column: str | None, caption_column: str | None):
+    """Columns of one text, number or boolean a row, but for those of images and captions; `None` without any."""
+    used = {_find_column(rows, image_column, IMAGE_COLUMNS, "image")}
+    used.update([caption_column] if caption_column else [n for n in CAPTION_COLUMNS if n in rows.column_names][:1])
+    names = [
+        name
+        for name, feature in rows.features.items()
+        if name not in used
+        and isinstance(feature, datasets.Value)
+        and not feature.dtype.startswith(("binary", "large_b"))
+    ]
+    return rows.select_columns(names) if names else None
 
 
 def _find_column(rows: datasets.Dataset, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:

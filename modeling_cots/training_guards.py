@@ -90,7 +90,8 @@ class StepGuard:
         return counts
 
     def _stop_for_losses(self, terms: list[str], step: int) -> None:
-        values = {name: float(batch.losses[name]) for batch in self._batches for name in terms if name in batch.losses}
+        losses = [item for batch in self._batches for item in batch.losses.items()]
+        values = {name: float(loss) for name, loss in losses if not loss.isfinite()}
         mine = [
             label
             for batch in self._batches
@@ -134,7 +135,7 @@ def _labels(batch: _Batch, rows: torch.Tensor) -> list[str]:
 
 
 def _describe_term(name: str, values: list[float | None]) -> str:
-    bad = [value for value in values if value is not None and not np.isfinite(value)]
+    bad = [value for value in values if value is not None]
     return f"{name} is {bad[0]}" if bad else f"the {name} is not finite"
 
 

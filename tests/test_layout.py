@@ -52,6 +52,18 @@ HELPERS_OF_TOOLS = {
 }
 # What a stream is made of, each on top of the ones before it.
 STREAM_PARTS = ("shard_names", "shard_reading", "stream_report", "shard_sources")
+# Search: the parts of an index, and the index itself, which is a tool.
+SEARCH_PARTS = {
+    "search_conditions",
+    "search_embedding",
+    "search_page",
+    "search_rows",
+    "search_vectors",
+    "vector_store_faiss",
+    "vector_store_milvus",
+    "vector_stores",
+}
+SEARCH = {"search_index"}
 TRAINING = {
     "building",
     "checkpoints",
@@ -64,6 +76,7 @@ TRAINING = {
     "reporting",
     "retrieval_results",
     "script_steps",
+    "search_cli",
     "stock_exports",
     "stream_loading",
     "trainer",
@@ -87,7 +100,8 @@ ALLOWED = {
     **{part: {"pair_files", "pair_rows", *STREAM_PARTS[:i]} for i, part in enumerate(STREAM_PARTS)},
     **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
     "datasets_streaming": {*HELPERS_OF_TOOLS, *STREAM_PARTS},
-    **dict.fromkeys(TRAINING, HUB_CLOSURE | MATHEMATICS | TOOLS | HELPERS_OF_TOOLS | TRAINING),
+    **dict.fromkeys(SEARCH_PARTS | SEARCH, HELPERS_OF_TOOLS | SEARCH_PARTS),
+    **dict.fromkeys(TRAINING, HUB_CLOSURE | MATHEMATICS | TOOLS | HELPERS_OF_TOOLS | SEARCH_PARTS | SEARCH | TRAINING),
 }
 THIRD_PARTY = {
     # `av` is imported inside functions only, behind transformers' own check for it.

@@ -1,4 +1,4 @@
-"""What the training scripts share: refusals, the parts of a checkpoint, the newest checkpoint."""
+"""What the training scripts share: refusals, the parts of a checkpoint."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from modeling_cots.script_steps import (
     DataArguments,
     ModelArguments,
     build_parts,
-    find_checkpoint,
     open_split,
     read_config,
 )
@@ -56,10 +55,3 @@ def test_heads_are_loaded_where_token_losses_need_them(tiny_config, checkpoint, 
     model.save_pretrained(checkpoint)
     found = build(checkpoint, tmp_path, cmvm_weight=1, cmlm_weight=1).model.cmvm_head.weight
     assert torch.equal(found, model.cmvm_head.weight)
-
-
-def test_latest_is_the_newest_checkpoint_if_there_is_one(tmp_path, capsys):
-    args = COTSTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, resume_from_checkpoint="latest")
-    assert find_checkpoint(args) is None and "a new run" in capsys.readouterr().out
-    args.resume_from_checkpoint = "elsewhere"
-    assert find_checkpoint(args) == "elsewhere"
