@@ -61,7 +61,7 @@ def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData
         pipeline_tag="zero-shot-image-classification",
         tags=["cots", f"{unit}-text-retrieval", "two-stream", "sentence-transformers"],
         datasets=[name] if is_on_the_hub else None,
-        model_name=model_name.rpartition("/")[2],
+        model_name=model_name,
         eval_results=None
         if record["metrics"] is None
         else eval_results(

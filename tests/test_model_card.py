@@ -56,7 +56,11 @@ def test_metadata_survives_the_file(tiny_config, tmp_path, name):
     assert {(result.metric_type, result.metric_value) for result in loaded.data.eval_results} == {
         (metric, round(value, 2)) for metric, value in METRICS.items() if "recall" in metric
     }
-    assert loaded.data.model_name == "first" and 'from_pretrained("me/first"' in loaded.text
+    assert (
+        loaded.data.model_name == "me/first"
+        and "# first" in loaded.text
+        and 'from_pretrained("me/first"' in loaded.text
+    )
 
 
 def test_license_and_language_are_claimed_for_known_data_only(tiny_config):
