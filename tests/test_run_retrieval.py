@@ -114,7 +114,7 @@ def test_fine_tuning_ends_in_a_model_results_and_a_card(run, tmp_path, monkeypat
 def test_measuring_only_states_how_far_it_is_zero_shot(run, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "coco-1k", (5, 10))
     write_karpathy(tmp_path / "data", SPLITS, name="coco")
-    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     options = {"model": str(checkpoint), "train_split": "none", "protocol": "coco-1k"}
     with pytest.raises(ValueError, match="Say how the measured model came about"):
         run(tmp_path / "data", **options)
@@ -131,7 +131,7 @@ def test_measuring_only_states_how_far_it_is_zero_shot(run, checkpoint, tmp_path
     assert ("scenes-validation", "i2t_recall_at_1") in in_card, "what the card said before is still there"
     text = (folder / "README.md").read_text()
     assert "| coco test | coco-1k | fine-tuned-elsewhere | image to text | 100.0 | 100.0 | 100.0 | 1 |" in text
-    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("write", [write_folder, write_parquet, write_jsonl, write_shards, write_repository])
