@@ -18,6 +18,8 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTCon
 
 from modeling_cots import COTSModel, ScenesDataset
 
+pytest_plugins = ["hub_fixtures"]
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -279,12 +281,13 @@ def test_refuses_bad_input_before_training(run, tmp_path, scenes):
 
 
 @pytest.mark.slow
-def test_quick_start_and_everything_that_the_readme_does_with_it(tmp_path):
-    """The one command of the README, in a process of its own; then its code and its picture, from that model."""
+def test_quick_start_and_everything_that_the_readme_does_with_it(hub, tmp_path):
+    """The one command of the README, in a process of its own; then its code, against a hub, and its picture."""
     folder = tmp_path / "runs" / "quickstart"
 
-    def python(*arguments: str, cwd: Path = ROOT) -> str:
-        return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+    def python(*arguments: str, cwd: Path = ROOT, **options) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, **options).stdout
 
     printed = python("examples/run_pretraining.py", "examples/configs/quickstart.yaml", "--output_dir", str(folder))
     assert "among 200 images and 1,000 captions" in printed
@@ -295,8 +298,9 @@ def test_quick_start_and_everything_that_the_readme_does_with_it(tmp_path):
 
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code
+    repo_id, environment = hub.new_repo_id(), {**hub.environment(), "PYTHONPATH": str(ROOT)}
     for block in code:
-        assert python("-c", block, cwd=tmp_path)
+        assert python("-c", block.replace("you/cots-quickstart", repo_id), cwd=tmp_path, env=environment)
     python("docs/draw_retrieval.py", str(folder), str(tmp_path / "retrieval.png"))
     assert Image.open(tmp_path / "retrieval.png").size[0] > 500
 
