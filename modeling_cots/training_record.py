@@ -76,7 +76,7 @@ def build_record(
 
 
 def _describe_data(dataset, otherwise: str) -> dict:
-    name = "scenes" if isinstance(dataset, ScenesDataset) else getattr(dataset, "name", otherwise)
+    name = getattr(dataset, "name", "scenes" if isinstance(dataset, ScenesDataset) else otherwise)
     return {"name": name, "num_items": len(dataset) if hasattr(dataset, "__len__") else None}
 
 
