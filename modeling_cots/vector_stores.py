@@ -1,5 +1,6 @@
 """What a search index asks of the engine below it, and the choice of one by the index's name."""
 
+import importlib.util
 import os
 from typing import Protocol
 
@@ -61,19 +62,23 @@ def create_store(index: str | os.PathLike, info: dict, engine: str) -> VectorSto
 
 
 def open_store(index: str | os.PathLike) -> VectorStore:
-    """The store that is there. Raises `ValueError` if none is."""
+    """The store that is there. Raises `ValueError` if none is, or if its engine is not installed."""
     return _kind_of(index)(os.fspath(index))
 
 
 def store_exists(index: str | os.PathLike) -> bool:
     """Whether `open_store` would find one. Raises `ValueError` where a server does not answer."""
     if is_milvus_uri(os.fspath(index)):
-        return MilvusStore.exists(os.fspath(index))
+        return _kind_of(index).exists(os.fspath(index))
     return os.path.isfile(os.path.join(index, "index.json"))
 
 
 def _kind_of(index: str | os.PathLike) -> type:
-    if is_milvus_uri(os.fspath(index)):
+    is_milvus = is_milvus_uri(os.fspath(index))
+    needed, extra = ("pymilvus", "milvus") if is_milvus else ("faiss", "search")
+    if importlib.util.find_spec(needed) is None:
+        raise ValueError(f"The index {os.fspath(index)!r} needs {needed}: pip install 'modeling_cots[{extra}]'.")
+    if is_milvus:
         return MilvusStore
     from .vector_store_faiss import FaissStore  # a client of a cluster needs no FAISS
 

@@ -119,3 +119,10 @@ def test_there_is_no_index(tmp_path, place):
     assert not store_exists(tmp_path / place)
     with pytest.raises(ValueError, match="no index"):
         open_store(tmp_path / place)
+
+
+@pytest.mark.parametrize(("place", "extra"), [("index", "search"), ("index.db", "milvus")])
+def test_says_what_to_install(place, extra, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"pip install 'modeling_cots\[{extra}\]'"):
+        create_store(place, INFO, "exact")

@@ -1,0 +1,270 @@
+"""A page to click on: text to pictures, picture to texts, and what a word looks at.
+
+    python demo/app.py                                   # runs/quickstart and its pictures; nothing is downloaded
+    python demo/app.py --model runs/mine --dataset PHOTOS/ --split validation
+
+In a Space the options are the variables COTS_MODEL, COTS_DATASET and COTS_SPLIT; demo/README.md says how to make one.
+Nothing is sent anywhere: Gradio's analytics are off and its fonts are the machine's own.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import Subset
+
+from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
+from modeling_cots.datasets_opening import open_dataset
+from modeling_cots.evaluation import PairEmbeddings, embed_pairs
+from modeling_cots.heat_maps import overlay
+from modeling_cots.image_reading import read_image
+from modeling_cots.relevance import explain_pair, find_words
+
+NUM_PICTURES, NUM_TEXTS = 8, 5
+MAX_PICTURES = 5_000  # held in memory and embedded at the start
+SHOWN_SIDE = 256
+MAX_TEXT = 300
+CSS = """
+.gradio-container {max-width: 60rem !important; margin: auto}
+label.float {position: static !important; display: inline-flex !important}
+#found .grid-wrap {max-height: none !important; overflow: visible}
+#found .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+#found .thumbnail-item {aspect-ratio: auto; height: auto; display: block}
+#found .thumbnail-item img {aspect-ratio: 1; height: auto}
+#found .caption-label {position: static; max-width: none; white-space: normal; overflow: visible; text-align: left}
+#word label, #texts label {overflow-wrap: anywhere}
+#heat, #picture {height: auto !important}
+@media (max-width: 600px) {
+  #found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+  .gradio-container main {padding: .75rem !important}
+}
+"""
+# What Gradio leaves unsaid to a screen reader: the names of the groups of choices, and that a new map has come.
+NAMES = """() => {
+  for (const [id, name] of [["word", "Words"], ["texts", "Texts that fit it, best first"]]) {
+    const group = document.getElementById(id)
+    group.setAttribute("role", "radiogroup")
+    group.setAttribute("aria-label", name)
+  }
+  for (const id of ["found", "heat"]) document.getElementById(id).setAttribute("aria-live", "polite")
+}"""
+
+
+@dataclass
+class Collection:
+    """A model and the pictures it searches; `embeds` of all pictures and captions."""
+
+    model: COTSModel
+    processor: COTSProcessor
+    items: torch.utils.data.Dataset
+    embeds: PairEmbeddings
+    captions: list[str]
+
+    def picture(self, image_id: int) -> Image.Image:
+        """A picture as it is shown: for an item's `pair_id`."""
+        picture = read_image(self.items[image_id]["image"])
+        picture.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
+        return picture
+
+
+def open_collection(model_path: str, dataset: str, split: str) -> Collection:
+    """Load a model and embed what it is to search. Raises `ValueError` if there is no model."""
+    if not os.path.isdir(model_path) and (os.path.isabs(model_path) or model_path.startswith("runs/")):
+        raise ValueError(
+            f"There is no model in {model_path!r}. Train the quick start in a few minutes\n\n"
+            f"    python examples/run_pretraining.py examples/configs/quickstart.yaml\n\n"
+            f"or name another one: python demo/app.py --model FOLDER_OR_HUB_ID"
+        )
+    # The maps need the attention weights, which only eager attention forms.
+    model = COTSModel.from_pretrained(model_path, attn_implementation="eager").eval()
+    processor = COTSProcessor.from_pretrained(model_path)
+    pictures = open_dataset(dataset, split, image_size=model.config.image_size[0])
+    pictures = Subset(pictures, range(min(MAX_PICTURES, len(pictures))))
+    embeds = embed_pairs(model, pictures, processor, Accelerator(), batch_size=32, max_text_length=64)
+    kept = set(embeds.image_ids.tolist())
+    captions = [caption for item in pictures if item["pair_id"] in kept for caption in item["captions"]]
+    # Scenes are drawn, at any size: larger than the model's, to be looked at.
+    items = ScenesDataset(split, image_size=SHOWN_SIDE) if dataset == "scenes" else pictures.dataset
+    return Collection(model, processor, items, embeds, captions)
+
+
+@torch.no_grad()
+def find_pictures(collection: Collection, query: str) -> list[tuple[int, float]]:
+    """`pair_id` and cosine of the pictures that fit a text best."""
+    inputs = collection.processor(text=[query], truncation=True, return_tensors="pt")
+    embed = collection.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0]
+    best = (collection.embeds.image_embeds @ embed).topk(min(NUM_PICTURES, len(collection.embeds.image_ids)))
+    ids = collection.embeds.image_ids[best.indices].tolist()
+    return list(zip(ids, best.values.tolist(), strict=True))
+
+
+@torch.no_grad()
+def find_texts(collection: Collection, picture: Image.Image) -> list[tuple[str, float]]:
+    """The captions that fit a picture best, with their cosines."""
+    pixels = collection.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    scores = collection.embeds.text_embeds @ collection.model.encode_image(pixels)[0]
+    found: dict[str, float] = {}
+    for place in scores.argsort(descending=True).tolist():
+        found.setdefault(collection.captions[place], scores[place].item())  # pictures may share a caption
+        if len(found) == NUM_TEXTS:
+            break
+    return list(found.items())
+
+
+def words_of(collection: Collection, caption: str) -> list[str]:
+    """The words of a caption that the model reads, each once."""
+    tokens = collection.processor.tokenizer(caption, truncation=True, return_offsets_mapping=True)
+    return list(dict.fromkeys(word.text for word in find_words(caption, tokens["offset_mapping"])))
+
+
+class Page:
+    """What the parts of the page do."""
+
+    def __init__(self, collection: Collection):
+        self.collection = collection
+
+    def search(self, query: str):
+        """From a text: the pictures, their ids, and the text as the caption to look into."""
+        query = query.strip()[:MAX_TEXT]
+        if not query:
+            raise gr.Error("Type what the pictures should show.", print_exception=False)
+        found = find_pictures(self.collection, query)
+        shown = [
+            (
+                self.collection.picture(image_id),
+                f"{place}. ({score:.2f}) {self.collection.items[image_id]['captions'][0]}",
+            )
+            for place, (image_id, score) in enumerate(found, start=1)
+        ]
+        ids = [image_id for image_id, _ in found]
+        return shown, ids, query, self.collection.picture(ids[0])
+
+    def choose(self, ids: list[int], event: gr.SelectData):
+        """A found picture that was clicked on."""
+        return self.collection.picture(ids[event.index])
+
+    def describe(self, picture: Image.Image | None):
+        """From a picture: the texts that fit it best."""
+        if picture is None:
+            return gr.update(choices=[], value=None), None
+        texts = find_texts(self.collection, picture)
+        return gr.update(choices=[(f"{text} ({score:.2f})", text) for text, score in texts], value=None), None
+
+    def list_words(self, caption: str):
+        """The words to click on."""
+        caption = (caption or "").strip()[:MAX_TEXT]
+        return gr.update(choices=words_of(self.collection, caption) if caption else [], value=None), None
+
+    def show_word(self, picture: Image.Image | None, caption: str, word: str | None):
+        """Where in the picture the model finds the word."""
+        if picture is None or not word:
+            return None
+        relevance = explain_pair(
+            self.collection.model, self.collection.processor, picture, caption.strip()[:MAX_TEXT], [word]
+        )
+        return gr.update(
+            value=overlay(picture, relevance.word_maps[0]),
+            label=f"Where the model finds “{word}”",
+            alt_text=f"Heat map over the picture: bright where the model finds {word}",
+        )
+
+
+def build(collection: Collection, examples: list[str]) -> gr.Blocks:
+    """The page."""
+    page = Page(collection)
+    with gr.Blocks(title="COTS: search pictures with words") as blocks:
+        gr.Markdown(
+            f"# Search pictures with words\nA COTS model and {len(collection.embeds.image_ids):,} pictures. "
+            "Search with a text, pick a picture, then click on a word."
+        )
+        gr.Markdown("## 1. From a text to pictures")
+        query = gr.Textbox(
+            label="What should the pictures show?", max_length=MAX_TEXT, submit_btn=False, elem_id="query"
+        )
+        search = gr.Button("Find pictures", variant="primary", elem_id="search")
+        gr.Examples(examples, query, label="For example")
+        found = gr.Gallery(
+            label="Pictures found, best first",
+            columns=4,
+            height="auto",
+            allow_preview=False,
+            buttons=[],
+            elem_id="found",
+        )
+        ids = gr.State([])
+        gr.Markdown("## 2. From a picture to texts\nClick on a picture above, or bring your own.")
+        picture = gr.Image(
+            label="Picture",
+            type="pil",
+            sources=["upload", "clipboard"],
+            height=SHOWN_SIDE + 40,
+            buttons=[],
+            alt_text="The chosen picture",
+            elem_id="picture",
+        )
+        texts = gr.Radio(label="Texts that fit it, best first", elem_id="texts")
+        gr.Markdown(
+            "## 3. From a word to its place\nWrite a caption or pick a text above, then click on a word of it."
+        )
+        caption = gr.Textbox(label="Caption", max_length=MAX_TEXT, elem_id="caption")
+        word = gr.Radio(label="Words", elem_id="word")
+        heat = gr.Image(
+            label="Where the model finds the word",
+            interactive=False,
+            buttons=[],
+            height=SHOWN_SIDE + 40,
+            elem_id="heat",
+        )
+        gr.on(
+            [search.click, query.submit], page.search, query, [found, ids, caption, picture], api_name="find_pictures"
+        )
+        found.select(page.choose, ids, picture, api_visibility="private")
+        picture.change(page.describe, picture, [texts, heat], api_name="find_texts")
+        texts.input(lambda text: text, texts, caption, api_visibility="private")
+        caption.change(page.list_words, caption, [word, heat], api_visibility="private")
+        # A new picture under a chosen word: the map would be of the old one.
+        picture.change(lambda: None, None, word, api_visibility="private")
+        word.input(page.show_word, [picture, caption, word], heat, api_name="show_word")
+        blocks.load(None, js=NAMES)
+    return blocks
+
+
+def launch(collection: Collection, examples: list[str], **options):
+    """Serve the page; `options` are those of Gradio's `launch`."""
+    fonts = ["system-ui", "sans-serif"]  # Gradio's own would be fetched
+    theme = gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
+    return build(collection, examples).launch(
+        theme=theme, css=CSS, max_file_size="20mb", footer_links=[], ssr_mode=False, **options
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("COTS_MODEL", "runs/quickstart"), help="folder or Hub id")
+    parser.add_argument("--dataset", default=os.environ.get("COTS_DATASET", "scenes"), help="what to search")
+    parser.add_argument("--split", default=os.environ.get("COTS_SPLIT", "validation"), help="which of its splits")
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
+    args = parser.parse_args()
+    try:
+        collection = open_collection(args.model, args.dataset, args.split)
+    except ValueError as error:
+        sys.exit(str(error))
+    examples = collection.captions[3 : 15 * NUM_TEXTS : 3 * NUM_TEXTS]
+    if args.dataset == "scenes":
+        examples = [
+            "a large purple square",
+            "a small red star above a blue circle",
+            "a yellow heart on a striped wall",
+        ]
+    launch(collection, examples, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
