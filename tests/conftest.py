@@ -55,12 +55,18 @@ def tiny_config() -> COTSConfig:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer of at most 99 pieces in BERT's format, trained on `CAPTIONS`."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        CAPTIONS, trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    # The library numbers the letters inside words anew in every process, unless they are numbered beforehand: some
+    # tests train, and what they reach must not depend on it.
+    letters = sorted({f"##{letter}" for caption in CAPTIONS for letter in caption if letter != " "})
+    special_tokens = [*SPECIAL_TOKENS, *letters]
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizers.BertNormalizer()
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.train_from_iterator(
+        CAPTIONS, trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=special_tokens, show_progress=False)
     )
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     return PreTrainedTokenizerFast(

@@ -124,9 +124,9 @@ def test_moving_scenes_end_in_a_folder_that_loads(run, capsys, tmp_path):
     }
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "On moving_scenes, 10 videos, for 3 optimiser steps." in card
-    assert f"| text to video | {results['metrics']['t2v_recall_at_1']:.1f} |" in card
+    assert f"| text to video | {results['metrics']['t2v_recall_at_1']:.1f} (" in card
     assert "type: t2v_recall_at_10" in card and "t2i" not in card
-    assert "model.encode_video" in card and "Measured on moving_scenes validation (6 videos)" in card
+    assert "model.encode_video" in card and "Measured on moving_scenes validation (6 videos, 24 captions)" in card
 
 
 def test_the_probe_changes_one_thing_at_a_time(run, capsys, monkeypatch):
