@@ -203,6 +203,7 @@ def build(collection: Collection, examples: list[str]) -> gr.Blocks:
         picture = gr.Image(
             label="Picture",
             type="pil",
+            format="png",  # what the model is then asked about is the picture itself
             sources=["upload", "clipboard"],
             height=SHOWN_SIDE + 40,
             buttons=[],
@@ -217,6 +218,7 @@ def build(collection: Collection, examples: list[str]) -> gr.Blocks:
         word = gr.Radio(label="Words", elem_id="word")
         heat = gr.Image(
             label="Where the model finds the word",
+            format="png",
             interactive=False,
             buttons=[],
             height=SHOWN_SIDE + 40,

@@ -113,7 +113,7 @@ def test_text_to_pictures_to_texts_to_words(app, collection, address):
         picture = Image.fromarray(shown_picture(browser, "#picture img").astype(np.uint8))
         relevance = app.explain_pair(collection.model, collection.processor, picture, caption, [words[1]])
         expected = np.asarray(app.overlay(picture, relevance.word_maps[0]), dtype=float)
-        assert np.abs(shown_picture(browser, "#heat img") - expected).mean() < 8  # webp loses a little
+        assert np.abs(shown_picture(browser, "#heat img") - expected).mean() < 1
 
         check_labels(browser)
         assert overflow(browser) == 0
