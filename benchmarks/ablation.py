@@ -1,0 +1,238 @@
+"""What each part of COTS adds on Flickr8k from scratch, beside in-batch contrastive learning (a peer's own code).
+
+    python benchmarks/ablation.py FOLDER --json benchmarks/ablation.json              # every run that is missing there
+    python benchmarks/ablation.py FOLDER --json benchmarks/ablation.json --trials     # the search before them
+    python benchmarks/ablation_table.py benchmarks/ablation.json docs/results.md      # the tables, from the JSON
+
+FOLDER holds train.parquet, validation.parquet and test.parquet with columns `image` and `captions`. Every arm of
+`ARMS` is run with three seeds, on the same pictures, captions, tokenizer, augmentation, batches and precision, and
+with encoders of the same sizes; what they share is examples/configs/flickr8k_small.yaml.
+
+Equal steps: `--steps` for each. Equal compute: as many steps as take the floating-point operations of arm a's, counted
+on a real step of each arm, so that what else the machine does plays no part. Trials are measured on the validation
+pictures; the arms once, on the 1,000 test pictures.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from ablation_peer import PeerCollator, build_peer, embed_peer
+from noisy_pairs import area_under_roc, shuffle_folder
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import set_seed
+
+from modeling_cots import COTSTrainer, COTSTrainingArguments
+from modeling_cots.building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+from modeling_cots.datasets_pairs import open_pairs
+from modeling_cots.image_reading import read_image
+from modeling_cots.pair_scores import score_pairs
+from modeling_cots.retrieval_metrics import retrieval_metrics
+from modeling_cots.training_setup import build_training_collator
+
+EXAMPLES = Path(__file__).parents[1]
+RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"
+PROTOCOL = "flickr8k-1k"  # of the test pictures
+SEEDS = 0, 1, 2
+NOISE = 0.2  # share of the training captions that the arms e move to other pictures
+NO_MASKS = {"cmvm_weight": 0.0, "cmlm_weight": 0.0}
+
+
+@dataclass
+class Arm:
+    """What an arm trains with, and what of the recipe it sets otherwise."""
+
+    title: str
+    overrides: dict = field(default_factory=dict)
+    is_peer: bool = False
+    is_noisy: bool = False
+
+
+ARMS = {
+    "a": Arm("in-batch contrast (VisionTextDualEncoder)", {}, is_peer=True),
+    "b": Arm("MCL", {**NO_MASKS, "kl_weight": 0.0}),
+    "c": Arm("MCL + KL", NO_MASKS),
+    "d": Arm("MCL + KL + CMVM + CMLM"),
+    "e-off": Arm("MCL + KL on noisy captions, filter off", {**NO_MASKS, "adaptive_filter": False}, is_noisy=True),
+    "e-on": Arm("MCL + KL on noisy captions, filter on", {**NO_MASKS, "adaptive_filter": True}, is_noisy=True),
+}
+
+# Each arm's best learning rate and, for COTS, how stale its keys may be: the same number of trials for both.
+TRIALS = {
+    "a": [{}, {"learning_rate": 2e-3}],
+    "c": [{}, {"learning_rate": 2e-3}],
+}
+
+
+class DecodedPairs(Dataset):
+    """Pairs whose pictures are decoded once and kept: many runs over the same few small ones."""
+
+    def __init__(self, folder: Path, split: str, seed: int = 0):
+        self.pairs = open_pairs(str(folder), split, seed=seed)
+        self.images = [read_image(self.pairs[index]["image"]) for index in range(len(self.pairs))]
+        self.set_epoch = self.pairs.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.pairs[index], "image": self.images[index]}
+
+
+class Ablation:
+    """
+    The recipe with its data, tokenizers and processor, from which every run is made.
+
+    Args:
+        folder: The data set.
+        eval_split: Split to measure on.
+    """
+
+    def __init__(self, folder: Path, eval_split: str):
+        self.folder = folder
+        self.recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        self.max_text_length = self.recipe["max_text_length"]
+        self.protocol = PROTOCOL if eval_split == "test" else None
+        self.train_dataset, self.eval_dataset = DecodedPairs(folder, "train"), DecodedPairs(folder, eval_split)
+        self.config = build_config(None, str(EXAMPLES / self.recipe["model_config"]), None, None)
+        captions = self.train_dataset.pairs.iter_captions()
+        vocab_size = self.config.text_config.vocab_size
+        self.tokenizer = build_tokenizer(None, None, captions, self.max_text_length, vocab_size)
+        self.processor = build_processor(self.config, self.tokenizer, None)
+        self.image_tokenizer = build_image_tokenizer("random", self.processor, self.config.image_vocab_size)
+
+    def arguments(self, overrides: dict, seed: int, steps: int, output_dir: str) -> COTSTrainingArguments:
+        known = COTSTrainingArguments.__dataclass_fields__
+        options = {name: value for name, value in self.recipe.items() if name in known}
+        options |= {**overrides, "seed": seed, "max_steps": steps, "output_dir": output_dir}
+        return COTSTrainingArguments(**options | {"save_strategy": "no"})
+
+    def run(self, arm: Arm, seed: int, steps: int, overrides: dict | None = None) -> dict:
+        """Train once and measure; recalls in percent, ranks, and for noisy captions how well scores tell them."""
+        with tempfile.TemporaryDirectory() as work:
+            args = self.arguments({**arm.overrides, **(overrides or {})}, seed, steps, work)
+            train_dataset = self.train_dataset
+            if arm.is_noisy:
+                shuffle_folder(self.folder, Path(work, "noisy"), NOISE, seed)
+                train_dataset = DecodedPairs(Path(work, "noisy"), "train")
+            trainer = self.build_trainer(arm, args, train_dataset)
+            trainer.train()
+            if arm.is_peer:
+                embeds = embed_peer(trainer.model, self.eval_dataset, self.processor, self.max_text_length)
+                found = embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids
+                return retrieval_metrics(*found, protocol=self.protocol)
+            metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+            if arm.is_noisy:
+                metrics["detection_auc"] = self.detection_auc(trainer, Path(work, "noisy"))
+            return metrics
+
+    def build_trainer(self, arm: Arm, args: COTSTrainingArguments, train_dataset: Dataset):
+        """The trainer of one run: COTS's, or transformers' own around the peer."""
+        set_seed(args.seed)
+        if arm.is_peer:
+            collator = build_training_collator(train_dataset, self.config, args, self.processor, self.max_text_length)
+            return build_peer(self.config, args, train_dataset, PeerCollator(collator))
+        model = build_model(
+            model=None,
+            text_model=None,
+            vision_model=None,
+            config=self.config,
+            num_word_pieces=len(self.tokenizer),
+            num_image_tokens=self.config.image_vocab_size,
+            max_text_length=self.max_text_length,
+        )
+        return COTSTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=self.eval_dataset,
+            processing_class=self.processor,
+            image_tokenizer=self.image_tokenizer,
+            max_text_length=self.max_text_length,
+            eval_protocol=self.protocol,
+        )
+
+    def detection_auc(self, trainer: COTSTrainer, noisy: Path) -> float:
+        """Area under the ROC curve of the momentum similarity as a detector of the moved training captions."""
+        dataset = open_pairs(str(noisy), "train")
+        pairs = score_pairs(
+            trainer.momentum_state.encoder.model,
+            dataset,
+            self.processor,
+            trainer.accelerator,
+            batch_size=trainer.args.eval_batch_size,
+            max_text_length=self.max_text_length,
+        )
+        is_moved = pq.read_table(noisy / "train.parquet", columns=["is_shuffled"])["is_shuffled"].to_pylist()
+        places = zip(pairs.pair_ids.tolist(), pairs.caption_numbers.tolist(), strict=True)
+        is_noise = [is_moved[image][number] for image, number in places]
+        return area_under_roc(pairs.scores.numpy(), np.array(is_noise))
+
+    def flop_per_step(self, arm: Arm) -> float:
+        """Floating-point operations of one step of an arm, forward and backward, counted on the same real batch."""
+        with tempfile.TemporaryDirectory() as work:
+            trainer = self.build_trainer(arm, self.arguments(arm.overrides, 0, 1, work), self.train_dataset)
+            items = [self.train_dataset[index] for index in range(trainer.args.train_batch_size)]
+            batch = trainer._prepare_inputs(trainer.data_collator(items))
+            trainer.model.train()
+            with FlopCounterMode(display=False) as counter, trainer.compute_loss_context_manager():
+                trainer.compute_loss(trainer.model, batch).backward()
+            return float(counter.get_total_flops())
+
+
+def runs_wanted(ablation: Ablation, steps: int, results: dict) -> list[dict]:
+    """Every run of the tables: with equal steps, and b, c and d with the steps that arm a's compute allows too."""
+    for name, arm in ARMS.items():
+        if name not in results["flop_per_step"]:
+            results["flop_per_step"][name] = ablation.flop_per_step(arm)
+    flop = results["flop_per_step"]
+    wanted = []
+    for seed in SEEDS:
+        wanted += [{"arm": name, "seed": seed, "steps": steps} for name in ARMS]
+        wanted += [{"arm": name, "seed": seed, "steps": round(steps * flop["a"] / flop[name])} for name in "bcd"]
+    return wanted
+
+
+def trials_wanted(steps: int) -> list[dict]:
+    """As many trials for the peer as for COTS, each with what it sets otherwise than the recipe."""
+    return [
+        {"arm": name, "seed": 0, "steps": steps, "overrides": overrides}
+        for name, trials in TRIALS.items()
+        for overrides in trials
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--json", type=Path, required=True, help="where results are kept; what is there is not run again"
+    )
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--trials", action="store_true", help="run the trials instead, on the validation pictures")
+    args = parser.parse_args()
+
+    results = {"flop_per_step": {}, "runs": [], "trials": []}
+    if args.json.exists():
+        results |= json.loads(args.json.read_text(encoding="utf-8"))
+    ablation = Ablation(args.folder, "validation" if args.trials else "test")
+    kind = "trials" if args.trials else "runs"
+    wanted = trials_wanted(args.steps) if args.trials else runs_wanted(ablation, args.steps, results)
+    done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]
+    for run in wanted:
+        if run in done:
+            continue
+        metrics = ablation.run(ARMS[run["arm"]], run["seed"], run["steps"], run.get("overrides"))
+        results[kind].append({**run, "metrics": metrics})
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({**run, "t2i_recall_at_10": metrics["t2i_recall_at_10"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
