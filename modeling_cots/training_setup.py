@@ -1,4 +1,7 @@
-"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos."""
+"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos.
+
+And, after its last one, how processes leave each other.
+"""
 
 from collections.abc import Callable
 
@@ -100,6 +103,19 @@ def settle_launch(trainer) -> None:
         set_timeout(trainer.args.ddp_timeout_delta, torch.distributed.group.WORLD)
 
 
+def leave_launch(trainer) -> None:
+    """Part from the other processes, so that this one can end.
+
+    The threads of gloo let go of a tensor some time after its result is there. Where that is while the interpreter
+    shuts down, the process is aborted ("terminate called without an active exception") after all of its work is done,
+    and with it the launch fails (https://github.com/pytorch/pytorch/pull/179291). They are waited for when the last
+    reference to the process group goes, and the wrapped model holds one (tests/test_distributed.py).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 def use_float16_on_cpu(trainer) -> None:
     """On a CPU accelerate would train in float32 without a word where `fp16` was asked for; torch can do it."""
     accelerator = trainer.accelerator
@@ -165,6 +181,7 @@ __all__ = [
     "check_setup",
     "freeze_unused_parameters",
     "hold_then_decay",
+    "leave_launch",
     "mark_repeated_samples",
     "settle_launch",
     "use_float16_on_cpu",
