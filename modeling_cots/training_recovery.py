@@ -119,6 +119,7 @@ class Recovery:
     def begin_training(self) -> None:
         step = self.trainer.state.global_step
         self._saved_step = None
+        self.trainer.collapse_watch.restore(self.trainer.state.log_history, self.trainer.queue.size)
         if self._checkpoint is not None:
             self._load_averages(self._checkpoint)
             self._saved_step = step
