@@ -358,6 +358,9 @@ class COTSTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.recovery.save_averages(output_dir)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        self.recovery.check_loaded(load_result)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self.recovery.snapshot.take_generators()
