@@ -3,6 +3,7 @@
 And, after its last one, how processes leave each other.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,12 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
         raise ValueError(
             f"hub_strategy={args.hub_strategy.value} would put momentum copies and optimizer states into the "
             "repository of the model: use every_save or end, and keep the checkpoints where you train."
+        )
+    num_launched = int(os.environ.get("WORLD_SIZE", 1))
+    if num_launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{num_launched} processes were launched and each takes itself for the only one, so that all would train "
+            "alone and write to the same folder: without GPUs add --use_cpu."
         )
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
