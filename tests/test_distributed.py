@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ def launch(output: Path, num_processes: int, *options: str, launcher=TORCHRUN, c
 def result(output: Path, num_processes: int, batch: int, *options: str, **launching) -> dict:
     """Weights, queues, logs and metrics of a run whose processes share `batch` pairs."""
     launch(output, num_processes, "--batch", str(batch // num_processes), *options, **launching)
+    return read_result(output)
+
+
+def read_result(output: Path) -> dict:
     rows = read_filter_log(f"{output}.filter_log").drop(["attempt", "attempt_step"])
     return {**torch.load(output, weights_only=True), "filtered": rows.to_pylist()}
 
@@ -70,6 +75,19 @@ def test_one_step_of_several_processes_equals_one_on_the_joined_batch(
     assert_equal_runs(one_step_alone, several, 1e-6, rtol=0)
     assert one_step_alone["logs"][0]["kept_fraction"] < 1
     assert one_step_alone["filtered"]
+
+
+def test_two_launchers_equal_one_process(one_step_alone, tmp_path):
+    """The command that docs/reliability.md shows for several machines, twice on this one."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{store.port}", "--rdzv_conf=is_host=0")
+    launcher = ("torch.distributed.run", "--nnodes=2", *meeting, "--rdzv_id=my-run", "--nproc_per_node")
+    output = tmp_path / "several.pt"
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(launch, output, 1, "--batch", "6", *SGD, launcher=launcher) for _ in range(2)]
+    for run in runs:
+        run.result()
+    assert_equal_runs(one_step_alone, read_result(output), 1e-6, rtol=0)
 
 
 def test_two_epochs_with_uneven_last_batches(tmp_path):
