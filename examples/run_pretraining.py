@@ -81,6 +81,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print("", *report, sep="\n\n")
         print(f"\nThe model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def main() -> None:
         print(f"The numbers are in {os.path.join(args.output_dir, 'results.json')}.")
     if trains and trainer.is_world_process_zero():
         print(f"The model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
+    trainer.end()
 
 
 if __name__ == "__main__":

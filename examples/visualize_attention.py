@@ -38,7 +38,7 @@ def main() -> None:
     draw_word_maps(image, args.caption, relevance).savefig(args.output, dpi=100)
     print(f"Cosine similarity of picture and caption: {relevance.score:.3f}. What each word adds to it:")
     for word, score in zip(relevance.words, relevance.word_scores.tolist(), strict=True):
-        print(f"  {word.text:20s} {score:+.3f}")
+        print(f"  {word.text:20s} {round(score, 3) + 0.0:+.3f}")
     print(f"The maps are in {args.output}.")
 
 

@@ -53,6 +53,7 @@ def main() -> None:
         max_text_length=processor.tokenizer.model_max_length,
         num_std=args.num_std,
     )
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     os.makedirs(args.output_dir, exist_ok=True)

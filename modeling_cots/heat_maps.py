@@ -49,7 +49,7 @@ def draw_word_maps(image: Image.Image, caption: str, relevance):
     Returns a matplotlib figure.
     """
     panels = [(f"whole caption  {relevance.score:.2f}", relevance.caption_map)] + [
-        (f"{shorten(word.text, 20)}  {score:+.2f}", word_map)
+        (f"{shorten(word.text, 20)}  {round(score, 2) + 0.0:+.2f}", word_map)  # + 0.0: no "-0.00"
         for word, word_map, score in zip(
             relevance.words, relevance.word_maps, relevance.word_scores.tolist(), strict=True
         )

@@ -1,5 +1,6 @@
 """Drawing what the filter sees (`pair_scores.py`): pairs with their scores from low to high, and the histogram."""
 
+import math
 import textwrap
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .figures import new_figure, shorten
 
 NUM_COLUMNS = 6
+NUM_BINS = 60
 BANDS = ("lowest", "middle", "highest")
 
 
@@ -53,7 +55,7 @@ def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
     """The distribution of (C,) scores with the threshold of the filter; a matplotlib figure."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
-    counts, edges, bars = axes.hist(scores.numpy(), bins=60, color="#4a6fa5")
+    counts, edges, bars = axes.hist(scores.numpy(), bins=_edges(scores, threshold), color="#4a6fa5")
     for bar, edge in zip(bars, edges[1:], strict=True):
         if edge <= threshold:
             bar.set_color("#c62828")
@@ -66,6 +68,14 @@ def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     return figure
+
+
+def _edges(scores: torch.Tensor, threshold: float) -> list[float]:
+    """Of equal bins over all scores, one of which begins at the threshold, so that none is half above it."""
+    low, high = scores.min().item(), scores.max().item()
+    width = (high - low) / NUM_BINS or 1.0
+    first = math.floor((low - threshold) / width)
+    return [threshold + width * number for number in range(first, first + NUM_BINS + 2)]
 
 
 __all__ = ["band_positions", "draw_contact_sheet", "draw_histogram"]

@@ -166,6 +166,7 @@ def add_pictures(index: SearchIndex, dataset, source: str, args: argparse.Namesp
     if process_state().is_main_process:
         print(f"Added {num_added:,} pictures; {args.index} has {len(index):,}.")
     index.close()
+    process_state().destroy_process_group()  # or gloo's threads may abort one of several processes on its way out
 
 
 def open_index(args: argparse.Namespace) -> SearchIndex:

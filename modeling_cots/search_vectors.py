@@ -20,7 +20,7 @@ ENGINES = {
     "binary": "a bit a number, all compared; candidates rescored",
 }
 TRAINED_FROM = {"exact": 1, "hnsw": 1, "ivfpq": 1000, "int8": 100, "binary": 100}  # vectors needed to fit the codes
-NUM_CANDIDATES = {"ivfpq": (10, 200), "int8": (4, 40), "binary": (20, 400)}  # times the number wanted, and at least
+NUM_CANDIDATES = {"ivfpq": (10, 200), "int8": (4, 40), "binary": (50, 1_000)}  # times the number wanted, and at least
 NUM_TRAINING = 250_000
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
 FEW_ROWS = 20_000  # after a filter: compared directly

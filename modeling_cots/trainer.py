@@ -38,6 +38,7 @@ from .training_setup import (
     check_setup,
     freeze_unused_parameters,
     hold_then_decay,
+    leave_launch,
     mark_repeated_samples,
     settle_launch,
     use_float16_on_cpu,
@@ -117,6 +118,13 @@ class COTSTrainer(Trainer):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self.recovery.end_training()
+
+    def end(self) -> None:
+        """
+        The last call of a script, on every process: after it they cannot train, evaluate or save together any more.
+        A process of several that ends without it may be aborted on its way out.
+        """
+        leave_launch(self)
 
     def get_train_dataloader(self):
         """Batches of this process; of a stream without end."""
@@ -349,6 +357,9 @@ class COTSTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.recovery.save_averages(output_dir)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        self.recovery.check_loaded(load_result)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

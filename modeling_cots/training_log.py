@@ -77,6 +77,11 @@ class TrainingLog:
         self._num_batches = int(state["num_batches"])
 
 
+def _chance(num_candidates: int) -> float:
+    """What the two contrastive losses sum to where all rows are uniform."""
+    return 2 * math.log(1 + num_candidates)
+
+
 class CollapseWatch:
     """
     Warns, once, when training has found the cheap solution of the KL alignment: flat rows.
@@ -95,20 +100,31 @@ class CollapseWatch:
         self.num_flat_logs = 0
         self.has_warned = False
 
+    def restore(self, log_history: list[dict], num_candidates: int) -> None:
+        """Go on as after the lines of logs of a run; what has been said then is not said again."""
+        self.num_flat_logs, self.has_warned = 0, False
+        for logs in log_history:
+            if "loss_i2t" in logs:
+                self._look(logs, logs["step"], num_candidates)
+
+    def _look(self, logs: dict[str, float], step: int, num_candidates: int) -> bool:
+        """Whether it is to be said at this line."""
+        if self.has_warned or logs["queue_fill"] < 1 or step < self.args.kl_warmup_steps:
+            return False
+        at_chance = logs["loss_i2t"] + logs["loss_t2i"] >= self.CHANCE_SHARE * _chance(num_candidates)
+        self.num_flat_logs = self.num_flat_logs + 1 if at_chance and logs["loss_kl"] < self.FLAT_KL else 0
+        self.has_warned = self.num_flat_logs >= self.PATIENCE
+        return self.has_warned
+
     def check(self, logs: dict[str, float], step: int, num_candidates: int) -> None:
         """Look at one line of logs at optimiser step `step`, of rows with `num_candidates` negatives."""
-        if not logs or self.has_warned or logs["queue_fill"] < 1 or step < self.args.kl_warmup_steps:
-            return
-        chance = 2 * math.log(1 + num_candidates)
-        at_chance = logs["loss_i2t"] + logs["loss_t2i"] >= self.CHANCE_SHARE * chance
-        self.num_flat_logs = self.num_flat_logs + 1 if at_chance and logs["loss_kl"] < self.FLAT_KL else 0
-        if self.num_flat_logs >= self.PATIENCE:
-            self.has_warned = True
+        if logs and self._look(logs, step, num_candidates):
             logger.warning(
                 f"Step {step}: the model seems to have collapsed. loss_kl is {logs['loss_kl']:.1e}, and the two "
-                f"contrastive losses sum to {logs['loss_i2t'] + logs['loss_t2i']:.2f}, where chance is {chance:.2f}: "
-                "all pairs look alike to it. Start again with a larger kl_warmup_steps or a smaller kl_weight, a "
-                "longer warm-up of the learning rate, or pre-trained encoders."
+                f"contrastive losses sum to {logs['loss_i2t'] + logs['loss_t2i']:.2f}, where chance is "
+                f"{_chance(num_candidates):.2f}: all pairs look alike to it. Start again with a larger "
+                "kl_warmup_steps or a smaller kl_weight, a longer warm-up of the learning rate, or pre-trained "
+                "encoders."
             )
 
 

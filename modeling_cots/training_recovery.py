@@ -87,6 +87,15 @@ class Recovery:
             rotate_checkpoints(output_dir, limit, self.trainer.state.best_model_checkpoint)
         self._saved_step = step
 
+    def check_loaded(self, load_result) -> None:
+        """Raise `ValueError` where weights were left as they are; tied ones are saved once, under their other name."""
+        missing = [name for name in load_result.missing_keys if name not in self.trainer.model._tied_weights_keys]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint is of another model: it lacks {missing}, and this model has no "
+                f"{load_result.unexpected_keys}."
+            )
+
     def save_averages(self, folder: str) -> None:
         """Write what this process has averaged since the last line of logs."""
         state = self._averages()
@@ -119,6 +128,7 @@ class Recovery:
     def begin_training(self) -> None:
         step = self.trainer.state.global_step
         self._saved_step = None
+        self.trainer.collapse_watch.restore(self.trainer.state.log_history, self.trainer.queue.size)
         if self._checkpoint is not None:
             self._load_averages(self._checkpoint)
             self._saved_step = step

@@ -1,5 +1,9 @@
-"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos."""
+"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos.
 
+And, after its last one, how processes leave each other.
+"""
+
+import os
 from collections.abc import Callable
 
 import torch
@@ -23,6 +27,12 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
         raise ValueError(
             f"hub_strategy={args.hub_strategy.value} would put momentum copies and optimizer states into the "
             "repository of the model: use every_save or end, and keep the checkpoints where you train."
+        )
+    num_launched = int(os.environ.get("WORLD_SIZE", 1))
+    if num_launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{num_launched} processes were launched and each takes itself for the only one, so that all would train "
+            "alone and write to the same folder: without GPUs add --use_cpu."
         )
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
@@ -100,6 +110,19 @@ def settle_launch(trainer) -> None:
         set_timeout(trainer.args.ddp_timeout_delta, torch.distributed.group.WORLD)
 
 
+def leave_launch(trainer) -> None:
+    """Part from the other processes, so that this one can end.
+
+    The threads of gloo let go of a tensor some time after its result is there. Where that is while the interpreter
+    shuts down, the process is aborted ("terminate called without an active exception") after all of its work is done,
+    and with it the launch fails (https://github.com/pytorch/pytorch/pull/179291). They are waited for when the last
+    reference to the process group goes, and the wrapped model holds one (tests/test_distributed.py).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 def use_float16_on_cpu(trainer) -> None:
     """On a CPU accelerate would train in float32 without a word where `fp16` was asked for; torch can do it."""
     accelerator = trainer.accelerator
@@ -165,6 +188,7 @@ __all__ = [
     "check_setup",
     "freeze_unused_parameters",
     "hold_then_decay",
+    "leave_launch",
     "mark_repeated_samples",
     "settle_launch",
     "use_float16_on_cpu",

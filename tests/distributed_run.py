@@ -8,6 +8,7 @@ Used by test_distributed.py; every process count must give the same weights, que
 import argparse
 import os
 import signal
+from pathlib import Path
 
 import torch
 
@@ -118,6 +119,15 @@ def main() -> None:
         logs = [entry for entry in trainer.state.log_history if "loss_i2t" in entry]
         state = {"model": trainer.model.state_dict(), "momentum": trainer.momentum_state.state_dict()}
         torch.save({**state, "logs": logs, "metrics": metrics}, options.output)
+    trainer.end()
+    check_nothing_runs_on()
+
+
+def check_nothing_runs_on() -> None:
+    """A thread of gloo that is still there may abort this process while its interpreter shuts down."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    if any("gloo" in name for name in names):
+        raise RuntimeError(f"The process group is still there: {names}.")
 
 
 if __name__ == "__main__":

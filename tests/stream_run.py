@@ -60,6 +60,7 @@ def main() -> None:
     logs = [entry for entry in trainer.state.log_history if "loss_i2t" in entry]
     written = {"seen": trainer.seen, "skipped_shards": logs[-1]["skipped_shards"]}
     Path(options.output, f"{trainer.args.process_index}.json").write_text(json.dumps(written))
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A stream over shards: every sample once a pass, whoever reads it; damage costs what is damaged and no more."""
 
 import itertools
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_python
 from stream_files import http_server, number_of, png, sample_members, shard_bytes, tar_bytes, write_shards
 from torch.utils.data import DataLoader
 
@@ -295,9 +294,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_memory_stays_flat_while_a_stream_goes_through():
     """Six times what may wait in memory at once; benchmarks/stream_memory.py does it with ten gigabytes."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "stream_memory.py")]
     options = ["--gigabytes", "0.6", "--num_workers", "1", "--shuffle_buffer", "20"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500)
+    result = run_python(ROOT / "benchmarks" / "stream_memory.py", *options)
     points = [float(line.split()[2]) for line in result.stdout.splitlines() if line.endswith("MiB")]
     assert len(points) == 10
     assert max(points[2:]) - min(points[2:]) < 64, "MiB; four fifths of the stream came in between"

@@ -1,15 +1,13 @@
 """Every command and every piece of code in docs/hub.md, in its order, against a hub."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from programs import run_python
 
 from modeling_cots import COTSForPreTraining, export_repository
 
@@ -37,12 +35,10 @@ def test_everything_in_the_document_runs(hub, tiny_config, tiny_processor, tmp_p
             block = block.replace(name, names[name])
         if language == "bash":
             lines = block.replace("\\\n", " ").strip().splitlines()
-            commands = [[sys.executable, os.fspath(ROOT / words[1]), *words[2:]] for words in map(shlex.split, lines)]
+            commands = [[ROOT / words[1], *words[2:]] for words in map(shlex.split, lines)]
         else:
             # What needs no package must do without it.
             uses_package = "modeling_cots" in block
-            commands = [[sys.executable, "-c", block if uses_package else WITHOUT_PACKAGE + block]]
+            commands = [["-c", block if uses_package else WITHOUT_PACKAGE + block]]
         for command in commands:
-            result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert result.returncode == 0, f"{block}\n{result.stderr[-3000:]}"
-            assert result.stdout.strip()
+            assert run_python(*command, cwd=tmp_path, env=environment).stdout.strip()

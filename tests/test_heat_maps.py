@@ -58,3 +58,12 @@ def test_one_titled_panel_a_word_and_a_colour_bar(tmp_path, num_words, size):
     assert any(axes.get_ylabel().startswith("relevance") for part in figure.subfigs for axes in part.axes)
     figure.savefig(tmp_path / "maps.png")
     assert Image.open(tmp_path / "maps.png").width > 200
+
+
+def test_no_word_adds_less_than_nothing_by_rounding():
+    word = Word("red", (2,))
+    relevance = PairRelevance(
+        0.5, torch.rand(4, 4), [word], torch.rand(1, 4, 4), torch.tensor([-0.004]), [word], torch.ones(1)
+    )
+    figure = draw_word_maps(Image.new("RGB", (30, 30)), "red", relevance)
+    assert "red  +0.00" in [axes.get_title() for part in figure.subfigs for axes in part.axes]

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from modeling_cots import training_log
 from modeling_cots.checkpoints import MANIFEST_NAME, latest_checkpoint
 from modeling_cots.momentum_state import MOMENTUM_STATE_NAME
 
@@ -73,6 +74,22 @@ def test_averages_of_a_log_line_reach_back_over_the_checkpoint(make_trainer, tmp
     sums = [line["loss"] * 3 for line in first_three.state.log_history if "loss" in line]
     assert whole_loss == pytest.approx(sum(sums) / 6, rel=1e-6)
     assert resumed_loss == pytest.approx(sums[1] / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("stopped_at", "said_at"), [(3, ["Step 4"]), (5, [])])
+def test_the_watch_for_a_collapse_goes_on(make_trainer, tmp_path, monkeypatch, stopped_at, said_at):
+    """Every line with a full queue counts as flat here: the third of them is the one to warn at, stopped or not."""
+    monkeypatch.setattr(training_log.CollapseWatch, "CHANCE_SHARE", 0.0)
+    monkeypatch.setattr(training_log.CollapseWatch, "FLAT_KL", 1e9)
+    warnings = []
+    monkeypatch.setattr(training_log.logger, "warning", warnings.append)
+    arguments = {**ARGUMENTS, "queue_size": 8, "kl_warmup_steps": 0, "num_train_epochs": 3}
+    make_trainer(**arguments).train()
+    assert [message.split(":")[0] for message in warnings] == ["Step 4"]
+    warnings.clear()
+    resumed = make_trainer(**arguments, output_dir=str(tmp_path / "resumed"))
+    resumed.train(str(tmp_path / "run" / f"checkpoint-{stopped_at}"))
+    assert [message.split(":")[0] for message in warnings] == said_at
 
 
 def test_latest_is_the_whole_one_written_last(make_trainer, tmp_path):

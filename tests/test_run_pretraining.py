@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from programs import run_python
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTConfig, ViTModel
 
 from modeling_cots import COTSModel, ScenesDataset
@@ -286,8 +286,7 @@ def test_quick_start_and_everything_that_the_readme_does_with_it(hub, tmp_path):
     folder = tmp_path / "runs" / "quickstart"
 
     def python(*arguments: str, cwd: Path = ROOT, **options) -> str:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, **options).stdout
+        return run_python(*arguments, cwd=cwd, timeout=1800, **options).stdout
 
     printed = python("examples/run_pretraining.py", "examples/configs/quickstart.yaml", "--output_dir", str(folder))
     assert "among 200 images and 1,000 captions" in printed

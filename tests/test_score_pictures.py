@@ -1,6 +1,8 @@
 """The contact sheet and the histogram: which pairs are shown, and which are marked as dropped."""
 
+import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from modeling_cots.score_pictures import band_positions, draw_contact_sheet, draw_histogram
@@ -36,3 +38,20 @@ def test_the_histogram_counts_what_is_below():
     label = axes.get_legend().get_texts()[0].get_text()
     assert "1 of 5 pairs below" in label and "2 std" in label
     assert sum(bar.get_height() for bar in axes.patches) == 5
+
+
+@pytest.mark.parametrize("threshold", [-0.4, 0.013, 0.5])  # below all of them, among them, above all
+def test_the_histogram_colours_exactly_what_is_below(threshold):
+    scores = torch.linspace(-0.2, 0.3, 501)
+    axes = draw_histogram(scores, threshold, num_std=2.0).axes[0]
+    heights = {}
+    for bar in axes.patches:
+        colour = to_hex(bar.get_facecolor())
+        heights[colour] = heights.get(colour, 0) + bar.get_height()
+    num_below = int((scores < threshold).sum())
+    assert heights.get("#c62828", 0) == num_below and heights.get("#4a6fa5", 0) == 501 - num_below
+
+
+def test_a_histogram_of_one_score():
+    axes = draw_histogram(torch.full((3,), 0.25), threshold=0.25, num_std=2.0).axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 3

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from programs import TORCHRUN, run_python
 
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.search_cli import main
@@ -116,3 +117,13 @@ def test_indexes_shards_and_tables(folder, capsys):
     assert "Added 1 pictures; IDX has 7." in capsys.readouterr().out
     main(["query", "IDX", "x", "--where", "place == Oslo"])
     assert "row 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_make_one_index(folder, capsys):
+    command = "modeling_cots.search_cli index photos --model model --index IDX".split()
+    said = run_python("-m", *TORCHRUN, "2", "-m", *command).stdout
+    assert said.count("Added 6 pictures; IDX has 6.") == 1
+    main("query IDX --image photos/train-00004.png --top 20".split())
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == 6 and "1.  1.000" in found[0] and "train-00004.png" in found[0]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from programs import TORCHRUN, run_python
 
 from modeling_cots import COTSModel, ScenesDataset, SearchIndex
 
@@ -32,6 +33,7 @@ class Slow(ScenesDataset):
 model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
 index = SearchIndex(sys.argv[2], model, processor)
 print("added", index.add(Slow("train", 70, 32), batch_size=4), "of", len(index), flush=True)
+search_index.process_state().destroy_process_group()
 """
 
 
@@ -113,8 +115,7 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
     assert killed.stdout.readline() == "reached\n"
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    result = run_python(*command[1:])
     # 48 of 50 lay in parts of 8 that were written before the end.
     assert "48 of 70 pictures are in the index already" in result.stderr + result.stdout
     assert "added 22 of 70" in result.stdout
@@ -131,10 +132,7 @@ def test_processes_share_the_pictures(model, tiny_processor, tmp_path):
     tiny_processor.save_pretrained(tmp_path / "model")
     SearchIndex.create(tmp_path / "index", model, tiny_processor).close()
     (tmp_path / "run.py").write_text(RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(tmp_path / "run.py"), str(tmp_path / "model"), str(tmp_path / "index")]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    result = run_python("-m", *TORCHRUN, "2", tmp_path / "run.py", tmp_path / "model", tmp_path / "index")
     assert result.stdout.count("added 70 of 70") == 2
     assert len(list((tmp_path / "index").glob("data-*-*.arrow"))) == 9  # parts of eight, none written twice
     index = SearchIndex(tmp_path / "index", model, tiny_processor)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import datasets
 import fsspec
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_hub import OWNER, dataset_hub
+from programs import run_python
 from stream_files import number_of, png, write_shards
 
 from modeling_cots.datasets_streaming import StreamingPairs, open_stream
@@ -123,14 +122,8 @@ def test_data_sets_of_the_hub_are_streamed_by_the_real_client(tmp_path):
     (tmp_path / "hub" / "shards" / "train" / "train-001.tar").write_bytes(b"no archive")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     with dataset_hub(tmp_path / "hub") as address:
-        result = subprocess.run(
-            [sys.executable, "-c", STREAM_FROM_HUB, *(f"{OWNER}/{name}" for name in writers)],
-            env={**kept, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-    assert result.returncode == 0, result.stderr
+        environment = {**kept, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        result = run_python("-c", STREAM_FROM_HUB, *(f"{OWNER}/{name}" for name in writers), env=environment)
     found = [json.loads(line[6:]) for line in result.stdout.splitlines() if line.startswith("FOUND ")]
     captions = [f"caption {number}" for number in range(4)]
     assert found == [[captions, 1, 0], [captions, 0, 0], [captions, 0, 0]]

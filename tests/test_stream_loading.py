@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from programs import TORCHRUN, run_python
 from stream_files import png, write_shards
 from test_resume import state_of
 
@@ -90,9 +89,7 @@ def test_two_processes_share_a_stream_and_end_together(tmp_path):
     """Three uneven shards and a bad one: parts of unequal length, of which none waits for the other."""
     write_shards(tmp_path / "shards", [9, 2, 4])
     (tmp_path / "shards" / "train-003.tar").write_bytes(b"no archive")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(RUN), str(tmp_path / "shards"), str(tmp_path / "out")]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
+    run_python("-m", *TORCHRUN, "2", RUN, tmp_path / "shards", tmp_path / "out")
     written = [json.loads((tmp_path / "out" / f"{index}.json").read_text()) for index in range(2)]
     assert [len(each["seen"]) for each in written] == [8, 8]
     assert written[0]["skipped_shards"] == written[1]["skipped_shards"] >= 1

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.training_setup import check_setup
 
 LOGGED = {
     "loss_i2t",
@@ -320,6 +321,14 @@ def test_exports_a_folder_that_loads_without_any_training_state(make_trainer, tm
 def test_refuses_what_cannot_work_before_any_work(make_trainer, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**arguments)
+
+
+def test_refuses_processes_that_know_nothing_of_each_other(make_trainer, monkeypatch):
+    """What several processes without GPUs are, but for use_cpu: each would train alone, all into the same folder."""
+    trainer = make_trainer()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched.* add --use_cpu"):
+        check_setup(trainer.model, trainer.args, trainer.processing_class, trainer.image_tokenizer)
 
 
 def test_refuses_an_image_tokenizer_of_another_vocabulary(make_trainer, tiny_processor):

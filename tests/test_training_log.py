@@ -82,3 +82,16 @@ def test_waits_for_the_warm_up_and_for_several_logs_in_a_row(watch, warnings):
     assert warnings == []
     watch.check(flat, 20, 100)
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("num_before", range(7))
+def test_goes_on_from_the_history_of_a_run(watch, warnings, num_before):
+    """Stopped after any line, the warning comes at the sixth, or has come and does not come again."""
+    flat, fine = line(mcl=CHANCE, kl=1e-5), line(mcl=0.8 * CHANCE, kl=0.2)
+    lines = [{**logs, "step": 20 + number} for number, logs in enumerate([flat, flat, fine, flat, flat, flat, flat])]
+    watch.num_flat_logs = 2  # of an earlier run
+    watch.restore([*lines[:num_before], {"eval_recall_sum": 1.0, "step": 26}], 100)
+    assert warnings == []
+    for logs in lines[num_before:]:
+        watch.check(logs, logs["step"], 100)
+    assert [message.split(":")[0] for message in warnings] == (["Step 25"] if num_before < 6 else [])

@@ -4,6 +4,7 @@ That a run which was stopped goes on exactly is in test_resume.py, test_killed_r
 """
 
 import pytest
+import safetensors.torch
 import torch
 
 from modeling_cots.checkpoints import check_checkpoint, seal_checkpoint
@@ -24,7 +25,16 @@ def test_a_checkpoint_is_whole_and_complete(checkpoint):
 def test_a_run_says_where_it_goes_on(make_trainer, checkpoint, caplog):
     make_trainer(max_steps=1).train(str(checkpoint))
     assert f"Going on from {checkpoint}." in caplog.text
-    assert "processes" not in caplog.text
+    assert "processes" not in caplog.text and "missing keys" not in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_trainer, checkpoint):
+    state = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    state["text_to_image.of_another"] = state.pop("text_to_image.weight")
+    safetensors.torch.save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    seal_checkpoint(checkpoint, num_processes=1)
+    with pytest.raises(ValueError, match=r"lacks .'text_to_image.weight'., and this model has no \['text_to_image.of"):
+        make_trainer(max_steps=2).train(str(checkpoint))
 
 
 def test_another_number_of_processes_is_said(make_trainer, checkpoint, caplog):

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
+
+from programs import run_python
 
 # `None` makes every `import modeling_cots` fail; the flat files of a repository go by other full names.
 PREAMBLE = """
@@ -31,7 +31,5 @@ def run_without_package(code: str, home: Path, environment: dict[str, str] | Non
     source = (
         PREAMBLE + textwrap.dedent(code) + '\nassert sys.modules["modeling_cots"] is None\nprint(json.dumps(answer))'
     )
-    command = [sys.executable, "-c", source]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_python("-c", source, cwd=home, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
