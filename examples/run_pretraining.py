@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.reporting import format_example_retrievals, format_recall
+from modeling_cots.reporting import format_report
 from modeling_cots.script_steps import (
     DataArguments,
     ModelArguments,
@@ -24,6 +24,7 @@ from modeling_cots.script_steps import (
     open_split,
     open_train_stream,
     read_config,
+    told_where,
 )
 
 
@@ -52,15 +53,14 @@ def main() -> None:
 
     # 3. Tokenizers, model and processor, made to agree.
     parts = build_parts(script_args, config, args, train_dataset)
-    model, processor = parts.model, parts.processor
 
     # 4. Training.
     trainer = COTSTrainer(
-        model=model,
+        model=parts.model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=processor,
+        processing_class=parts.processor,
         image_tokenizer=parts.image_tokenizer,
         max_text_length=script_args.max_text_length,
     )
@@ -73,14 +73,10 @@ def main() -> None:
     trainer.export_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
-    report = []
-    if eval_dataset is not None:
-        num_captions = sum(1 for _ in eval_dataset.iter_captions())
-        report.append(format_recall(metrics, len(eval_dataset), num_captions))
-        report.append(format_example_retrievals(model.cots, eval_dataset, processor, script_args.max_text_length))
     if trainer.is_world_process_zero():
-        print("", *report, sep="\n\n")
-        print(f"\nThe model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
+        if eval_dataset is not None:
+            print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
+        print(f"\n{told_where(args.output_dir)}")
     trainer.end()
 
 

@@ -13,25 +13,20 @@ and so of transformers' `TrainingArguments`, works. The token losses are off unl
 with the new numbers in it.
 """
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import set_seed
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.reporting import format_example_retrievals, format_recall
-from modeling_cots.retrieval_metrics import COCO_NUM_FOLDS
-from modeling_cots.retrieval_results import (
-    check_test_set,
-    stated_zero_shot_protocol,
-    write_card_of_measured,
-    write_results,
-)
+from modeling_cots.retrieval_results import check_test_set
 from modeling_cots.script_steps import (
     DataArguments,
+    MeasuringArguments,
     ModelArguments,
     build_parts,
+    check_measuring,
+    finish_retrieval,
     open_split,
     read_config,
 )
@@ -41,36 +36,15 @@ DEFAULTS = {"lr_hold_epochs": 1, "queue_size": 4096, "cmvm_weight": 0, "cmlm_wei
 
 
 @dataclass
-class RetrievalArguments(DataArguments):
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "`flickr30k-1k`, `coco-5k`, `coco-1k` or `flickr8k-1k`: the counts of `eval_split` must fit."
-        },
-    )
-    zero_shot_protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of a model that is only measured: `pretrained`, `fine-tuned-elsewhere`, or `none` if it was "
-            "fine-tuned on this data set."
-        },
-    )
-
-
-@dataclass
-class ScriptArguments(ModelArguments, RetrievalArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, DataArguments):
     """The data set comes first, as it alone has no default."""
 
 
 def main() -> None:
     script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments, defaults=DEFAULTS)
     set_seed(args.seed)
+    zero_shot_protocol = check_measuring(script_args, args)
     trains = script_args.train_split != "none"
-    zero_shot_protocol = stated_zero_shot_protocol(script_args.zero_shot_protocol, trains)
-    if not trains and script_args.model is None:
-        raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
-    if script_args.eval_split in (None, "none"):
-        raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
 
     # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
     config = read_config(script_args)
@@ -100,36 +74,8 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     # 5. What was learnt, and the folder to share.
-    metrics = trainer.evaluate()
-    if trains:
-        trainer.export_model(args.output_dir)
-    num_captions = sum(1 for _ in eval_dataset.iter_captions())
-    if trainer.is_world_process_zero():
-        results = write_results(
-            os.path.join(args.output_dir, "results.json"),
-            metrics,
-            protocol=script_args.protocol,
-            zero_shot_protocol=zero_shot_protocol,
-            measured_on=eval_dataset.name,
-            num_images=len(eval_dataset),
-            num_captions=num_captions,
-            model=script_args.model,
-            trained_on=f"{train_dataset.name} {script_args.train_split}" if trains else None,
-            num_steps=trainer.state.global_step,
-        )
-        if not trains:
-            write_card_of_measured(args.output_dir, script_args.model, results)
-    examples = format_example_retrievals(parts.model.cots, eval_dataset, parts.processor, script_args.max_text_length)
-    if trainer.is_world_process_zero():
-        folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1  # candidates are those of a fold
-        recall = format_recall(metrics, len(eval_dataset) // folds, num_captions // folds)
-        print("", recall, examples, sep="\n\n")
-        print(
-            f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}."
-        )
-        print(f"The numbers are in {os.path.join(args.output_dir, 'results.json')}, and in the card beside it.")
-    if trains and trainer.is_world_process_zero():
-        print(f"The model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
+    trained_on = f"{train_dataset.name} {script_args.train_split}" if trains else None
+    finish_retrieval(trainer, script_args, zero_shot_protocol, trained_on=trained_on)
     trainer.end()
 
 

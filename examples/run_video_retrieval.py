@@ -7,7 +7,8 @@
 
 Options may stand in a YAML file; those on the command line win. Beside the script's own options below, every argument
 of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. Defaults are the supplement's for
-MSR-VTT. At the end `output_dir` holds `results.json` and, where a model was trained, the model and its card.
+MSR-VTT. At the end `output_dir` holds `results.json`, and the model with its card where one was trained, or the card
+of the measured model with the new numbers in it.
 """
 
 import os
@@ -18,14 +19,15 @@ from transformers import set_seed
 from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.command_line import parse_config_and_options
 from modeling_cots.datasets_opening import open_video_dataset
-from modeling_cots.reporting import format_example_retrievals, format_recall
-from modeling_cots.retrieval_results import (
-    check_test_set,
-    stated_zero_shot_protocol,
-    write_card_of_measured,
-    write_results,
+from modeling_cots.retrieval_results import check_test_set
+from modeling_cots.script_steps import (
+    MeasuringArguments,
+    ModelArguments,
+    build_parts,
+    check_measuring,
+    finish_retrieval,
+    read_config,
 )
-from modeling_cots.script_steps import ModelArguments, build_parts, read_config
 from modeling_cots.video_collator import check_videos_readable
 
 # Their sources stand in examples/configs/msrvtt.yaml.
@@ -52,19 +54,6 @@ class VideoArguments:
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on; `none` only measures `model`."})
     eval_split: str = field(default="validation", metadata={"help": "Split to measure retrieval on."})
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "`msrvtt-full` or `msrvtt-1ka`: which split of MSR-VTT; the counts of `eval_split` must fit."
-        },
-    )
-    zero_shot_protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of a model that is only measured: `pretrained`, `fine-tuned-elsewhere`, or `none` if it was "
-            "fine-tuned on this data set."
-        },
-    )
     video_folder: str | None = field(
         default=None, metadata={"help": "Folder of the video files, if they are not where the annotations are."}
     )
@@ -79,7 +68,7 @@ class VideoArguments:
 
 
 @dataclass
-class ScriptArguments(ModelArguments, VideoArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, VideoArguments):
     """The data set comes first, as it alone has no default."""
 
 
@@ -104,10 +93,8 @@ def open_split(options: ScriptArguments, split: str, args: COTSTrainingArguments
 def main() -> None:
     script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments, defaults=DEFAULTS)
     set_seed(args.seed)
+    zero_shot_protocol = check_measuring(script_args, args)
     trains = script_args.train_split != "none"
-    zero_shot_protocol = stated_zero_shot_protocol(script_args.zero_shot_protocol, trains)
-    if not trains and script_args.model is None:
-        raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
 
     # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
     config = read_config(script_args)
@@ -138,37 +125,15 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     # 5. What was learnt, and the folder to share.
-    metrics = trainer.evaluate()
-    if trains:
-        trainer.export_model(args.output_dir)
-    num_captions = sum(1 for _ in eval_dataset.iter_captions())
-    if trainer.is_world_process_zero():
-        results = write_results(
-            os.path.join(args.output_dir, "results.json"),
-            {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in metrics.items()},
-            protocol=script_args.protocol,
-            zero_shot_protocol=zero_shot_protocol,
-            measured_on=eval_dataset.name,
-            num_videos=len(eval_dataset),
-            num_captions=num_captions,
-            num_frames=script_args.num_frames,
-            model=script_args.model,
-            trained_on=f"{train_dataset.name} {script_args.train_split}" if trains else None,
-            num_steps=trainer.state.global_step,
-        )
-        if not trains:
-            write_card_of_measured(args.output_dir, script_args.model, results, unit="video")
-    examples = format_example_retrievals(
-        parts.model.cots, eval_dataset, parts.processor, script_args.max_text_length, unit="video"
+    trained_on = f"{train_dataset.name} {script_args.train_split}" if trains else None
+    finish_retrieval(
+        trainer,
+        script_args,
+        zero_shot_protocol,
+        trained_on=trained_on,
+        unit="video",
+        num_frames=script_args.num_frames,
     )
-    if trainer.is_world_process_zero():
-        print("", format_recall(metrics, len(eval_dataset), num_captions, "video"), examples, sep="\n\n")
-        print(
-            f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}."
-        )
-        print(f"The numbers are in {os.path.join(args.output_dir, 'results.json')}.")
-    if trains and trainer.is_world_process_zero():
-        print(f"The model is in {args.output_dir}: load it with COTSModel.from_pretrained({args.output_dir!r}).")
     trainer.end()
 
 

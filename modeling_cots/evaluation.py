@@ -1,4 +1,4 @@
-"""Embedding a whole data set of pairs, and measuring retrieval on it: every image once, with all of its captions.
+"""Embedding a whole data set of pairs, every image once, with all of its captions; and what the embeddings then tell.
 
 The measures themselves are in `retrieval_metrics.py`. Processes share the images by position, so nothing is padded
 or counted twice, and the result does not depend on how many there are.
@@ -89,23 +89,11 @@ def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     return image_embeds[images], text_embeds[texts], image_ids[images], text_ids[texts]
 
 
-def evaluate_retrieval(
-    model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True, protocol=None
-) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions, of a [`COTSModel`] on `dataset`.
+def measure_retrieval(embeds: PairEmbeddings, protocol: str | None = None) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent, median and mean rank in both directions.
 
     `protocol`, one of `PROTOCOLS`, counts only where its whole test set could be read: see `skipped_images`.
     """
-    embeds = embed_pairs(
-        model,
-        dataset,
-        processor,
-        accelerator,
-        batch_size=batch_size,
-        max_text_length=max_text_length,
-        num_workers=num_workers,
-        progress=progress,
-    )
     metrics = retrieval_metrics(
         embeds.image_embeds,
         embeds.text_embeds,
@@ -118,4 +106,29 @@ def evaluate_retrieval(
     return metrics
 
 
-__all__ = ["PairEmbeddings", "embed_pairs", "evaluate_retrieval"]
+@dataclass
+class ExampleRetrievals:
+    """What a few captions find, by the `pair_id`s of images or videos.
+
+    Args:
+        num_images: Among so many.
+        found: For each caption, the first of the image `wanted`, the nearest images, the nearest first.
+    """
+
+    num_images: int
+    wanted: list[int]
+    found: list[list[int]]
+
+
+def find_examples(embeds: PairEmbeddings, num_captions: int = 3, num_found: int = 3) -> ExampleRetrievals:
+    """The first captions of `num_captions` images, spread evenly over the data set, and what they find."""
+    num_images = len(embeds.image_ids)
+    rows = torch.linspace(0, num_images - 1, num_captions).long().unique()
+    wanted = embeds.image_ids[rows].tolist()
+    captions = [int((embeds.text_ids == pair_id).nonzero()[0]) for pair_id in wanted]
+    scores = embeds.text_embeds[captions] @ embeds.image_embeds.t()
+    nearest = scores.topk(min(num_found, num_images), dim=1).indices
+    return ExampleRetrievals(num_images, wanted, embeds.image_ids[nearest].tolist())
+
+
+__all__ = ["ExampleRetrievals", "PairEmbeddings", "embed_pairs", "find_examples", "measure_retrieval"]

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .pipeline_cots import CUSTOM_PIPELINES
+from .processing_cots import PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
 
 AUTO_MAP = {
     "AutoConfig": "configuration_cots.COTSConfig",
     "AutoModel": "modeling_cots.COTSModel",
     "AutoModelForZeroShotImageClassification": "modeling_cots.COTSModel",
-    "AutoProcessor": "processing_cots.COTSProcessor",
-    "AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor",
+    **PROCESSOR_CODE,
+    **VIDEO_PROCESSOR_CODE,
 }
 # What is loaded from a repository; the files that these import go along.
 CODE_FILES = (
@@ -195,9 +196,9 @@ def _name_model_code(folder: Path) -> None:
 def _name_processor_code(folder: Path) -> None:
     """Tell them, in `processor_config.json`, where the code of our two processors is."""
     config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    config["auto_map"] = PROCESSOR_CODE
     if config.get("video_processor") is not None:
-        config["video_processor"]["auto_map"] = {"AutoVideoProcessor": AUTO_MAP["AutoVideoProcessor"]}
+        config["video_processor"]["auto_map"] = VIDEO_PROCESSOR_CODE
     write_json(folder / "processor_config.json", config)
 
 

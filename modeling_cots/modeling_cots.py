@@ -123,6 +123,15 @@ class COTSPreTrainedModel(PreTrainedModel):
             copy_encoder_weights(encoder, stream)
         return model
 
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """As of every model of transformers. Raises `ValueError` for `push_to_hub=True`: `push_to_hub` is for that."""
+        if push_to_hub or True in args[2:3]:  # where transformers has it among its positional arguments
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would push an incomplete repository, without processor, code and "
+                "card: call model.push_to_hub(repo_id, processor=processor) instead."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def push_to_hub(self, repo_id: str, *, processor=None, card=None, **push_options):
         """
         Push the two streams as a complete repository: with processor, code, card, handler (`hub_export.py`).

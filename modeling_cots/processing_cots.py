@@ -6,6 +6,9 @@ own. Random augmentation is not here: it belongs to training (`data_collator.py`
 
 from transformers.processing_utils import ProcessorMixin
 
+# Where a repository has the code of a processor and of the one for videos in it.
+PROCESSOR_CODE = {"AutoProcessor": "processing_cots.COTSProcessor"}
+VIDEO_PROCESSOR_CODE = {"AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor"}
 LEFT_BY_CALLS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 
 
@@ -26,10 +29,33 @@ class COTSProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, video_processor, **kwargs)
         forget_calls(self.tokenizer)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save the parts, the tokenizer without what its last call has left in it."""
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        Save the parts, the tokenizer without what its last call has left in it.
+
+        Raises `ValueError` for `push_to_hub=True`, after which nobody could load the processor without the package.
+        """
+        if push_to_hub:
+            raise ValueError("Call processor.push_to_hub(repo_id): save_pretrained(push_to_hub=True) leaves out code.")
         forget_calls(self.tokenizer)
         return super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options):
+        """
+        Push the processor alone, as transformers does, into the repository of its model.
+
+        Its settings go on naming the code that `COTSModel.push_to_hub` brings there; that brings a processor, too.
+        """
+        parts = [(self, PROCESSOR_CODE)]
+        if getattr(self, "video_processor", None) is not None:
+            parts.append((self.video_processor, VIDEO_PROCESSOR_CODE))
+        for part, code in parts:
+            part.auto_map = code
+        try:
+            return super().push_to_hub(repo_id, **options)
+        finally:
+            for part, _ in parts:
+                del part.auto_map
 
 
 def forget_calls(tokenizer) -> None:
@@ -47,4 +73,4 @@ def forget_calls(tokenizer) -> None:
         getattr(tokenizer, "init_kwargs", {}).pop(name, None)
 
 
-__all__ = ["COTSProcessor"]
+__all__ = ["PROCESSOR_CODE", "VIDEO_PROCESSOR_CODE", "COTSProcessor"]

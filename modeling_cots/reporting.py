@@ -1,13 +1,7 @@
 """What a training script prints at its end: recall beside chance, and a few retrievals to look at."""
 
-import torch
-from accelerate import Accelerator
-from torch.utils.data import Subset
-
-from .evaluation import embed_pairs
+from .evaluation import ExampleRetrievals
 from .retrieval_metrics import RECALL_AT, chance_recall
-
-NUM_QUERIES, NUM_FOUND, GALLERY_SIZE, BATCH_SIZE = 3, 3, 500, 32
 
 
 def format_recall(metrics: dict[str, float], num_images: int, num_captions: int, unit: str = "image") -> str:
@@ -31,31 +25,26 @@ def format_recall(metrics: dict[str, float], num_images: int, num_captions: int,
     return "\n".join(lines)
 
 
-def format_example_retrievals(model, dataset, processor, max_text_length: int, unit: str = "picture") -> str:
-    """Three captions with the pictures (or what `unit` calls them) that a [`COTSModel`] finds for them, each told by a
-    caption of its own."""
-    gallery = Subset(dataset, range(min(GALLERY_SIZE, len(dataset))))
-    embeds = embed_pairs(
-        model,
-        gallery,
-        processor,
-        Accelerator(),
-        batch_size=BATCH_SIZE,
-        max_text_length=max_text_length,
-        progress=False,
-    )
-    items = {item["pair_id"]: item for item in gallery}
-    lines = [f"What the model finds for three captions among {len(embeds.image_ids)} held-out {unit}s:"]
-    for row in torch.linspace(0, len(embeds.image_ids) - 1, NUM_QUERIES).long().unique().tolist():
-        wanted = int(embeds.image_ids[row])
-        position = int((embeds.text_ids == wanted).nonzero()[0])
-        lines.append(f'  "{items[wanted]["captions"][0]}"')
-        scores = embeds.image_embeds @ embeds.text_embeds[position]
-        for place, column in enumerate(scores.topk(min(NUM_FOUND, len(scores))).indices):
-            found = int(embeds.image_ids[column])
-            mark = f"  <- its own {unit}" if found == wanted else ""
-            lines.append(f'    {place + 1}. {items[found]["name"]}: "{items[found]["captions"][0]}"{mark}')
+def format_report(
+    metrics: dict[str, float], examples: ExampleRetrievals, dataset, *, unit: str = "image", num_folds: int = 1
+) -> str:
+    """The recalls on `dataset` and a few retrievals; of folds, chance is that among the candidates of one fold."""
+    num_captions = sum(1 for _ in dataset.iter_captions())
+    recall = format_recall(metrics, len(dataset) // num_folds, num_captions // num_folds, unit)
+    return f"{recall}\n\n{format_example_retrievals(examples, dataset, unit)}"
+
+
+def format_example_retrievals(examples: ExampleRetrievals, dataset, unit: str = "image") -> str:
+    """A few captions of `dataset` with the images or videos found for them, each told by a caption of its own."""
+    word = "picture" if unit == "image" else unit
+    lines = [f"What the model finds for a few captions among {examples.num_images:,} held-out {word}s:"]
+    for wanted, found in zip(examples.wanted, examples.found, strict=True):
+        lines.append(f'  "{dataset[wanted]["captions"][0]}"')
+        for place, pair_id in enumerate(found):
+            item = dataset[pair_id]
+            mark = f"  <- its own {word}" if pair_id == wanted else ""
+            lines.append(f'    {place + 1}. {item["name"]}: "{item["captions"][0]}"{mark}')
     return "\n".join(lines)
 
 
-__all__ = ["format_example_retrievals", "format_recall"]
+__all__ = ["format_example_retrievals", "format_recall", "format_report"]

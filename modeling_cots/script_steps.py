@@ -1,5 +1,6 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
+import os
 from dataclasses import dataclass, field
 
 from torch.utils.data import Dataset
@@ -12,6 +13,10 @@ from .image_reading import check_readable
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .processing_cots import COTSProcessor
+from .reporting import format_report
+from .retrieval_metrics import COCO_NUM_FOLDS, PROTOCOLS
+from .retrieval_results import stated_zero_shot_protocol, write_card_of_measured, write_results
+from .trainer import COTSTrainer
 from .training_args import COTSTrainingArguments
 
 
@@ -81,6 +86,26 @@ class ModelArguments:
         metadata={"help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook."},
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
+
+
+@dataclass
+class MeasuringArguments:
+    """By which rules a retrieval script measures, and how its numbers have to be read."""
+
+    protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{', '.join(f'`{name}`' for name in PROTOCOLS)}: the counts of `eval_split` must fit. Of MSR-VTT "
+            "it also says which split is meant."
+        },
+    )
+    zero_shot_protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a model that is only measured: `pretrained`, `fine-tuned-elsewhere`, or `none` if it was "
+            "fine-tuned on this data set."
+        },
+    )
 
 
 @dataclass
@@ -181,13 +206,83 @@ def build_parts(
     return TrainingParts(model, processor, image_tokenizer)
 
 
+def check_measuring(options, args: COTSTrainingArguments) -> str:
+    """
+    How far the numbers of a retrieval script will be zero-shot (see [`stated_zero_shot_protocol`]).
+
+    Raises `ValueError` where there is nothing to measure, or nothing to push.
+    """
+    trains = options.train_split != "none"
+    zero_shot_protocol = stated_zero_shot_protocol(options.zero_shot_protocol, trains)
+    if not trains and options.model is None:
+        raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
+    if options.eval_split in (None, "none"):
+        raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+    if not trains and args.push_to_hub:
+        raise ValueError("push_to_hub pushes what was trained, and this run only measures: use push_to_hub.py.")
+    return zero_shot_protocol
+
+
+def finish_retrieval(
+    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, unit: str = "image", **facts
+) -> None:
+    """
+    The last step of a retrieval script: measure, write `results.json` and the model with its card, and tell.
+
+    Args:
+        options: The script's, [`ModelArguments`] and [`MeasuringArguments`] among them.
+        trained_on: The data set and split; `None` if the model is only measured, whose card is written then.
+        unit: What the captions tell of, an "image" or a "video".
+        facts: What else `results.json` has to say, by name.
+    """
+    args, dataset = trainer.args, trainer.eval_dataset
+    metrics = trainer.evaluate()
+    if trained_on is not None:
+        trainer.export_model(args.output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+    if not trainer.is_world_process_zero():
+        return
+    path = os.path.join(args.output_dir, "results.json")
+    named = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in metrics.items()}
+    results = write_results(
+        path,
+        named if unit == "video" else metrics,
+        protocol=options.protocol,
+        zero_shot_protocol=zero_shot_protocol,
+        measured_on=dataset.name,
+        **{f"num_{unit}s": len(dataset)},
+        num_captions=sum(1 for _ in dataset.iter_captions()),
+        **facts,
+        model=options.model,
+        trained_on=trained_on,
+        num_steps=trainer.state.global_step,
+    )
+    if trained_on is None:
+        write_card_of_measured(args.output_dir, options.model, results, unit=unit)
+    num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
+    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")
+    print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
+    print(f"The numbers are in {path}, and in the card beside it.")
+    if trained_on is not None:
+        print(told_where(args.output_dir))
+
+
+def told_where(output_dir: str) -> str:
+    return f"The model is in {output_dir}: load it with COTSModel.from_pretrained({output_dir!r})."
+
+
 __all__ = [
     "DataArguments",
+    "MeasuringArguments",
     "ModelArguments",
     "StreamArguments",
     "TrainingParts",
     "build_parts",
+    "check_measuring",
+    "finish_retrieval",
     "open_split",
     "open_train_stream",
     "read_config",
+    "told_where",
 ]

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .datasets_streaming import StreamingPairs
-from .evaluation import evaluate_retrieval
+from .evaluation import embed_pairs, find_examples, measure_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
 from .losses import (
@@ -86,6 +86,7 @@ class COTSTrainer(Trainer):
         check_setup(model, args, processing_class, image_tokenizer)
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
+        self.example_retrievals = None  # of the last evaluation, to be shown
         if data_collator is None:
             data_collator = build_training_collator(
                 kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length
@@ -300,7 +301,7 @@ class COTSTrainer(Trainer):
             for name, part in dataset.items():
                 results.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return results
-        metrics = evaluate_retrieval(
+        embeds = embed_pairs(
             self.model.cots,
             dataset,
             self.processing_class,
@@ -309,9 +310,10 @@ class COTSTrainer(Trainer):
             max_text_length=self.max_text_length,
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
-            protocol=self.eval_protocol,
         )
+        metrics = measure_retrieval(embeds, self.eval_protocol)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.example_retrievals = find_examples(embeds)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

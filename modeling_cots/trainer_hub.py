@@ -5,6 +5,7 @@ moment. One that fails there is told in the log and does not stop the training.
 """
 
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def push_trained(
     trainer._finish_current_push()
     revision = args.hub_revision if revision is None else revision
     private = args.hub_private_repo if private is None else private
-    return _push(trainer, blocking, private=private, token=token, revision=revision, **options)
+    push = _prepare_push(trainer, private=private, token=token, revision=revision, **options)
+    return push() if blocking else run_as_future(push)
 
 
 def push_while_training(trainer) -> None:
@@ -87,12 +89,13 @@ def push_while_training(trainer) -> None:
         return
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     message = f"Training in progress, step {trainer.state.global_step}"
-    job = _push(trainer, False, revision=args.hub_revision, token=args.hub_token, commit_message=message)
-    job.add_done_callback(_report_failure)
+    push = _prepare_push(trainer, revision=args.hub_revision, token=args.hub_token, commit_message=message)
+    job = run_as_future(_push_or_tell, push)
     trainer.push_in_progress = PushInProgress([*earlier.jobs, job] if is_busy else [job])
 
 
-def _push(trainer, blocking: bool, **options) -> CommitInfo | Future:
+def _prepare_push(trainer, **options) -> Callable[[], CommitInfo]:
+    """A push of the model as it is now, that may be made at any later moment, in another thread too."""
     folder = tempfile.TemporaryDirectory()
     export_trained(trainer, folder.name)
 
@@ -100,12 +103,16 @@ def _push(trainer, blocking: bool, **options) -> CommitInfo | Future:
         with folder:
             return push_folder(folder.name, trainer.hub_model_id, **options)
 
-    return push() if blocking else run_as_future(push)
+    return push
 
 
-def _report_failure(job: Future) -> None:
-    if not job.cancelled() and job.exception() is not None:
-        logger.warning(f"Training goes on. {job.exception()}")
+def _push_or_tell(push: Callable[[], CommitInfo]) -> CommitInfo:
+    # Not a callback of the future, which would run only after those who wait for it have gone on.
+    try:
+        return push()
+    except Exception as error:
+        logger.warning(f"Training goes on. {error}")
+        raise
 
 
 __all__ = ["build_card", "export_trained", "push_trained", "push_while_training"]

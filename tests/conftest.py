@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
@@ -13,6 +14,10 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 from modeling_cots import COTSConfig, COTSProcessor, COTSVideoProcessor
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+# The same examples in every run, and none that fails because the machine is busy; to look for others, run
+# `python -m pytest --hypothesis-profile default`.
+settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 VOCAB_SIZE = 99
 IMAGE_SIZE = 32

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.evaluation import embed_pairs, evaluate_retrieval
+from modeling_cots.evaluation import PairEmbeddings, embed_pairs, find_examples, measure_retrieval
 
 
 class WithBroken(ScenesDataset):
@@ -54,9 +54,7 @@ def test_unreadable_images_and_their_captions_are_left_out_and_counted(model, ti
     assert sorted(set(embeds.text_ids.tolist())) == [0, 1, 2, 5, 6, 7]
     whole = embed(model, dataset, tiny_processor, batch_size=8)
     torch.testing.assert_close(whole.image_embeds, embeds.image_embeds)
-    metrics = evaluate_retrieval(
-        model, dataset, tiny_processor, Accelerator(cpu=True), batch_size=4, max_text_length=24, progress=False
-    )
+    metrics = measure_retrieval(embeds, protocol="flickr30k-1k")  # of which this is no whole test set
     assert metrics["skipped_images"] == 2
 
 
@@ -67,6 +65,24 @@ def test_no_readable_image_at_all_is_an_error(model, tiny_processor):
 
     with pytest.raises(ValueError, match="None of the 3 images"):
         embed(model, AllBroken("validation", 3, 32), tiny_processor, batch_size=2)
+
+
+def test_examples_are_spread_over_the_data_set_and_find_the_nearest_first():
+    """Seven images at angles of their own, and texts at angles in between; number 30 was not readable."""
+    ids = torch.tensor([0, 10, 20, 40, 50, 60, 70])
+
+    def at(degrees) -> torch.Tensor:
+        angles = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float32))
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    # Of two captions of an image the first counts; that of 40 lies nearest to 50, then to 60, then to itself.
+    text_ids = ids.repeat_interleave(2)
+    texts = torch.stack([ids + torch.tensor([4, 1, 1, 14, 1, 1, -11]), ids + 90], dim=1).flatten()
+    examples = find_examples(PairEmbeddings(at(ids), at(texts), ids, text_ids, num_skipped_images=1))
+    assert (examples.num_images, examples.wanted) == (7, [0, 40, 70])
+    assert examples.found == [[0, 10, 20], [50, 60, 40], [60, 50, 70]]
+    few = find_examples(PairEmbeddings(at(ids[:2]), at(ids[:2]), ids[:2], ids[:2], num_skipped_images=0))
+    assert (few.wanted, few.found) == ([0, 10], [[0, 10], [10, 0]])
 
 
 def test_leaves_the_mode_and_the_random_numbers_as_they_were(model, tiny_processor):

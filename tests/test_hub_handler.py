@@ -172,7 +172,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.fixed_dictionaries({"inputs": JSON_VALUES}, optional={"parameters": JSON_VALUES}) | JSON_VALUES)
 def test_any_json_gets_an_answer(handler, monkeypatch, data):
     monkeypatch.setattr(

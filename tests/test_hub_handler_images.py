@@ -36,7 +36,7 @@ def pictures(picture, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP"]), st.data())
 def test_a_damaged_picture_is_read_or_refused(format, data):
     content = bytearray(as_bytes(Image.radial_gradient("L").resize((20, 20)), format))

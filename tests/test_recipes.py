@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from script_runs import ENCODER, script_runner
 from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_cots import COTSConfig, COTSModel, COTSTrainingArguments
@@ -73,31 +74,16 @@ def test_the_two_pretraining_recipes_differ_in_their_data_only():
 
 
 def test_a_pretraining_recipe_runs_on_a_few_pictures(tmp_path, monkeypatch):
-    encoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(**encoder, vocab_size=150)).save_pretrained(tmp_path / "bert")
-    ViTModel(ViTConfig(**encoder, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vit")
+    BertModel(BertConfig(**ENCODER, vocab_size=150)).save_pretrained(tmp_path / "bert")
+    ViTModel(ViTConfig(**ENCODER, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     train_tokenizer(["a red circle", "a red circle"], 150).save_pretrained(tmp_path / "bert")
     small = (CONFIGS / "quickstart_model.json").read_text()
     (tmp_path / "sizes.json").write_text(json.dumps({**json.loads(small), "image_vocab_size": 30}))
-    options = {
-        "dataset": "scenes",
-        "text_model": tmp_path / "bert",
-        "vision_model": tmp_path / "vit",
-        "model_config": tmp_path / "sizes.json",
-        "image_tokenizer": "random",
-        "output_dir": tmp_path / "run",
-        "max_steps": 2,
-        "lr_hold_epochs": 0,
-        "queue_size": 10,
-        "per_device_train_batch_size": 4,
-        "dataloader_num_workers": 0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": "true",
-        "use_cpu": "true",
-    }
-    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["run_pretraining.py", str(CONFIGS / "pretrain_5m.yaml"), *argv])
-    importlib.import_module("run_pretraining").main()
+    run = script_runner(importlib.import_module("run_pretraining"), tmp_path, monkeypatch, image_tokenizer="random")
+    encoders = {"text_model": str(tmp_path / "bert"), "vision_model": str(tmp_path / "vit")}
+    recipe, sizes = str(CONFIGS / "pretrain_5m.yaml"), str(tmp_path / "sizes.json")
+    run(
+        "scenes", recipe, **encoders, model_config=sizes, max_text_length=None, queue_size=10, dataloader_num_workers=0
+    )
     assert COTSModel.from_pretrained(tmp_path / "run").config.projection_dim == json.loads(small)["projection_dim"]

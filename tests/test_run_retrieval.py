@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from karpathy_data import write_karpathy
 from PIL import Image
+from script_runs import script_runner
 
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.retrieval_metrics import PROTOCOLS
@@ -19,54 +20,18 @@ sys.path.insert(0, str(ROOT / "examples"))
 import run_retrieval  # noqa: E402
 from test_run_pretraining import write_folder, write_jsonl, write_parquet, write_shards  # noqa: E402
 
-ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-MODEL = {
-    "text_config": {**ENCODER, "vocab_size": 150},
-    "vision_config": {**ENCODER, "image_size": 32, "patch_size": 16},
-    "projection_dim": 16,
-    "image_vocab_size": 30,
-}
 SPLITS = ["train"] * 8 + ["val"] * 2 + ["test"] * 5
-
-
-def runner(tmp_path: Path, monkeypatch):
-    """A function that runs the script in this process with a tiny model and two steps; returns the output folder."""
-    (tmp_path / "model.json").write_text(json.dumps(MODEL))
-
-    def run(dataset, *config: str, **options) -> Path:
-        options = {
-            "dataset": str(dataset),
-            "model_config": None if "model" in options else str(tmp_path / "model.json"),
-            "max_text_length": 24,
-            "eval_split": "test",
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "lr_hold_epochs": 0,
-            "queue_size": 6,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": "true",
-            "disable_tqdm": "true",
-            **options,
-        }
-        argv = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["run_retrieval.py", *config, *argv])
-        run_retrieval.main()
-        return Path(options["output_dir"])
-
-    return run
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    return runner(tmp_path, monkeypatch)
+    return script_runner(run_retrieval, tmp_path, monkeypatch, eval_split="test")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return runner(tmp_path_factory.mktemp("trained"), monkeypatch)("scenes", eval_split="validation")
+        return script_runner(run_retrieval, tmp_path_factory.mktemp("trained"), monkeypatch)("scenes")
 
 
 @pytest.fixture
@@ -242,6 +207,10 @@ def test_token_losses_are_off_unless_asked_for(run, tmp_path, caplog):
         ({"zero_shot_protocol": "pretrained"}, "this run trains on the data set"),
         ({"train_split": "none", "zero_shot_protocol": "half"}, "one of pretrained"),
         ({"protocol": "flickr"}, "No protocol is called"),
+        (
+            {"train_split": "none", "zero_shot_protocol": "pretrained", "model": "mine", "push_to_hub": "true"},
+            "this run only measures",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(run, options, message):

@@ -254,6 +254,7 @@ def test_evaluates_by_retrieval(make_trainer):
         assert 1 <= metrics[f"eval_{side}_median_rank"] <= 50
     assert metrics["eval_t2i_recall_at_10"] == 100  # of 10 images
     assert trainer.state.log_history[-1]["eval_recall_sum"] == metrics["eval_recall_sum"]
+    assert trainer.example_retrievals.wanted == [0, 4, 9] and trainer.example_retrievals.num_images == 10
 
 
 def test_learns_fixed_pairs(make_trainer):

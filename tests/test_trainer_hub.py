@@ -2,6 +2,7 @@
 
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,9 @@ def train(checkpoint: str, arguments: dict) -> dict:
     return {"step": trainer.state.global_step, "warnings": warnings}
 
 
-def run_script(*arguments: str) -> None:
-    import run_pretraining
-
-    sys.argv = ["run_pretraining.py", *arguments]
-    run_pretraining.main()
+def run_script(name: str, *arguments: str) -> None:
+    sys.argv = [f"{name}.py", *arguments]
+    import_module(name).main()
 
 
 def pull(repo_id: str) -> str:
@@ -140,11 +139,12 @@ def test_pushes_at_every_checkpoint_and_nothing_but_the_repository(hub, checkpoi
     assert any("momentum" in name for name in files_of(tmp_path / "run"))  # where it belongs
 
 
-def test_the_training_script_pushes_at_its_end(hub, checkpoint, tmp_path):
+@pytest.mark.parametrize("script, eval_split", [("run_pretraining", "none"), ("run_retrieval", "validation")])
+def test_a_training_script_pushes_at_its_end(hub, checkpoint, tmp_path, script, eval_split):
     repo_id = hub.new_repo_id()
     options = {
         "dataset": "scenes",
-        "eval_split": "none",
+        "eval_split": eval_split,
         "model": checkpoint,
         "image_tokenizer": "random",
         "max_text_length": 24,
@@ -159,7 +159,7 @@ def test_the_training_script_pushes_at_its_end(hub, checkpoint, tmp_path):
         "hub_strategy": "end",
         "hub_model_id": repo_id,
     }
-    hub.run(run_script, *(word for name, value in options.items() for word in (f"--{name}", str(value))))
+    hub.run(run_script, script, *(word for name, value in options.items() for word in (f"--{name}", str(value))))
     assert hub.run(titles, repo_id)[0] == "End of training"
     assert files_of(hub.run(pull, repo_id)) <= files_of(tmp_path / "run")
 
