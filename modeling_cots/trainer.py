@@ -18,6 +18,7 @@ from .datasets_streaming import StreamingPairs
 from .evaluation import evaluate_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
+from .layer_compiling import compile_layers
 from .losses import (
     excluded_candidates,
     masked_token_loss,
@@ -97,6 +98,9 @@ class COTSTrainer(Trainer):
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
+        if args.compile_layers:
+            compile_layers(model)
+            compile_layers(self.momentum_state.encoder)
         self.training_log = TrainingLog()
         self.collapse_watch = CollapseWatch(args)
         self.stream_loader = None

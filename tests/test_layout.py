@@ -38,6 +38,7 @@ TOOLS = {
     "datasets_videos",
     "relevance",
     "heat_maps",
+    "layer_compiling",
     "score_pictures",
 }
 HELPERS_OF_TOOLS = {
@@ -108,6 +109,7 @@ THIRD_PARTY = {
     **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy", "av"}),
     **dict.fromkeys(HANDLER, {"torch", "transformers", "huggingface_hub", "PIL"}),
     **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
+    "layer_compiling": {"torch", "transformers"},
     "relevance": {"torch"},
 }
 
