@@ -96,8 +96,8 @@ class COTSTrainingArguments(TrainingArguments):
     compile_layers: bool = field(
         default=False,
         metadata={
-            "help": "Compile the layers of the encoders, those of the momentum copy too. Pays on a GPU, in runs that are "
-            "long enough for the minutes that the first steps take; needs a C++ compiler and Triton."
+            "help": "Compile the layers of the encoders, those of the momentum copy too. Pays on a GPU, in runs long "
+            "enough for the minutes that the first steps take; needs a C++ compiler and Triton."
         },
     )
 
