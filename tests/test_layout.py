@@ -40,6 +40,7 @@ TOOLS = {
     "heat_maps",
     "layer_compiling",
     "score_pictures",
+    "text_encoding",
 }
 HELPERS_OF_TOOLS = {
     "figures",
@@ -111,6 +112,7 @@ THIRD_PARTY = {
     **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
     "layer_compiling": {"torch", "transformers"},
     "relevance": {"torch"},
+    "text_encoding": {"torch"},
 }
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
