@@ -38,6 +38,7 @@ _LAZY_NAMES = {
     "ImageTokenizer": "image_tokenizer",
     "SearchIndex": "search_index",
     "ScenesDataset": "datasets_scenes",
+    "compile_layers": "layer_compiling",
     "export_repository": "hub_export",
     "export_text_encoder": "stock_exports",
     "export_zero_shot_classifier": "stock_exports",

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .data_collator import COTSEvaluationCollator
 from .retrieval_metrics import retrieval_metrics
+from .text_encoding import encode_texts
 from .video_collator import COTSVideoEvaluationCollator, holds_videos
 
 
@@ -57,34 +58,36 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
     # A data loader draws a seed; evaluating must not shift the random numbers of the training around it.
     with torch.random.fork_rng(devices=[]), accelerator.autocast():
         for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            parts.append(_embed_batch(model, batch))
+            parts.append(_embed_images(model, batch))
+        # Captions at the end, when there are enough of every length to go together.
+        text_embeds = encode_texts(model, [text for _, _, texts, _ in parts for text in texts])
     model.train(was_training)
-    image_embeds, text_embeds, image_ids, text_ids = _collect(parts)
+    image_embeds, text_embeds, image_ids, text_ids = _collect(parts, text_embeds)
     if len(image_embeds) == 0:
         raise ValueError(f"None of the {len(dataset)} images or videos of the evaluation set could be read.")
     return PairEmbeddings(image_embeds, text_embeds, image_ids, text_ids, len(dataset) - len(image_embeds))
 
 
-def _embed_batch(model, batch: dict) -> tuple[torch.Tensor, ...]:
+def _embed_images(model, batch: dict) -> tuple:
+    """Embeddings and ids of the readable images of a batch; their captions, without padding, and whose they are."""
     readable = batch["valid"]
     described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
     if not readable.any():
-        empty = torch.empty(0, model.config.projection_dim)
-        return empty, empty, batch["pair_ids"][readable].cpu(), batch["caption_pair_ids"][described].cpu()
-    if "pixel_values_videos" in batch:
-        image_embeds = model.encode_video(batch["pixel_values_videos"][readable])
+        image_embeds = torch.empty(0, model.config.projection_dim)
+    elif "pixel_values_videos" in batch:
+        image_embeds = model.encode_video(batch["pixel_values_videos"][readable].to(model.device))
     else:
-        image_embeds = model.encode_image(batch["pixel_values"][readable])
-    text_embeds = model.encode_text(batch["input_ids"][described], batch["attention_mask"][described])
-    parts = image_embeds, text_embeds, batch["pair_ids"][readable], batch["caption_pair_ids"][described]
-    return tuple(part.cpu() for part in parts)
+        image_embeds = model.encode_image(batch["pixel_values"][readable].to(model.device))
+    captions = zip(batch["input_ids"][described], batch["attention_mask"][described].bool(), strict=True)
+    texts = [input_ids[real] for input_ids, real in captions]
+    return image_embeds.cpu(), batch["pair_ids"][readable], texts, batch["caption_pair_ids"][described]
 
 
-def _collect(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """The parts of all processes, joined in the order of the data set."""
-    parts = gather_object(parts)
-    image_embeds, text_embeds, image_ids, text_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+def _collect(parts: list[tuple], text_embeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What all processes have embedded, in the order of the data set."""
+    mine = [torch.cat(column) for column in zip(*((images, ids, of) for images, ids, _, of in parts), strict=True)]
+    everyone = gather_object([(*mine, text_embeds)])
+    image_embeds, image_ids, text_ids, text_embeds = (torch.cat(column) for column in zip(*everyone, strict=True))
     images, texts = image_ids.argsort(stable=True), text_ids.argsort(stable=True)
     return image_embeds[images], text_embeds[texts], image_ids[images], text_ids[texts]
 

@@ -29,7 +29,7 @@ def adaptive_momentum_filter(
         keep (B,) bool, and the threshold () float32, which is -inf while the filter is idle.
     """
     if queue_scores is None:
-        threshold = torch.tensor(float("-inf"), device=scores.device)
+        threshold = torch.full((), float("-inf"), device=scores.device)
     else:
         threshold = filter_threshold(queue_scores, num_std)
     # Not `>=`: a score that is NaN is kept, so that a model that has diverged shows in the loss and does not read 0.

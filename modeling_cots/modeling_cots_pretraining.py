@@ -5,6 +5,7 @@ because a downloaded `COTSModel` carries its code along, and has no use for thes
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_cots import COTSConfig
 from .modeling_cots import COTSModel, COTSPreTrainedModel
 from .similarities_cots import unit_length
+
+# Patches or tokens of both views up to which they run as one batch: small layers wait for their calls more than they
+# compute. Above it the two run one after the other, and a layer's memory is that of one (docs/performance.md).
+MAX_JOINED_POSITIONS = 1024
+
+# What an encoder gives for the clean and, if there is one, for the masked view of a batch.
+Views = tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling | None]
 
 
 @dataclass
@@ -56,7 +64,8 @@ class COTSForPreTraining(COTSPreTrainedModel):
     """
     [`COTSModel`], as `.cots`, with the heads of masked vision-language modelling (the paper's token level).
 
-    `forward` encodes; the losses are the trainer's. One call makes the clean and the masked pass of both streams.
+    `forward` encodes; the losses are the trainer's. One call makes the clean and the masked pass of both streams, as
+    one batch where it is small, otherwise one after the other.
     """
 
     def __init__(self, config: COTSConfig):
@@ -148,20 +157,18 @@ class COTSForPreTraining(COTSPreTrainedModel):
                 text_model_output=text_output,
                 vision_model_output=vision_output,
             )
-        vision_output = self.cots.run_vision_model(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        vision_output, masked_vision_output = self._run_vision_views(
+            pixel_values, bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
-        text_output = self.cots.run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        text_output, masked_text_output = self._run_text_views(
+            input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs
+        )
         image_feature, text_feature = vision_output.pooler_output, text_output.pooler_output
         image_token_logits = text_token_logits = None
-        if bool_masked_pos is not None:
-            image_token_logits = self._predict_image_tokens(
-                pixel_values, bool_masked_pos.bool(), text_feature, interpolate_pos_encoding, **kwargs
-            )
-        if masked_input_ids is not None:
-            text_token_logits = self._predict_text_tokens(
-                masked_input_ids, masked_token_pos.bool(), image_feature, attention_mask, token_type_ids, **kwargs
-            )
+        if masked_vision_output is not None:
+            image_token_logits = self._predict_image_tokens(masked_vision_output, bool_masked_pos.bool(), text_feature)
+        if masked_text_output is not None:
+            text_token_logits = self._predict_text_tokens(masked_text_output, masked_token_pos.bool(), image_feature)
         return COTSForPreTrainingOutput(
             image_embeds=unit_length(self.cots.vision_projection(image_feature)),
             text_embeds=unit_length(self.cots.text_projection(text_feature)),
@@ -171,23 +178,46 @@ class COTSForPreTraining(COTSPreTrainedModel):
             vision_model_output=vision_output,
         )
 
-    def _predict_image_tokens(
-        self, pixel_values, bool_masked_pos, text_feature, interpolate_pos_encoding, **kwargs
-    ) -> torch.Tensor:
-        outputs = self.cots.run_vision_model(pixel_values, bool_masked_pos, interpolate_pos_encoding, **kwargs)
+    def _run_vision_views(self, pixel_values, bool_masked_pos, **kwargs) -> Views:
+        run = partial(self.cots.run_vision_model, **kwargs)
+        if bool_masked_pos is None:
+            return run(pixel_values), None
+        bool_masked_pos = bool_masked_pos.bool()
+        if 2 * bool_masked_pos.numel() > MAX_JOINED_POSITIONS:
+            return run(pixel_values), run(pixel_values, bool_masked_pos)
+        nothing = torch.zeros_like(bool_masked_pos)
+        return _halves(run(torch.cat([pixel_values] * 2), torch.cat([nothing, bool_masked_pos])))
+
+    def _run_text_views(self, input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs) -> Views:
+        run = partial(self.cots.run_text_model, **kwargs)
+        if masked_input_ids is None:
+            return run(input_ids, attention_mask, token_type_ids), None
+        if 2 * input_ids.numel() > MAX_JOINED_POSITIONS:
+            return tuple(run(ids, attention_mask, token_type_ids) for ids in (input_ids, masked_input_ids))
+        shared = (None if tensor is None else torch.cat([tensor] * 2) for tensor in (attention_mask, token_type_ids))
+        return _halves(run(torch.cat([input_ids, masked_input_ids]), *shared))
+
+    def _predict_image_tokens(self, masked_vision_output, bool_masked_pos, text_feature) -> torch.Tensor:
         # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
-        patches = outputs.last_hidden_state[:, -bool_masked_pos.shape[1] :]
+        patches = masked_vision_output.last_hidden_state[:, -bool_masked_pos.shape[1] :]
         # COTS, token level (CMVM): the paired text's global feature is added to each masked patch's vector.
         helped = patches + self.text_to_image(text_feature).unsqueeze(1)
         return self.cmvm_head(helped[bool_masked_pos])
 
-    def _predict_text_tokens(
-        self, masked_input_ids, masked_token_pos, image_feature, attention_mask, token_type_ids, **kwargs
-    ) -> torch.Tensor:
-        outputs = self.cots.run_text_model(masked_input_ids, attention_mask, token_type_ids, **kwargs)
+    def _predict_text_tokens(self, masked_text_output, masked_token_pos, image_feature) -> torch.Tensor:
         # COTS, token level (CMLM): the paired image's global feature is added to each masked word's vector.
-        helped = outputs.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
+        helped = masked_text_output.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
         return self.cmlm_head(helped[masked_token_pos])
+
+
+def _halves(output: BaseModelOutputWithPooling) -> Views:
+    """The clean and the masked view of B samples, from the output for both of them, one after the other (2 B)."""
+    halves = ({}, {})
+    for name, value in output.items():
+        parts = [layer.chunk(2) for layer in value] if isinstance(value, tuple) else value.chunk(2)
+        for number, half in enumerate(halves):
+            half[name] = tuple(part[number] for part in parts) if isinstance(value, tuple) else parts[number]
+    return tuple(BaseModelOutputWithPooling(**half) for half in halves)
 
 
 __all__ = ["COTSForPreTraining", "COTSForPreTrainingOutput"]

@@ -143,12 +143,15 @@ class ImageTextRetrievalPipeline(Pipeline):
             raise ValueError(f"Got {len(candidates)} candidates and {len(items)} items; need as many, at least one.")
         batch_size = batch_size or self._batch_size or BATCH_SIZE
         params = self._preprocess_params if timeout is None else {**self._preprocess_params, "timeout": timeout}
+        # Texts of like length together: a batch is padded to its longest.
+        order = sorted(range(len(candidates)), key=lambda row: _num_characters(candidates[row]))
         parts = []
         starts = range(0, len(candidates), batch_size)
         for start in logging.tqdm(starts, desc="Embedding candidates", delay=QUIET_SECONDS):
-            batch = [self.preprocess(candidate, **params) for candidate in candidates[start : start + batch_size]]
+            batch = [self.preprocess(candidates[row], **params) for row in order[start : start + batch_size]]
             parts.append(self.forward({"query": [item["query"] for item in batch]})["embeds"])
-        return RetrievalIndex(torch.cat(parts), items)
+        embeds = torch.cat(parts)
+        return RetrievalIndex(embeds[torch.tensor(order, device=embeds.device).argsort()], items)
 
     def _sanitize_parameters(self, index=None, top_k=None, timeout=None):
         if index is not None and not isinstance(index, RetrievalIndex):
@@ -222,6 +225,11 @@ def _told_apart(query: Any) -> tuple[str, Any]:
         f"A query or candidate is a picture (PIL image, URL or path) or a text, or {{'image': ...}} or "
         f"{{'text': ...}}; got {str(query)[:100]!r} of type {type(query).__name__}."
     )
+
+
+def _num_characters(candidate: Any) -> int:
+    text = candidate.get("text") if isinstance(candidate, dict) else candidate
+    return len(text) if isinstance(text, str) else 0
 
 
 def _is_missing(source: str) -> bool:

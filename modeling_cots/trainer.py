@@ -18,6 +18,7 @@ from .datasets_streaming import StreamingPairs
 from .evaluation import embed_pairs, find_examples, measure_retrieval
 from .filtering import adaptive_momentum_filter
 from .image_tokenizer import ImageTokenizer
+from .layer_compiling import compile_layers
 from .losses import (
     excluded_candidates,
     masked_token_loss,
@@ -99,6 +100,9 @@ class COTSTrainer(Trainer):
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
+        if args.compile_layers:
+            compile_layers(model)
+            compile_layers(self.momentum_state.encoder)
         self.training_log = TrainingLog()
         self.collapse_watch = CollapseWatch(args)
         self.stream_loader = None
@@ -255,9 +259,10 @@ class COTSTrainer(Trainer):
         return losses
 
     def _masked_loss(self, logits, targets, masked, keep) -> torch.Tensor:
-        keep_tokens = keep.unsqueeze(1).expand_as(masked)[masked]
+        positions = masked.flatten().nonzero().squeeze(1)  # once: a mask as index makes the host wait for the device
+        keep_tokens = keep.unsqueeze(1).expand_as(masked).flatten()[positions]
         num_tokens = self.accelerator.reduce(keep_tokens.sum(), reduction="sum") / self.args.world_size
-        return masked_token_loss(logits, targets[masked], keep_tokens, num_tokens)
+        return masked_token_loss(logits, targets.flatten()[positions], keep_tokens, num_tokens)
 
     def _kl_weight(self) -> float:
         warmup_share = (self.state.global_step + 1) / max(1, self.args.kl_warmup_steps)
@@ -265,9 +270,9 @@ class COTSTrainer(Trainer):
 
     def _push(self, everyone: dict, scores: torch.Tensor) -> None:
         """All readable pairs of the global batch enter the queues, the filtered ones too."""
-        valid = everyone["valid"]
+        rows = everyone["valid"].nonzero().squeeze(1)
         self.queue.push(
-            everyone["image_embeds"][valid], everyone["text_embeds"][valid], scores[valid], everyone["pair_ids"][valid]
+            everyone["image_embeds"][rows], everyone["text_embeds"][rows], scores[rows], everyone["pair_ids"][rows]
         )
 
     # ------------------------------------------------------------------------------------------- logging

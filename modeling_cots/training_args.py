@@ -93,6 +93,14 @@ class COTSTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "A policy of timm, such as 'rand-m5-n2-mstd0.5', on top of crop and flip."}
     )
 
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the layers of the encoders, those of the momentum copy too. Pays on a GPU, in runs long "
+            "enough for the minutes that the first steps take; needs a C++ compiler and Triton."
+        },
+    )
+
     # What this trainer needs of the base class, see `COTSTrainer`.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite from the log; COTSTrainer stops at them."}
@@ -138,6 +146,8 @@ class COTSTrainingArguments(TrainingArguments):
                 raise ValueError(f"{ratio} is 0, so there is nothing to predict: set {weight} to 0 as well.")
 
     def _check_base_arguments(self) -> None:
+        if self.compile_layers and self.torch_compile:
+            raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
         if self.filter_log is not None and not self.adaptive_filter:
             raise ValueError(
                 "filter_log has nothing to tell without the filter: set adaptive_filter, or leave the log out."

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots import COTSModel, ScenesDataset, text_encoding
 from modeling_cots.evaluation import PairEmbeddings, embed_pairs, find_examples, measure_retrieval
 
 
@@ -91,3 +91,22 @@ def test_leaves_the_mode_and_the_random_numbers_as_they_were(model, tiny_process
     embed(model, ScenesDataset("validation", 4, 32), tiny_processor, batch_size=2)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_captions_are_encoded_by_length_and_stay_with_their_picture(model, tiny_processor, monkeypatch):
+    """Captions of very different lengths, in batches of a few: the same embeddings as all in one padded batch."""
+
+    class Uneven(ScenesDataset):
+        def __getitem__(self, index: int) -> dict:
+            item = super().__getitem__(index)
+            return {**item, "captions": ["a", item["captions"][0], item["captions"][0] + " and a red star" * index]}
+
+    dataset = Uneven("validation", 5, 32)
+    monkeypatch.setattr(text_encoding, "TOKENS_AT_A_TIME", 30)
+    embeds = embed(model, dataset, tiny_processor, batch_size=2)
+    assert embeds.text_ids.tolist() == [i for i in range(5) for _ in range(3)]
+    captions = [caption for i in range(5) for caption in dataset[i]["captions"]]
+    tokens = tiny_processor(text=captions, padding=True, truncation=True, max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval().encode_text(tokens["input_ids"], tokens["attention_mask"])
+    torch.testing.assert_close(embeds.text_embeds, expected, atol=1e-5, rtol=0)

@@ -38,7 +38,9 @@ TOOLS = {
     "datasets_videos",
     "relevance",
     "heat_maps",
+    "layer_compiling",
     "score_pictures",
+    "text_encoding",
 }
 HELPERS_OF_TOOLS = {
     "figures",
@@ -108,7 +110,9 @@ THIRD_PARTY = {
     **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy", "av"}),
     **dict.fromkeys(HANDLER, {"torch", "transformers", "huggingface_hub", "PIL"}),
     **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
+    "layer_compiling": {"torch", "transformers"},
     "relevance": {"torch"},
+    "text_encoding": {"torch"},
 }
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -6,8 +6,9 @@ from torch import nn
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from modeling_cots import COTSForPreTraining, COTSModel
+from modeling_cots import COTSForPreTraining, COTSModel, modeling_cots_pretraining
 
+VISION_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 HEADS = {"text_to_image", "image_to_text", "cmvm_head", "cmlm_head"}
 
 
@@ -72,9 +73,58 @@ def test_token_logits_equal_the_twin(model, tiny_masked_inputs):
 def test_embeddings_are_those_of_the_unmasked_pairs(model, tiny_inputs, tiny_masked_inputs):
     output, expected = model(**tiny_masked_inputs), model.cots(**tiny_inputs)
     for name in ("image_embeds", "text_embeds"):
-        assert torch.equal(output[name], expected[name])
+        torch.testing.assert_close(output[name], expected[name], atol=1e-5, rtol=0)
     for name in ("text_model_output", "vision_model_output"):
-        assert torch.equal(output[name].last_hidden_state, expected[name].last_hidden_state)
+        torch.testing.assert_close(output[name].last_hidden_state, expected[name].last_hidden_state)
+
+
+@pytest.mark.parametrize("vision", [{"model_type": "vit"}, {"model_type": "beit"}, {"model_type": "dinov2"}])
+def test_joined_views_equal_views_one_after_the_other(tiny_config, tiny_masked_inputs, monkeypatch, vision):
+    """Outputs and gradients, whichever way the encoder hides patches; both ways really taken."""
+    if vision["model_type"] != "vit":
+        sizes = {name: getattr(tiny_config.vision_config, name) for name in VISION_SIZES}
+        tiny_config = type(tiny_config)(
+            text_config=tiny_config.text_config,
+            vision_config={**vision, **sizes, "use_mask_token": True},
+            projection_dim=16,
+            image_vocab_size=50,
+        )
+    torch.manual_seed(0)
+    model = COTSForPreTraining(tiny_config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):
+            nn.init.normal_(parameter)
+    passes, results = [], []
+    for stream in (model.cots.vision_model, model.cots.text_model):
+        stream.register_forward_hook(lambda module, args, output: passes.append(len(output.last_hidden_state)))
+    for limit in (0, 2**20):
+        monkeypatch.setattr(modeling_cots_pretraining, "MAX_JOINED_POSITIONS", limit)
+        model.zero_grad()
+        output = model(**tiny_masked_inputs, output_hidden_states=True)
+        outputs = [output[name] for name in ("image_embeds", "text_embeds", "image_token_logits", "text_token_logits")]
+        sum((value * torch.linspace(-1, 1, value.shape[1])).square().mean() for value in outputs).backward()
+        hidden_states = (output.vision_model_output.hidden_states, output.text_model_output.hidden_states)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([*outputs, *hidden_states[0], *hidden_states[1], *gradients])
+    assert passes == [4, 4, 4, 4, 8, 8]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_small_batches_are_joined_and_large_ones_are_not(model, tiny_masked_inputs, monkeypatch):
+    passes = []
+    model.cots.vision_model.register_forward_hook(lambda *args: passes.append("image"))
+    model.cots.text_model.register_forward_hook(lambda *args: passes.append("text"))
+    for limit, expected in (
+        (2 * 4 * 16, ["image", "text"]),
+        (2 * 4 * 16 - 1, ["image", "image", "text"]),
+        (2 * 4 * 7 - 1, ["image", "image", "text", "text"]),
+    ):
+        monkeypatch.setattr(modeling_cots_pretraining, "MAX_JOINED_POSITIONS", limit)
+        passes.clear()
+        model(**tiny_masked_inputs)
+        assert passes == expected
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The momentum copy against its closed form, and that it stays out of training."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,31 @@ def test_updates_in_place_and_under_autocast(model):
     assert [parameter.data_ptr() for parameter in slow.parameters()] == before
     assert all(parameter.dtype == torch.float32 for parameter in slow.parameters())
     assert torch.equal(model[0].weight, torch.full((3, 4), 2.0))
+
+
+@torch.no_grad()
+def test_pairs_once_and_follows_what_moved_since(model):
+    """Moved, loaded, replaced: the tensors that stand in the model now are followed, and the pairing stays."""
+    slow = MomentumEncoder(model)
+    slow.update_(model, 0.5)
+    pairs = slow._pairs
+    slow.double().float()
+    model.double()
+    model[0].weight = nn.Parameter(torch.full((3, 4), 2.0))
+    model.load_state_dict({name: torch.full_like(tensor, 2) for name, tensor in model.state_dict().items()})
+    slow.update_(model, 0.0)
+    assert slow._pairs is pairs
+    assert all(torch.equal(parameter, torch.full_like(parameter, 2.0)) for parameter in slow.model.parameters())
+
+
+def test_a_copy_follows_the_model_and_not_a_copy_of_it(model):
+    slow = MomentumEncoder(model)
+    slow.update_(model, 0.5)
+    twin = copy.deepcopy(slow)
+    move(model, 3.0)
+    twin.update_(model, 0.0)
+    assert torch.equal(twin.model[0].weight, model[0].weight)
+    other = copy.deepcopy(model)
+    move(other, 4.0)
+    twin.update_(other, 0.0)
+    assert torch.equal(twin.model[0].weight, other[0].weight)

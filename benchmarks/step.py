@@ -1,0 +1,312 @@
+"""What a training step costs beside its parts, and what each lever on it is worth.
+
+    python benchmarks/step.py --device cpu     # base size, 2 pairs with pictures of 192 pixels: minutes
+    python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with pictures of 384 pixels
+
+A step is COTSTrainer's own: losses, guard, backward pass, clipping, optimiser, momentum update. Weights and pairs are
+random. On a GPU the layers are compiled at the end, to compare them with themselves.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from side_by_side import free, medians, row, run_alone, speed
+from torch import nn
+from transformers import BertTokenizer
+
+from modeling_cots import (
+    COTSConfig,
+    COTSForPreTraining,
+    COTSTrainer,
+    COTSTrainingArguments,
+    ImageTokenizer,
+    ScenesDataset,
+    compile_layers,
+    modeling_cots_pretraining,
+)
+from modeling_cots.building import build_processor
+from modeling_cots.losses import masked_token_loss, queue_logits, task_kl_loss
+from modeling_cots.momentum import MomentumEncoder
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+DVAE_WIDTH = 256
+GIB = 2**30
+
+
+@dataclass
+class Sizes:
+    """What is timed: fields of the encoders' configurations, and how many pairs of how many tokens."""
+
+    text: dict = field(default_factory=dict)
+    vision: dict = field(default_factory=dict)
+    batch: int = 256
+    text_length: int = 32
+    codebook_width: int = DVAE_WIDTH
+    image_vocab_size: int = 8192
+    queue_size: int = 12_800
+    rounds: int = 7
+
+    def describe(self) -> str:
+        vision = {"num_hidden_layers": 12, "hidden_size": 768, "image_size": 384, **self.vision}
+        return (
+            f"{vision['num_hidden_layers']} layers of {vision['hidden_size']}, {vision['image_size']} pixels, "
+            f"{self.batch} pairs"
+        )
+
+
+def choose_sizes(device: str, quick: bool) -> Sizes:
+    if quick:
+        vision = {**TINY, "image_size": 64, "patch_size": 16}
+        return Sizes(TINY, vision, 4, 8, codebook_width=8, image_vocab_size=64, queue_size=64, rounds=1)
+    if device == "cpu":
+        # All layers, so that encoders, image tokenizer and optimizer keep their proportions; few and small pictures.
+        return Sizes(vision={"image_size": 192}, batch=2, text_length=16, rounds=5)
+    # 350 MB a pair: 256 of them need more than the 80 GB of an H100.
+    return Sizes(batch=256 if torch.cuda.mem_get_info()[1] > 120 * GIB else 128)
+
+
+class Step:
+    """A trainer with one batch, and its step as the training loop takes it."""
+
+    def __init__(self, device: str, sizes: Sizes, folder: str, optim: str = "adamw_torch_fused"):
+        torch.manual_seed(0)
+        config = COTSConfig(text_config=sizes.text, vision_config=sizes.vision)
+        config.image_vocab_size = sizes.image_vocab_size
+        self.device, self.sizes, self.config = device, sizes, config
+        processor = build_processor(config, BertTokenizer(), None)
+        normalisation = processor.image_processor.image_mean, processor.image_processor.image_std
+        self.trainer = COTSTrainer(
+            model=COTSForPreTraining(config),
+            args=COTSTrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=sizes.batch,
+                queue_size=sizes.queue_size,
+                optim=optim,
+                bf16=device == "cuda",
+                use_cpu=device == "cpu",
+                report_to="none",
+            ),
+            train_dataset=ScenesDataset("train", sizes.batch, config.image_size[0]),
+            processing_class=processor,
+            image_tokenizer=ImageTokenizer.random(
+                sizes.image_vocab_size, *normalisation, hidden_size=sizes.codebook_width
+            ),
+        )
+        accelerator = self.trainer.accelerator
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model, self.optimizer = accelerator.prepare(self.trainer.model, self.trainer.create_optimizer())
+        self.model.train()
+        self.batch = self.draw_batch()
+        self.tokens = self.trainer.image_tokenizer(self.batch["pixel_values"], config.patch_size)
+
+    def draw_batch(self) -> dict[str, torch.Tensor]:
+        sizes, (height, width) = self.sizes, self.config.image_size
+        num_patches = height // self.config.patch_size[0] * (width // self.config.patch_size[1])
+        input_ids = torch.randint(5, self.config.text_config.vocab_size, (sizes.batch, sizes.text_length))
+        words = torch.rand(input_ids.shape) < 0.15
+        batch = {
+            "pixel_values": torch.randn(sizes.batch, 3, height, width),
+            "bool_masked_pos": torch.rand(sizes.batch, num_patches) < 0.4,
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "masked_input_ids": input_ids.masked_fill(words, 4),
+            "text_targets": input_ids.masked_fill(~words, -100),
+            "pair_ids": torch.arange(sizes.batch),
+            "valid": torch.ones(sizes.batch, dtype=torch.bool),
+        }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def take(self) -> None:
+        self.optimizer.zero_grad()
+        self.trainer.recovery.guard.begin_step()
+        self.trainer.training_step(self.model, self.batch)
+        self.move()
+
+    def move(self) -> None:
+        """What comes after the backward pass."""
+        self.trainer.recovery.check_step(self.clip())
+        self.optimizer.step()
+        self.update()
+
+    def clip(self) -> torch.Tensor:
+        return self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
+
+    def update(self) -> None:
+        self.trainer.momentum_state.encoder.update_(self.trainer.model.cots, 0.99)
+
+    def take_with_cached_tokens(self) -> None:
+        """The step without the image tokenizer, whose answer is at hand."""
+        image_tokenizer = self.trainer.image_tokenizer
+        self.trainer.image_tokenizer = lambda pixel_values, patch_size: self.tokens
+        self.take()
+        self.trainer.image_tokenizer = image_tokenizer
+
+    # ------------------------------------------------------------------------------------------- its parts, alone
+
+    def parts(self) -> dict[str, Callable]:
+        """Everything that a step has to compute, each part from tensors that are there already."""
+        cots, batch, trainer = self.trainer.model.cots, self.batch, self.trainer
+        pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
+        return {
+            "vision, clean": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
+            "vision, masked": self.with_backward(
+                lambda: cots.run_vision_model(pixels, batch["bool_masked_pos"]).last_hidden_state
+            ),
+            "text, clean": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
+            "text, masked": self.with_backward(
+                lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
+            ),
+            "momentum encoders": lambda: trainer._momentum_encode(batch),
+            "image tokenizer": lambda: trainer.image_tokenizer(pixels, self.config.patch_size),
+            "contrast and KL": self.with_backward(self.contrast),
+            "patch head": self.with_backward(self.patch_head()),
+            "word head": self.with_backward(self.word_head()),
+            "clipping": self.clip,
+            "optimizer": self.optimizer.step,
+            "momentum update": self.update,
+        }
+
+    def with_backward(self, part: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run():
+            with self.trainer.accelerator.autocast():
+                output = part()
+            output.sum().backward()
+
+        return run
+
+    def contrast(self) -> torch.Tensor:
+        queue, size = self.trainer.queue, self.sizes.batch
+        query = torch.zeros(size, self.config.projection_dim, device=self.device, requires_grad=True)
+        excluded = torch.zeros(size, queue.size, dtype=torch.bool, device=self.device)
+        rows = [
+            queue_logits(query, query.detach(), candidates.clone(), excluded, self.config.temperature)
+            for candidates in (queue.text_embeds, queue.image_embeds)
+        ]
+        keep = torch.ones(size, dtype=torch.bool, device=self.device)
+        return task_kl_loss(*rows, keep, size) - sum(logits.log_softmax(dim=1)[:, 0].mean() for logits in rows)
+
+    def patch_head(self) -> Callable[[], torch.Tensor]:
+        masked, model = self.batch["bool_masked_pos"], self.trainer.model
+        return self.head(masked, self.tokens[masked], model.cmvm_head, self.config.vision_config.hidden_size)
+
+    def word_head(self) -> Callable[[], torch.Tensor]:
+        masked, model = self.batch["text_targets"] != -100, self.trainer.model
+        targets = self.batch["text_targets"][masked]
+        return self.head(masked, targets, model.cmlm_head, self.config.text_config.hidden_size)
+
+    def head(self, masked, targets, head: nn.Module, size: int) -> Callable[[], torch.Tensor]:
+        hidden_states = torch.randn(*masked.shape, size, device=self.device, requires_grad=True)
+        keep = torch.ones_like(targets, dtype=torch.bool)
+        return lambda: masked_token_loss(head(hidden_states[masked]), targets, keep, len(targets))
+
+
+def step_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
+    """3a, 3c and 4."""
+    sides = {"step": step.take, "cached": step.take_with_cached_tokens, **step.parts()}
+    times = medians(sides, device, sizes.rounds)
+    whole, cached = times.pop("step"), times.pop("cached")
+    largest = sorted(times, key=times.get, reverse=True)[:4]
+    shares = ", ".join(f"{name} {times[name] / whole:.0%}" for name in largest)
+    rows = [
+        row(
+            "3a",
+            "training step / sum of its parts",
+            whole / sum(times.values()),
+            "<= 1.05",
+            f"{sizes.describe()}: {shares}",
+        ),
+        row("3c", "step with image tokens made on line / cached", whole / cached, "<= 1.22", sizes.describe()),
+    ]
+    for batch, goal in ((256, "<= 0.2"), (48, "<= 1")):
+        # The update does not depend on the batch, nor does the optimizer; the rest of a step grows with it.
+        fixed = times["momentum update"] + times["optimizer"] + times["clipping"]
+        scaled = fixed + (cached - fixed) * batch / sizes.batch
+        note = f"from {sizes.describe()}, cached image tokens; the passes are scaled to {batch} pairs"
+        title = f"momentum update, % of a step of {batch} pairs"
+        rows.append(row("4", title, 100 * times["momentum update"] / scaled, goal, note))
+    return rows
+
+
+def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
+    """Both views of pictures and of texts as one batch, beside one after the other."""
+    model, batch = step.trainer.model, step.batch
+    texts = (batch["masked_input_ids"], batch["attention_mask"], None)
+    rows = []
+    for size in sorted({1, min(4, sizes.batch), sizes.batch}):
+
+        def run(limit: int, stream: str, size=size) -> None:
+            modeling_cots_pretraining.MAX_JOINED_POSITIONS = limit
+            with step.trainer.accelerator.autocast():
+                if stream == "pictures":
+                    views = model._run_vision_views(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
+                else:
+                    tensors = [None if tensor is None else tensor[:size] for tensor in texts]
+                    views = model._run_text_views(batch["input_ids"][:size], *tensors)
+            sum(view.last_hidden_state.float().square().mean() for view in views).backward()
+
+        limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
+        for stream, width in (("pictures", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
+            joined, apart = (lambda n=n, s=stream: run(n, s) for n in (2**40, 0))
+            ratio = 1 / speed(joined, apart, device, sizes.rounds)
+            note = f"{size} pairs, {2 * size * width} positions; joined up to {limit}"
+            rows.append(row("views", f"{stream}: views joined / one after the other", ratio, "<= 1", note))
+        modeling_cots_pretraining.MAX_JOINED_POSITIONS = limit
+    return rows
+
+
+def optimizer_row(device: str, sizes: Sizes, step: Step, folder: str) -> dict:
+    plain = Step(device, sizes, folder, optim="adamw_torch")
+    for one in (step, plain):
+        one.take()
+        one.trainer.training_step(one.model, one.batch)
+    ratio = 1 / speed(step.optimizer.step, plain.optimizer.step, device, sizes.rounds)
+    return row("optim", "optimizer: fused / adamw_torch", ratio, "<= 1", sizes.describe())
+
+
+def update_row(device: str, quick: bool, sizes: Sizes) -> dict:
+    """On parameter lists of the full size in any case."""
+    config = COTSConfig(text_config=sizes.text, vision_config=sizes.vision) if quick else COTSConfig()
+    online = COTSForPreTraining(config).cots.to(device)
+    slow, by_loop = MomentumEncoder(online), copy.deepcopy(online)
+
+    @torch.no_grad()
+    def loop():
+        for parameter, moving in zip(by_loop.parameters(), online.parameters(), strict=True):
+            parameter.data = parameter.data * 0.99 + moving.data * (1 - 0.99)
+
+    ratio = 1 / speed(lambda: slow.update_(online, 0.99), loop, device, sizes.rounds)
+    num_millions = sum(parameter.numel() for parameter in online.parameters()) / 1e6
+    return row("update", "momentum update: foreach / loop", ratio, "<= 0.23", f"{num_millions:.1f}M parameters")
+
+
+def compiled_row(device: str, sizes: Sizes, step: Step) -> dict:
+    title, goal = "step: layers compiled / eager", "<= 0.85"
+    if device == "cpu":
+        return row("compile", title, None, goal, "a lever for GPUs")
+    # Not in turns, as layers are compiled for good.
+    eager = medians({"step": step.take}, device, sizes.rounds)["step"]
+    compile_layers(step.trainer.model)
+    compile_layers(step.trainer.momentum_state.encoder)
+    compiled = medians({"step": step.take}, device, sizes.rounds)["step"]
+    return row("compile", title, compiled / eager, goal, sizes.describe())
+
+
+def measure(device: str, quick: bool) -> list[dict]:
+    """Rows 3a, 3c and 4, and one a lever."""
+    sizes = choose_sizes(device, quick)
+    rows = [update_row(device, quick, sizes)]
+    free(device)
+    with tempfile.TemporaryDirectory() as folder:
+        step = Step(device, sizes, folder)
+        rows += step_rows(device, sizes, step)
+        rows += view_rows(device, sizes, step)
+        rows.append(compiled_row(device, sizes, step))
+        rows.append(optimizer_row(device, sizes, step, folder))
+    return rows
+
+
+if __name__ == "__main__":
+    run_alone(measure, __doc__)
