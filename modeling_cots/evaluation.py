@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from .data_collator import COTSEvaluationCollator
+from .pixel_normalization import PixelNormalizer
 from .retrieval_metrics import retrieval_metrics
 from .video_collator import COTSVideoEvaluationCollator, holds_videos
 
@@ -51,6 +52,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
         num_workers=num_workers,
         collate_fn=collator_class(processor, max_text_length=max_text_length),
     )
+    normalize_pixels = PixelNormalizer(processor).to(model.device)
     was_training = model.training
     model.eval()
     parts = []
@@ -58,7 +60,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
     with torch.random.fork_rng(devices=[]), accelerator.autocast():
         for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            parts.append(_embed_batch(model, batch))
+            parts.append(_embed_batch(model, normalize_pixels(batch)))
     model.train(was_training)
     image_embeds, text_embeds, image_ids, text_ids = _collect(parts)
     if len(image_embeds) == 0:

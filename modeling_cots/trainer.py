@@ -27,6 +27,7 @@ from .losses import (
 )
 from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
+from .pixel_normalization import PixelNormalizer
 from .stream_loading import build_stream_loader, stream_counts
 from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
@@ -97,6 +98,7 @@ class COTSTrainer(Trainer):
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
+        self.pixel_normalizer = PixelNormalizer(processing_class).to(args.device)
         self.training_log = TrainingLog()
         self.collapse_watch = CollapseWatch(args)
         self.stream_loader = None
@@ -131,6 +133,10 @@ class COTSTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         mark_repeated_samples(self, batches)
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """The batch on the device, its raw pixels normalised there."""
+        return self.pixel_normalizer(super()._prepare_inputs(inputs))
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -238,7 +244,8 @@ class COTSTrainer(Trainer):
         losses = {}
         if self.args.cmvm_weight > 0:
             masked = inputs["bool_masked_pos"].bool()
-            image_tokens = self.image_tokenizer(inputs["pixel_values"], self.model.config.patch_size)
+            pixels = inputs.get("raw_pixels", inputs["pixel_values"])
+            image_tokens = self.image_tokenizer(pixels, self.model.config.patch_size)
             losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], image_tokens, masked, keep)
         if self.args.cmlm_weight > 0:
             masked = inputs["text_targets"] != -100

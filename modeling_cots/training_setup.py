@@ -6,7 +6,8 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from transformers.trainer_utils import HubStrategy, has_length
 
-from .data_collator import COTSDataCollator, build_image_transform
+from .data_collator import COTSDataCollator
+from .image_augmentation import ImageTransform
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
 from .training_args import COTSTrainingArguments
@@ -47,10 +48,9 @@ def build_training_collator(train_dataset, config, args: COTSTrainingArguments, 
     """The collator of training pictures or videos, with the augmentation and the masks that the arguments ask for."""
     if holds_videos(train_dataset):
         return build_video_collator(args, processor, max_text_length)
-    transform = build_image_transform(
+    transform = ImageTransform(
         config.image_size,
         processor.image_processor.image_mean,
-        processor.image_processor.image_std,
         min_crop_scale=args.min_crop_scale,
         horizontal_flip=args.horizontal_flip,
         auto_augment=args.auto_augment,

@@ -42,12 +42,14 @@ TOOLS = {
 }
 HELPERS_OF_TOOLS = {
     "figures",
+    "image_augmentation",
     "image_reading",
     "karpathy_files",
     "msrvtt_files",
     "pair_files",
     "pair_items",
     "pair_rows",
+    "pixel_normalization",
     "scene_drawing",
 }
 # What a stream is made of, each on top of the ones before it.
@@ -97,6 +99,7 @@ ALLOWED = {
     **dict.fromkeys(HANDLER, set()),
     **dict.fromkeys(MATHEMATICS, MATHEMATICS),
     **dict.fromkeys(HELPERS_OF_TOOLS, {"pair_items"}),
+    "image_augmentation": {"image_reading"},
     **{part: {"pair_files", "pair_rows", *STREAM_PARTS[:i]} for i, part in enumerate(STREAM_PARTS)},
     **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
     "datasets_streaming": {*HELPERS_OF_TOOLS, *STREAM_PARTS},
