@@ -16,6 +16,7 @@ from transformers.models.flava.image_processing_flava import FlavaMaskingGenerat
 from transformers.utils import logging
 
 from .image_reading import UnreadableImageError, read_image
+from .image_token_cache import TokenSource
 from .pair_items import encode_names
 
 logger = logging.get_logger(__name__)
@@ -60,12 +61,15 @@ class COTSDataCollator:
         image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
         text_mask_ratio: Share of word pieces that CMLM masks, by BERT's 80/10/10 rule.
         mask_images, mask_texts: Whether to draw masks at all.
+        token_source: Of the tokens that the items bring along, if they are to be used; `image_transform` must then be
+            an [`ImageTransform`] without crop and policy.
 
     Returns a dict of tensors:
         pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
         input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
         names (B, 120) uint8, see `encode_names`;
         with `mask_images` bool_masked_pos (B, patches) bool;
+        with `token_source` image_tokens (B, patches) int64;
         with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
     """
 
@@ -80,6 +84,7 @@ class COTSDataCollator:
         text_mask_ratio: float = 0.15,
         mask_images: bool = True,
         mask_texts: bool = True,
+        token_source: TokenSource | None = None,
     ):
         self.tokenizer = processor.tokenizer
         self.image_transform = image_transform
@@ -87,6 +92,7 @@ class COTSDataCollator:
         self.max_text_length = max_text_length
         self.image_mask_ratio = image_mask_ratio
         self.mask_images = mask_images
+        self.token_source = token_source
         self.word_masker = None
         if mask_texts:
             self.word_masker = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=text_mask_ratio)
@@ -94,11 +100,13 @@ class COTSDataCollator:
         self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        images, captions, bool_masked_pos = [], [], []
+        images, image_tokens, captions, bool_masked_pos = [], [], [], []
         for item in items:
             with sample_randomness(item.get("seed")):
                 captions.append(random.choice(item["captions"]))
-                images.append(self._load(item))
+                image, tokens = self._load(item)
+                images.append(image)
+                image_tokens.append(tokens)
                 if self.mask_images:
                     bool_masked_pos.append(self._mask_patches())
         batch = {
@@ -111,16 +119,23 @@ class COTSDataCollator:
         batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         if self.mask_images:
             batch["bool_masked_pos"] = torch.stack(bool_masked_pos)
+        if self.token_source is not None:
+            nothing = torch.zeros(self.token_source.num_patches, dtype=torch.int64)
+            batch["image_tokens"] = torch.stack([nothing if tokens is None else tokens for tokens in image_tokens])
         if self.word_masker is not None:
             batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))
         return batch
 
-    def _load(self, item: dict) -> torch.Tensor | None:
+    def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels and cached tokens; neither of a picture that cannot be read."""
         try:
-            return self.image_transform(item["image"])
+            if self.token_source is None:
+                return self.image_transform(item["image"]), None
+            pixels, is_mirrored = self.image_transform.draw(item["image"])
+            return pixels, self.token_source.read(item, is_mirrored)
         except UnreadableImageError as error:
             self.report.add(item["name"], error)
-            return None
+            return None, None
 
     def _blank(self) -> torch.Tensor:
         return torch.zeros(3, *self.image_size, dtype=torch.uint8)

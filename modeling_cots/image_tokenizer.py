@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
+from .image_token_cache import digest_codebook
+
 PIXELS_PER_TOKEN = 8  # the dVAE's down-sampling
 LAPLACE_EPSILON = 0.1  # the dVAE expects pixels in [0, 1] mapped by x -> (1 - 2e) x + e
 
@@ -56,6 +58,10 @@ class ImageTokenizer(nn.Module):
     def vocab_size(self) -> int:
         """Number of different tokens."""
         return self.codebook.config.vocab_size
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides about the tokens of a raw picture of given size and patches."""
+        return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
 
     def train(self, mode: bool = True) -> "ImageTokenizer":
         return super().train(False)

@@ -39,7 +39,9 @@ from .training_setup import (
     check_setup,
     freeze_unused_parameters,
     hold_then_decay,
+    image_tokens_of,
     mark_repeated_samples,
+    settle_image_tokens,
     settle_launch,
     use_float16_on_cpu,
 )
@@ -60,7 +62,8 @@ class COTSTrainer(Trainer):
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
-            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0.
+            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0 or
+            `train_dataset` brings them along (`examples/tokenize_images.py`); then it is only checked against those.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
         data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
@@ -83,12 +86,15 @@ class COTSTrainer(Trainer):
         processing_class=None,
         **kwargs,
     ):
-        check_setup(model, args, processing_class, image_tokenizer)
+        check_setup(model, args, processing_class)
+        token_source, image_tokenizer = settle_image_tokens(
+            kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
+        )
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
         if data_collator is None:
             data_collator = build_training_collator(
-                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length
+                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length, token_source
             )
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -135,7 +141,6 @@ class COTSTrainer(Trainer):
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """The batch on the device, its raw pixels normalised there."""
         return self.pixel_normalizer(super()._prepare_inputs(inputs))
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -244,8 +249,7 @@ class COTSTrainer(Trainer):
         losses = {}
         if self.args.cmvm_weight > 0:
             masked = inputs["bool_masked_pos"].bool()
-            pixels = inputs.get("raw_pixels", inputs["pixel_values"])
-            image_tokens = self.image_tokenizer(pixels, self.model.config.patch_size)
+            image_tokens = image_tokens_of(inputs, self.image_tokenizer, self.model.config.patch_size)
             losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], image_tokens, masked, keep)
         if self.args.cmlm_weight > 0:
             masked = inputs["text_targets"] != -100
