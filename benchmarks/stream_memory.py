@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from modeling_cots.data_collator import build_image_transform
 from modeling_cots.datasets_streaming import EndlessPairs, open_stream
-from modeling_cots.image_reading import read_image
+from modeling_cots.image_augmentation import ImageTransform
 
 SAMPLES_A_SHARD = 200
 PICTURE_SIZE = (700, 500)  # of a bitmap: a megabyte that costs little time to decode
@@ -69,8 +68,8 @@ def serve(connection) -> None:
 
 def collate(items: list[dict]) -> tuple[torch.Tensor, int]:
     """Decoded, cropped pictures (B, 3, 96, 96), and the bytes that they came in."""
-    transform = build_image_transform((96, 96), [0.5] * 3, [0.5] * 3)
-    pictures = torch.stack([transform(read_image(item["image"])) for item in items])
+    transform = ImageTransform((96, 96), [0.5] * 3)
+    pictures = torch.stack([transform(item["image"]) for item in items])
     return pictures, sum(len(item["image"]["bytes"]) for item in items)
 
 

@@ -195,14 +195,21 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
 
 def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
     """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
-    normalisation = processor.image_processor.image_mean, processor.image_processor.image_std
+    settings = processor.image_processor
+    return load_image_tokenizer(name_or_path, settings.image_mean, settings.image_std, vocab_size)
+
+
+def load_image_tokenizer(
+    name_or_path: str, image_mean: list[float], image_std: list[float], vocab_size: int
+) -> ImageTokenizer:
+    """`build_image_tokenizer` where there is no processor, as for raw pixels, whose tokens need no mean and std."""
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
-        return ImageTokenizer.from_pretrained(name_or_path, *normalisation)
+        return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantiser: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
     )
-    return ImageTokenizer.random(vocab_size, *normalisation)
+    return ImageTokenizer.random(vocab_size, image_mean, image_std)
 
 
 __all__ = [
@@ -211,5 +218,6 @@ __all__ = [
     "build_model",
     "build_processor",
     "build_tokenizer",
+    "load_image_tokenizer",
     "train_tokenizer",
 ]

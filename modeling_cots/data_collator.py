@@ -16,6 +16,7 @@ from transformers.models.flava.image_processing_flava import FlavaMaskingGenerat
 from transformers.utils import logging
 
 from .image_reading import UnreadableImageError, read_image
+from .image_token_cache import TokenSource
 from .pair_items import encode_names
 
 logger = logging.get_logger(__name__)
@@ -23,40 +24,8 @@ logger = logging.get_logger(__name__)
 MAX_REPORTED_NAMES = 100
 # BEiT masks blocks of at least 16 patches on a grid of 14 x 14; smaller grids get proportionally smaller blocks.
 BEIT_MIN_BLOCK, BEIT_NUM_PATCHES = 16, 196
-
-
-def build_image_transform(
-    image_size: tuple[int, int],
-    image_mean: list[float],
-    image_std: list[float],
-    *,
-    min_crop_scale: float = 0.5,
-    horizontal_flip: float = 0.0,
-    auto_augment: str | None = None,
-) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's training augmentation: a PIL image to a normalised (3, H, W) float32 tensor.
-
-    Args:
-        image_size: Height and width of the result.
-        image_mean: Per channel, subtracted.
-        image_std: Per channel, divided by.
-        min_crop_scale: Smallest share of the picture that the random resized crop keeps.
-        horizontal_flip: Probability of mirroring; it makes captions with "left" and "right" untrue.
-        auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".
-    """
-    from timm.data import create_transform
-
-    return create_transform(
-        (3, *image_size),
-        is_training=True,
-        scale=(min_crop_scale, 1.0),
-        hflip=horizontal_flip,
-        auto_augment=auto_augment,
-        color_jitter=None,
-        interpolation="bicubic",
-        mean=image_mean,
-        std=image_std,
-    )
+# A processor's call that leaves pixels bytes: they are normalised on the device.
+RAW_PIXELS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
 @contextmanager
@@ -86,17 +55,21 @@ class COTSDataCollator:
 
     Args:
         processor: Has an `image_processor` with a `size` of height and width, and a `tokenizer`.
-        image_transform: PIL image -> normalised (3, H, W) tensor, see `build_image_transform`.
+        image_transform: A picture as `read_image` takes it -> raw pixels (3, H, W) uint8, see [`ImageTransform`].
         patch_size: Height and width of a patch, for the masks.
         max_text_length: Longer captions are cut to so many tokens.
         image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
         text_mask_ratio: Share of word pieces that CMLM masks, by BERT's 80/10/10 rule.
         mask_images, mask_texts: Whether to draw masks at all.
+        token_source: Of the tokens that the items bring along, if they are to be used; `image_transform` must then be
+            an [`ImageTransform`] without crop and policy.
 
     Returns a dict of tensors:
-        pixel_values (B, 3, H, W); input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
+        pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+        input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
         names (B, 120) uint8, see `encode_names`;
         with `mask_images` bool_masked_pos (B, patches) bool;
+        with `token_source` image_tokens (B, patches) int64;
         with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
     """
 
@@ -104,13 +77,14 @@ class COTSDataCollator:
         self,
         processor,
         *,
-        image_transform: Callable[[Image.Image], torch.Tensor],
+        image_transform: Callable[[object], torch.Tensor],
         patch_size: tuple[int, int],
         max_text_length: int,
         image_mask_ratio: float = 0.4,
         text_mask_ratio: float = 0.15,
         mask_images: bool = True,
         mask_texts: bool = True,
+        token_source: TokenSource | None = None,
     ):
         self.tokenizer = processor.tokenizer
         self.image_transform = image_transform
@@ -118,6 +92,7 @@ class COTSDataCollator:
         self.max_text_length = max_text_length
         self.image_mask_ratio = image_mask_ratio
         self.mask_images = mask_images
+        self.token_source = token_source
         self.word_masker = None
         if mask_texts:
             self.word_masker = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=text_mask_ratio)
@@ -125,11 +100,13 @@ class COTSDataCollator:
         self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        images, captions, bool_masked_pos = [], [], []
+        images, image_tokens, captions, bool_masked_pos = [], [], [], []
         for item in items:
             with sample_randomness(item.get("seed")):
                 captions.append(random.choice(item["captions"]))
-                images.append(self._load(item))
+                image, tokens = self._load(item)
+                images.append(image)
+                image_tokens.append(tokens)
                 if self.mask_images:
                     bool_masked_pos.append(self._mask_patches())
         batch = {
@@ -142,19 +119,26 @@ class COTSDataCollator:
         batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         if self.mask_images:
             batch["bool_masked_pos"] = torch.stack(bool_masked_pos)
+        if self.token_source is not None:
+            nothing = torch.zeros(self.token_source.num_patches, dtype=torch.int64)
+            batch["image_tokens"] = torch.stack([nothing if tokens is None else tokens for tokens in image_tokens])
         if self.word_masker is not None:
             batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))
         return batch
 
-    def _load(self, item: dict) -> torch.Tensor | None:
+    def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels and cached tokens; neither of a picture that cannot be read."""
         try:
-            return self.image_transform(read_image(item["image"]))
+            if self.token_source is None:
+                return self.image_transform(item["image"]), None
+            pixels, is_mirrored = self.image_transform.draw(item["image"])
+            return pixels, self.token_source.read(item, is_mirrored)
         except UnreadableImageError as error:
             self.report.add(item["name"], error)
-            return None
+            return None, None
 
     def _blank(self) -> torch.Tensor:
-        return torch.zeros(3, *self.image_size)
+        return torch.zeros(3, *self.image_size, dtype=torch.uint8)
 
     def _mask_patches(self) -> torch.Tensor:
         """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
@@ -205,7 +189,8 @@ class COTSEvaluationCollator:
     """
     Turns B items of a data set into one batch for embedding: the picture as the processor prepares it, all captions.
 
-    Returns a dict of tensors: pixel_values (B, 3, H, W); pair_ids (B,); valid (B,) bool; and for the C captions of
+    Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+    pair_ids (B,); valid (B,) bool; and for the C captions of
     the B images input_ids, attention_mask (C, L) and caption_pair_ids (C,).
     """
 
@@ -224,8 +209,10 @@ class COTSEvaluationCollator:
                 self.report.add(item["name"], error)
                 images.append(Image.new("RGB", (1, 1)))
                 valid.append(False)
+        pixel_values = self.image_processor(images, **RAW_PIXELS)["pixel_values"]
+        assert pixel_values.dtype == torch.uint8, pixel_values.dtype
         return {
-            "pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
+            "pixel_values": pixel_values,
             "valid": torch.tensor(valid),
             **caption_batch(items, self.tokenizer, self.max_text_length),
         }
@@ -278,4 +265,4 @@ class SkipReport:
             logger.warning(f"Further {self.kind}s that cannot be read are counted, but no longer named.")
 
 
-__all__ = ["COTSDataCollator", "COTSEvaluationCollator", "build_image_transform"]
+__all__ = ["COTSDataCollator", "COTSEvaluationCollator"]

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .karpathy_files import is_karpathy, load_karpathy
 from .pair_files import leads_out, load_rows
 from .pair_items import EpochSeeds
-from .pair_rows import CAPTION_COLUMNS, IMAGE_COLUMNS, JSON_CAPTIONS
+from .pair_rows import CAPTION_COLUMNS, IMAGE_COLUMNS, IMAGE_TOKENS, JSON_CAPTIONS, TOKEN_SOURCE, cached_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +83,8 @@ def open_pairs(
         raise ValueError(f"No image of the split {split!r} of {dataset!r} has a caption.")
     pairs = PairDataset(images, captions, field, items, root, seed)
     pairs.metadata_rows = _select_metadata(rows, image_column, caption_column)
+    if {IMAGE_TOKENS, TOKEN_SOURCE} <= set(rows.column_names):
+        pairs.token_rows = rows.select_columns([IMAGE_TOKENS, TOKEN_SOURCE])
     return pairs
 
 
@@ -92,7 +94,8 @@ class PairDataset(Dataset):
 
     An item is {"image": {"bytes": bytes | None, "path": str | None}, "captions": list of strings, "pair_id": its
     number, "name": path or row of the image, for reports, "seed": int}. In place of a path that leaves the folder by
-    a symbolic link, the image has the reason, under "refused".
+    a symbolic link, the image has the reason, under "refused". Where image tokens are cached, "image_tokens" and
+    "image_tokens_source" are there, too (image_token_cache.py).
 
     Args:
         images: R rows with an undecoded column "image".
@@ -118,6 +121,7 @@ class PairDataset(Dataset):
         self._starts = np.cumsum([0, *(len(rows) for rows in items)])
         self._seeds = EpochSeeds(seed)
         self.metadata_rows: datasets.Dataset | None = None
+        self.token_rows: datasets.Dataset | None = None
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -140,6 +144,7 @@ class PairDataset(Dataset):
             "pair_id": index,
             "name": name,
             "seed": self._seeds(index),
+            **({} if self.token_rows is None else cached_tokens(self.token_rows[rows[0]])),
         }
 
     def iter_captions(self) -> Iterator[str]:
@@ -214,7 +219,7 @@ def _no_captions(num_rows: int) -> datasets.Dataset:
 
 def _select_metadata(rows: datasets.Dataset, image_column: str | None, caption_column: str | None):
     """Columns of one text, number or boolean a row, but for those of images and captions; `None` without any."""
-    used = {_find_column(rows, image_column, IMAGE_COLUMNS, "image")}
+    used = {_find_column(rows, image_column, IMAGE_COLUMNS, "image"), TOKEN_SOURCE}
     used.update([caption_column] if caption_column else [n for n in CAPTION_COLUMNS if n in rows.column_names][:1])
     names = [
         name

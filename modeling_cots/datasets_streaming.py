@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .pair_items import EpochSeeds
-from .pair_rows import BadRowError, read_row
+from .pair_rows import BadRowError, cached_tokens, read_row
 from .shard_names import display_name
 from .shard_sources import FileShards, RowShards, open_shards
 from .stream_report import StreamReport
@@ -26,11 +26,12 @@ MAX_TRIED_ROWS = 200
 
 
 class Sample(NamedTuple):
-    """An encoded picture with its captions, and the shard and key that it was read from."""
+    """An encoded picture with its captions and any cached tokens, and the shard and key that it was read from."""
 
     name: str
     image: bytes
     captions: list[str]
+    tokens: dict
 
 
 class StreamingPairs(IterableDataset):
@@ -109,12 +110,12 @@ class StreamingPairs(IterableDataset):
                 if sample is not None:
                     yield from sample.captions
 
-    def check_readable(self) -> None:
-        """Raise `ValueError` if no shard has a readable row with picture and caption among its first ones."""
+    def first_item(self) -> dict:
+        """The first pair as it is written. Raises `ValueError` if no shard has one among its first rows."""
         for shard in range(self.num_shards):
             for sample in itertools.islice(self._read_shard(shard), MAX_TRIED_ROWS):
                 if sample is not None:
-                    return
+                    return to_item(sample, self.item_seeds(0))
         raise ValueError(f"None of the {self.num_shards} shards gives a pair. {self.report.last}.")
 
     def _read_parts(self, parts: list[tuple[int, int, int]]) -> Iterator[Sample]:
@@ -140,7 +141,7 @@ class StreamingPairs(IterableDataset):
             num_read += 1
             name = f"{self._shards.name(shard)}/{key}"
             try:
-                yield Sample(name, *read_row(row, *self._columns))
+                yield Sample(name, *read_row(row, *self._columns), cached_tokens(row))
             except BadRowError as error:
                 self.report.add_sample(name, str(error))
                 yield None
@@ -224,7 +225,7 @@ def open_stream(
         raise ValueError(f"A stream has no length to cut {split!r} from; give the name of the split alone.")
     shards = open_shards(dataset, split, image_column, caption_column)
     pairs = StreamingPairs(shards, image_column, caption_column, shuffle_buffer=shuffle_buffer, seed=seed)
-    pairs.check_readable()
+    pairs.first_item()
     pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else display_name(dataset)
     return pairs
 
@@ -273,6 +274,7 @@ def to_item(sample: Sample, seeds: EpochSeeds) -> dict:
         "pair_id": pair_id_of(sample.image),
         "name": sample.name,
         "seed": seeds(sample.name),
+        **sample.tokens,
     }
 
 

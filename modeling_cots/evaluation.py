@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from .data_collator import COTSEvaluationCollator
+from .pixel_normalization import PixelNormalizer
 from .retrieval_metrics import retrieval_metrics
 from .text_encoding import encode_texts
 from .video_collator import COTSVideoEvaluationCollator, holds_videos
@@ -52,13 +53,14 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
         num_workers=num_workers,
         collate_fn=collator_class(processor, max_text_length=max_text_length),
     )
+    normalize_pixels = PixelNormalizer(processor).to(model.device)
     was_training = model.training
     model.eval()
     parts = []
     # A data loader draws a seed; evaluating must not shift the random numbers of the training around it.
     with torch.random.fork_rng(devices=[]), accelerator.autocast():
         for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
-            parts.append(_embed_images(model, batch))
+            parts.append(_embed_images(model, batch, normalize_pixels))
         # Captions at the end, when there are enough of every length to go together.
         text_embeds = encode_texts(model, [text for _, _, texts, _ in parts for text in texts])
     model.train(was_training)
@@ -68,16 +70,17 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
     return PairEmbeddings(image_embeds, text_embeds, image_ids, text_ids, len(dataset) - len(image_embeds))
 
 
-def _embed_images(model, batch: dict) -> tuple:
+def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tuple:
     """Embeddings and ids of the readable images of a batch; their captions, without padding, and whose they are."""
     readable = batch["valid"]
     described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
     if not readable.any():
         image_embeds = torch.empty(0, model.config.projection_dim)
-    elif "pixel_values_videos" in batch:
-        image_embeds = model.encode_video(batch["pixel_values_videos"][readable].to(model.device))
     else:
-        image_embeds = model.encode_image(batch["pixel_values"][readable].to(model.device))
+        encode = {"pixel_values": model.encode_image, "pixel_values_videos": model.encode_video}
+        name = next(name for name in encode if name in batch)
+        pixels = normalize_pixels({name: batch[name][readable].to(model.device)})[name]
+        image_embeds = encode[name](pixels)
     captions = zip(batch["input_ids"][described], batch["attention_mask"][described].bool(), strict=True)
     texts = [input_ids[real] for input_ids, real in captions]
     return image_embeds.cpu(), batch["pair_ids"][readable], texts, batch["caption_pair_ids"][described]

@@ -10,13 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
+from .image_token_cache import digest_codebook
+
 PIXELS_PER_TOKEN = 8  # the dVAE's down-sampling
 LAPLACE_EPSILON = 0.1  # the dVAE expects pixels in [0, 1] mapped by x -> (1 - 2e) x + e
 
 
 class ImageTokenizer(nn.Module):
     """
-    Visual tokens of normalised pixels.
+    Visual tokens of raw or normalised pixels.
 
     Args:
         codebook (`FlavaImageCodebook`): The encoder of the discrete VAE; it is frozen.
@@ -57,15 +59,28 @@ class ImageTokenizer(nn.Module):
         """Number of different tokens."""
         return self.codebook.config.vocab_size
 
+    def fingerprint(self) -> str:
+        """A digest of all that decides about the tokens of a raw picture of given size and patches."""
+        return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
+
     def train(self, mode: bool = True) -> "ImageTokenizer":
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-        """Tokens (B, H / patch height * W / patch width) int64, row by row, of pixels (B, 3, H, W)."""
+        """
+        Tokens (B, H / patch height * W / patch width) int64, row by row.
+
+        Args:
+            pixel_values: (B, 3, H, W), raw (uint8) or normalised (floats).
+            patch_size: Height and width of a patch.
+        """
         grid = [side // patch_side for side, patch_side in zip(pixel_values.shape[-2:], patch_size, strict=True)]
         with torch.autocast(pixel_values.device.type, enabled=False):
-            pixels = (pixel_values.float() * self.image_std + self.image_mean).clamp(0, 1)
+            if pixel_values.dtype == torch.uint8:
+                pixels = pixel_values.float() / 255
+            else:
+                pixels = (pixel_values.float() * self.image_std + self.image_mean).clamp(0, 1)
             pixels = F.adaptive_avg_pool2d(pixels, [PIXELS_PER_TOKEN * side for side in grid])
             pixels = (1 - 2 * LAPLACE_EPSILON) * pixels + LAPLACE_EPSILON
             return self.codebook.get_codebook_indices(pixels).flatten(1)

@@ -215,6 +215,10 @@ class COTSModel(COTSPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The vision encoder's output; its `pooler_output` is the [CLS] vector (B, vision hidden size)."""
+        if not pixel_values.is_floating_point():  # encoders would cast raw pixels and see a picture far too bright
+            raise ValueError(
+                f"`pixel_values` must be normalised floats, as the processor gives; got {pixel_values.dtype}."
+            )
         if bool_masked_pos is not None:
             kwargs["bool_masked_pos"] = bool_masked_pos
         if interpolate_pos_encoding and accepts(self.vision_model.forward, "interpolate_pos_encoding"):

@@ -5,6 +5,8 @@ import json
 IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
 JSON_CAPTIONS = ("caption", "captions", "text")
+# Of a data set whose image tokens are cached, see image_token_cache.py.
+IMAGE_TOKENS, TOKEN_SOURCE = "image_tokens", "image_tokens_source"
 MAX_TEXT_BYTES = 2**20
 
 
@@ -46,7 +48,14 @@ def wanted_columns(image_column: str | None, caption_column: str | None) -> set[
     captions = CAPTION_COLUMNS
     if caption_column is not None:
         captions = (caption_column, caption_column.split(".", 1)[0])
-    return {*images, *captions}
+    return {*images, *captions, IMAGE_TOKENS, TOKEN_SOURCE}
+
+
+def cached_tokens(row: dict) -> dict:
+    """The two columns of cached image tokens; nothing of a row that has none."""
+    if not isinstance(row.get(TOKEN_SOURCE), str):
+        return {}
+    return {IMAGE_TOKENS: row[IMAGE_TOKENS], TOKEN_SOURCE: row[TOKEN_SOURCE]}
 
 
 def _find(row: dict, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
@@ -82,4 +91,14 @@ def _decode(content: bytes, is_json: bool):
         raise BadRowError(f"its caption file is damaged: {type(error).__name__}") from error
 
 
-__all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "JSON_CAPTIONS", "BadRowError", "read_row", "wanted_columns"]
+__all__ = [
+    "CAPTION_COLUMNS",
+    "IMAGE_COLUMNS",
+    "IMAGE_TOKENS",
+    "JSON_CAPTIONS",
+    "TOKEN_SOURCE",
+    "BadRowError",
+    "cached_tokens",
+    "read_row",
+    "wanted_columns",
+]

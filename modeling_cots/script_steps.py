@@ -83,7 +83,10 @@ class ModelArguments:
     )
     image_tokenizer: str = field(
         default="facebook/flava-image-codebook",
-        metadata={"help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook."},
+        metadata={
+            "help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook, or `none` "
+            "to load none and trust the image tokens that the data set brings along."
+        },
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
 
@@ -110,7 +113,7 @@ class MeasuringArguments:
 
 @dataclass
 class TrainingParts:
-    """A model with its processor and image tokenizer, made to agree; the last is `None` without masked vision."""
+    """A model with its processor and image tokenizer, made to agree; the last is `None` where none is needed."""
 
     model: COTSForPreTraining
     processor: COTSProcessor
@@ -191,7 +194,7 @@ def build_parts(
         processor = COTSProcessor.from_pretrained(options.model)
         processor.tokenizer = tokenizer
     image_tokenizer = None
-    if args.cmvm_weight > 0:
+    if args.cmvm_weight > 0 and options.image_tokenizer != "none":
         image_tokenizer = build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size)
     model = build_model(
         model=options.model,

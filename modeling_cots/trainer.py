@@ -28,6 +28,7 @@ from .losses import (
 )
 from .modeling_cots_pretraining import COTSForPreTraining
 from .momentum_state import MomentumState
+from .pixel_normalization import PixelNormalizer
 from .stream_loading import build_stream_loader, stream_counts
 from .trainer_hub import build_card, export_trained, push_trained, push_while_training
 from .training_args import COTSTrainingArguments
@@ -39,8 +40,10 @@ from .training_setup import (
     check_setup,
     freeze_unused_parameters,
     hold_then_decay,
+    image_tokens_of,
     leave_launch,
     mark_repeated_samples,
+    settle_image_tokens,
     settle_launch,
     use_float16_on_cpu,
 )
@@ -61,7 +64,8 @@ class COTSTrainer(Trainer):
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
-            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0.
+            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0 or
+            `train_dataset` brings them along (`examples/tokenize_images.py`); then it is only checked against those.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
         data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
@@ -84,13 +88,16 @@ class COTSTrainer(Trainer):
         processing_class=None,
         **kwargs,
     ):
-        check_setup(model, args, processing_class, image_tokenizer)
+        check_setup(model, args, processing_class)
+        token_source, image_tokenizer = settle_image_tokens(
+            kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
+        )
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
         self.example_retrievals = None  # of the last evaluation, to be shown
         if data_collator is None:
             data_collator = build_training_collator(
-                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length
+                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length, token_source
             )
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -100,6 +107,7 @@ class COTSTrainer(Trainer):
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
+        self.pixel_normalizer = PixelNormalizer(processing_class).to(args.device)
         if args.compile_layers:
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
@@ -144,6 +152,9 @@ class COTSTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         mark_repeated_samples(self, batches)
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        return self.pixel_normalizer(super()._prepare_inputs(inputs))
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -251,7 +262,7 @@ class COTSTrainer(Trainer):
         losses = {}
         if self.args.cmvm_weight > 0:
             masked = inputs["bool_masked_pos"].bool()
-            image_tokens = self.image_tokenizer(inputs["pixel_values"], self.model.config.patch_size)
+            image_tokens = image_tokens_of(inputs, self.image_tokenizer, self.model.config.patch_size)
             losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], image_tokens, masked, keep)
         if self.args.cmlm_weight > 0:
             masked = inputs["text_targets"] != -100

@@ -8,16 +8,21 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed.distributed_c10d as c10d
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import HubStrategy, has_length
 
-from .data_collator import COTSDataCollator, build_image_transform
+from .data_collator import COTSDataCollator
+from .datasets_streaming import StreamingPairs
+from .image_augmentation import ImageTransform
+from .image_token_cache import TokenSource
 from .image_tokenizer import ImageTokenizer
 from .modeling_cots_pretraining import COTSForPreTraining
+from .pair_rows import IMAGE_TOKENS, TOKEN_SOURCE
 from .training_args import COTSTrainingArguments
 from .video_collator import COTSVideoDataCollator, holds_videos
 
 
-def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: ImageTokenizer | None) -> None:
+def check_setup(model, args: COTSTrainingArguments, processor) -> None:
     """Raise `ValueError` for parts that do not fit each other or the method."""
     if not isinstance(model, COTSForPreTraining):
         raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(model).__name__}.")
@@ -40,27 +45,97 @@ def check_setup(model, args: COTSTrainingArguments, processor, image_tokenizer: 
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs: start one for each, `torchrun --nproc_per_node {args.n_gpu} ...`."
         )
-    if args.cmvm_weight > 0:
-        if image_tokenizer is None:
-            raise ValueError("Masked vision modelling needs an image_tokenizer; or set cmvm_weight to 0.")
-        if image_tokenizer.vocab_size != model.config.image_vocab_size:
-            raise ValueError(
-                f"The image tokenizer has {image_tokenizer.vocab_size} tokens and the model's masked-image head "
-                f"{model.config.image_vocab_size}: set image_vocab_size in the configuration."
-            )
     num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
     if num_words > vocab_size:
         raise ValueError(f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size}.")
 
 
-def build_training_collator(train_dataset, config, args: COTSTrainingArguments, processor, max_text_length: int):
+def settle_image_tokens(
+    train_dataset, model, args: COTSTrainingArguments, image_tokenizer: ImageTokenizer | None, has_own_collator: bool
+) -> tuple[TokenSource | None, ImageTokenizer | None]:
+    """
+    Where the targets of masked vision modelling come from: what cached tokens are of, or else the tokenizer.
+
+    A collator of one's own need not know of cached tokens: then they are computed. Raises `ValueError` without either,
+    for cached tokens of other views of the pictures than training shows, and for those of another image tokenizer.
+    """
+    if args.cmvm_weight == 0:
+        return None, image_tokenizer
+    if image_tokenizer is not None and image_tokenizer.vocab_size != model.config.image_vocab_size:
+        raise ValueError(
+            f"The image tokenizer has {image_tokenizer.vocab_size} tokens and the model's masked-image head "
+            f"{model.config.image_vocab_size}: set image_vocab_size in the configuration."
+        )
+    item = {} if has_own_collator else _first_item(train_dataset)
+    if TOKEN_SOURCE in item:
+        source = TokenSource.from_json(item[TOKEN_SOURCE])
+        _check_views(item, args)
+        _check_source(source, model.config, image_tokenizer)
+        return source, None
+    if image_tokenizer is None:
+        raise ValueError(
+            "Masked vision modelling needs an image_tokenizer, or a data set with cached image tokens "
+            "(examples/tokenize_images.py); or set cmvm_weight to 0."
+        )
+    return None, image_tokenizer
+
+
+def _check_views(item: dict, args: COTSTrainingArguments) -> None:
+    for name, needed in (("min_crop_scale", 1.0), ("auto_augment", None)):
+        value = getattr(args, name)
+        if value != needed:
+            raise ValueError(
+                f"The image tokens of the data set are of whole pictures, and {name}={value} shows others to the "
+                f"model: set {name} to {needed} to train on the cached tokens, or train on the data set that they "
+                f"were computed from, without the column {IMAGE_TOKENS}."
+            )
+    if args.horizontal_flip > 0 and item[IMAGE_TOKENS] is not None and len(item[IMAGE_TOKENS]) < 2:
+        raise ValueError(
+            f"horizontal_flip={args.horizontal_flip} mirrors pictures, and the data set has no image tokens of "
+            "mirrored ones: compute them with `examples/tokenize_images.py --mirrored`, or set horizontal_flip to 0."
+        )
+
+
+def _first_item(dataset) -> dict:
+    if isinstance(dataset, StreamingPairs):
+        return dataset.first_item()
+    is_empty = dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0
+    return {} if is_empty else dataset[0]
+
+
+def _check_source(source: TokenSource, config, image_tokenizer: ImageTokenizer | None) -> None:
+    if image_tokenizer is not None:
+        wanted = TokenSource.of(image_tokenizer, config.image_size, config.patch_size)
+    else:  # whose weights they are of cannot be told
+        wanted = TokenSource(config.image_vocab_size, config.image_size, config.patch_size, source.codebook)
+    if difference := source.differences(wanted):
+        raise ValueError(
+            f"The cached image tokens do not fit this run: {difference}. Compute them anew with "
+            f"examples/tokenize_images.py, or train on the data set without the column {IMAGE_TOKENS}."
+        )
+
+
+def image_tokens_of(inputs: dict, image_tokenizer: ImageTokenizer | None, patch_size) -> torch.Tensor:
+    """The tokens (B, patches) of a batch on the device: cached ones, or computed, of raw pixels if it has them."""
+    if "image_tokens" in inputs:
+        return inputs["image_tokens"]
+    return image_tokenizer(inputs.get("raw_pixels", inputs["pixel_values"]), patch_size)
+
+
+def build_training_collator(
+    train_dataset,
+    config,
+    args: COTSTrainingArguments,
+    processor,
+    max_text_length: int,
+    token_source: TokenSource | None = None,
+):
     """The collator of training pictures or videos, with the augmentation and the masks that the arguments ask for."""
     if holds_videos(train_dataset):
         return build_video_collator(args, processor, max_text_length)
-    transform = build_image_transform(
+    transform = ImageTransform(
         config.image_size,
         processor.image_processor.image_mean,
-        processor.image_processor.image_std,
         min_crop_scale=args.min_crop_scale,
         horizontal_flip=args.horizontal_flip,
         auto_augment=args.auto_augment,
@@ -74,6 +149,7 @@ def build_training_collator(train_dataset, config, args: COTSTrainingArguments, 
         text_mask_ratio=args.text_mask_ratio,
         mask_images=args.cmvm_weight > 0,
         mask_texts=args.cmlm_weight > 0,
+        token_source=token_source,
     )
 
 
@@ -188,8 +264,10 @@ __all__ = [
     "check_setup",
     "freeze_unused_parameters",
     "hold_then_decay",
+    "image_tokens_of",
     "leave_launch",
     "mark_repeated_samples",
+    "settle_image_tokens",
     "settle_launch",
     "use_float16_on_cpu",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from .data_collator import SkipReport, caption_batch, sample_randomness, tokenize
+from .data_collator import RAW_PIXELS, SkipReport, caption_batch, sample_randomness, tokenize
 from .video_reading_cots import UnreadableVideoError, read_video
 
 
@@ -35,8 +35,9 @@ class COTSVideoDataCollator:
         min_crop_scale: Smallest share of the picture that the random resized crop keeps; 1 = no crop.
         horizontal_flip: Probability of mirroring a video; it makes captions with "left" and "right" untrue.
 
-    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W); input_ids, attention_mask (B, L); pair_ids (B,)
-    int64; valid (B,) bool. Raises `ValueError` for a processor without a fixed number of frames.
+    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the
+    device; input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool. Raises `ValueError` for a processor
+    without a fixed number of frames.
     """
 
     def __init__(self, processor, *, max_text_length: int, min_crop_scale: float = 1.0, horizontal_flip: float = 0.0):
@@ -74,16 +75,16 @@ class COTSVideoDataCollator:
         frames = torch.from_numpy(read_video(path, choose)[0]).permute(0, 3, 1, 2)
         if self.augment is not None:
             frames = self.augment(frames)
-        return processor(frames, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"][0]
+        return processor(frames, do_sample_frames=False, **RAW_PIXELS)["pixel_values_videos"][0]
 
 
 class COTSVideoEvaluationCollator:
     """
     Turns B items of a data set of videos into one batch for embedding: the middle frame of each segment, all captions.
 
-    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W); pair_ids (B,); valid (B,) bool; and for the C
-    captions of the B videos input_ids, attention_mask (C, L) and caption_pair_ids (C,). Raises `ValueError` for a
-    processor without a fixed number of frames.
+    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, as in training; pair_ids (B,); valid (B,)
+    bool; and for the C captions of the B videos input_ids, attention_mask (C, L) and caption_pair_ids (C,). Raises
+    `ValueError` for a processor without a fixed number of frames.
     """
 
     def __init__(self, processor, *, max_text_length: int):
@@ -99,7 +100,7 @@ class COTSVideoEvaluationCollator:
         }
 
     def _read(self, path: str) -> torch.Tensor:
-        found = self.video_processor(path, random_frames=False, return_tensors="pt")
+        found = self.video_processor(path, random_frames=False, **RAW_PIXELS)
         return found["pixel_values_videos"][0]
 
 
@@ -141,8 +142,9 @@ def _load(read, item: dict, report: SkipReport) -> torch.Tensor | None:
 def _video_batch(videos: list[torch.Tensor | None], video_processor) -> dict[str, torch.Tensor]:
     """Pixels (B, T, 3, H, W), black where there is no video, and which rows hold one."""
     shape = (video_processor.num_frames, 3, video_processor.size.height, video_processor.size.width)
+    blank = torch.zeros(shape, dtype=torch.uint8)
     return {
-        "pixel_values_videos": torch.stack([torch.zeros(shape) if video is None else video for video in videos]),
+        "pixel_values_videos": torch.stack([blank if video is None else video for video in videos]),
         "valid": torch.tensor([video is not None for video in videos]),
     }
 

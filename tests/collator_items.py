@@ -9,10 +9,12 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_cots.data_collator import COTSDataCollator, build_image_transform
+from modeling_cots.data_collator import COTSDataCollator
+from modeling_cots.image_augmentation import ImageTransform
+from modeling_cots.image_reading import read_image
 
 SIZE, PATCH, MAX_TEXT_LENGTH = 32, 8, 24
-MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
+MEAN = [0.5, 0.4, 0.3]
 WORDS = "a red circle above small blue square two green triangles the white dog runs people walk unheard".split()
 TEXT = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
 
@@ -41,7 +43,7 @@ def item(number: int, captions=("a red circle",), image=None, **values) -> dict:
 
 
 def collator(processor, **options) -> COTSDataCollator:
-    transform = build_image_transform((SIZE, SIZE), MEAN, STD)
+    transform = ImageTransform((SIZE, SIZE), MEAN)
     defaults = {"image_transform": transform, "patch_size": (PATCH, PATCH), "max_text_length": MAX_TEXT_LENGTH}
     return COTSDataCollator(processor, **{**defaults, **options})
 
@@ -50,7 +52,12 @@ def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollat
     """One that masks a grid of patches of 1 x 1 and has no pictures to speak of."""
     size = {"height": grid[0], "width": grid[1]}
     processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(size=size))
-    return collator(processor, image_transform=lambda image: torch.zeros(3, *grid), patch_size=(1, 1), **options)
+
+    def black(source) -> torch.Tensor:
+        read_image(source)
+        return torch.zeros(3, *grid, dtype=torch.uint8)
+
+    return collator(processor, image_transform=black, patch_size=(1, 1), **options)
 
 
 def row_of(batch: dict, index: int) -> dict[str, torch.Tensor]:

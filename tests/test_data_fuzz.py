@@ -61,7 +61,7 @@ def test_mutated_pictures_and_captions_make_a_batch(tiny_processor, tmp_path, pi
     assert psutil.Process().num_fds() == before
     for batch in batches:
         assert batch["pixel_values"].shape == (len(items), 3, SIZE, SIZE)
-        assert batch["pixel_values"].isfinite().all()
+        assert batch["pixel_values"].dtype == torch.uint8
         assert batch["valid"][-1], "the sound one"
         assert batch["valid"][0] == batch["valid"][-2], "the same picture as bytes and as a file"
     assert torch.equal(batches[0]["valid"], batches[1]["valid"])

@@ -93,6 +93,13 @@ def test_the_codebook_sees_the_raw_picture(tokenizer):
     torch.testing.assert_close(cut, overshot.clamp(0, 1), rtol=0, atol=1e-6)
 
 
+def test_raw_pixels_give_the_tokens_of_the_normalised_ones(tokenizer):
+    raw = (255 * pictures(4, 64, 64)).round().to(torch.uint8)
+    ids = tokenizer(raw, (16, 16))
+    assert torch.equal(ids, tokenizer(normalise(raw / 255), (16, 16)))
+    assert len(ids.unique()) > 3
+
+
 def test_tokens_do_not_depend_on_autocast(tokenizer):
     pixels = normalise(pictures(8, 64, 64))
     expected = tokenizer(pixels, (16, 16))

@@ -44,12 +44,15 @@ TOOLS = {
 }
 HELPERS_OF_TOOLS = {
     "figures",
+    "image_augmentation",
     "image_reading",
+    "image_token_cache",
     "karpathy_files",
     "msrvtt_files",
     "pair_files",
     "pair_items",
     "pair_rows",
+    "pixel_normalization",
     "scene_drawing",
 }
 # What a stream is made of, each on top of the ones before it.
@@ -89,6 +92,7 @@ TRAINING = {
     "training_guards",
     "training_log",
     "training_record",
+    "token_writing",
     "training_recovery",
     "training_setup",
     "widget_examples",
@@ -99,6 +103,8 @@ ALLOWED = {
     **dict.fromkeys(HANDLER, set()),
     **dict.fromkeys(MATHEMATICS, MATHEMATICS),
     **dict.fromkeys(HELPERS_OF_TOOLS, {"pair_items"}),
+    "image_augmentation": {"image_reading"},
+    "image_token_cache": {"image_reading", "pair_rows"},
     **{part: {"pair_files", "pair_rows", *STREAM_PARTS[:i]} for i, part in enumerate(STREAM_PARTS)},
     **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
     "datasets_streaming": {*HELPERS_OF_TOOLS, *STREAM_PARTS},

@@ -239,3 +239,10 @@ def test_stock_trainer_fine_tunes_it(model, tiny_inputs, tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before / 2
+
+
+@pytest.mark.parametrize("entry", ["encode_image", "get_image_features"])
+def test_raw_pixels_are_refused(model, tiny_inputs, entry):
+    """transformers' encoders would cast them without a word."""
+    with pytest.raises(ValueError, match="normalised floats"):
+        getattr(model, entry)(tiny_inputs["pixel_values"].to(torch.uint8))

@@ -36,7 +36,7 @@ class BrokenScenes(ScenesDataset):
 
 
 def batch_of(trainer, indices) -> dict[str, torch.Tensor]:
-    return trainer.data_collator([trainer.train_dataset[index] for index in indices])
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in indices]))
 
 
 def log_losses(trainer) -> list[dict]:
@@ -226,6 +226,7 @@ def test_unreadable_images_are_counted_and_leave_no_trace(make_trainer, caplog):
     assert batch["valid"].tolist() == [True, False, True, True, True, True, False, True]
     first = trainer.compute_loss(trainer.model.eval(), batch)
     batch["pixel_values"][[1, 6]] = 7.0
+    batch["raw_pixels"][[1, 6]] = 200
     assert trainer.compute_loss(trainer.model, batch).item() == first.item()
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch)

@@ -34,7 +34,7 @@ def make(make_trainer, videos):
 def test_loss_equals_the_method_written_out(make):
     """MCL and KL of one pair at a time, from the mean of frames that were encoded one at a time."""
     trainer = make(batch_candidates=True, kl_weight=0.5)
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(4)]))
     model, slow, tau = trainer.model.eval(), trainer.momentum_state.encoder.model, trainer.model.config.temperature
     loss = trainer.compute_loss(model, batch)
 
@@ -58,7 +58,7 @@ def test_loss_equals_the_method_written_out(make):
 
 def test_momentum_embeddings_of_videos_enter_the_queue(make):
     trainer = make()
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(4)]))
     trainer.compute_loss(trainer.model.train(), batch)
     expected = trainer.momentum_state.encoder.model.encode_video(batch["pixel_values_videos"])
     assert trainer.queue.num_pushed == 4 and trainer.queue.pair_ids[:4].tolist() == [0, 1, 2, 3]
@@ -67,7 +67,7 @@ def test_momentum_embeddings_of_videos_enter_the_queue(make):
 
 def test_every_trained_parameter_gets_a_gradient(make):
     trainer = make(batch_candidates=True)
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(4)]))
     trainer.compute_loss(trainer.model, batch).backward()
     assert all(p.grad is not None for p in trainer.model.parameters() if p.requires_grad)
 

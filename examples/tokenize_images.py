@@ -1,0 +1,67 @@
+"""Compute the image tokens of a data set once, so that pre-training need not run the dVAE at every step.
+
+    python examples/tokenize_images.py PHOTOS/ --output_dir photos_tokenized
+    python examples/run_pretraining.py --dataset photos_tokenized --min_crop_scale 1 --eval_dataset PHOTOS/ ...
+
+PHOTOS/ is anything that run_pretraining.py opens without --streaming, `scenes` included. Writes parquet files with the
+pictures as they are, their captions, and the tokens, 2 bytes a patch. Pre-training uses them when they are there, and
+refuses them where they would be wrong: tokens are those of the whole picture, so that it must not be cropped, and of
+one image tokenizer, image size and patch size. A run that was stopped goes on where it was.
+"""
+
+import argparse
+
+import torch
+
+from modeling_cots.building import build_config, load_image_tokenizer
+from modeling_cots.datasets_opening import open_dataset
+from modeling_cots.token_writing import TokenWriter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
+    parser.add_argument("--output_dir", required=True, help="folder to write to")
+    parser.add_argument("--split", default="train", help="split of the data set")
+    parser.add_argument("--image_folder", help="images of a Karpathy file, if they are not beside it")
+    parser.add_argument("--image_column", help="found if not given")
+    parser.add_argument("--caption_column", help="found if not given")
+    parser.add_argument("--model", help="a COTS checkpoint whose image and patch size to take")
+    parser.add_argument(
+        "--model_config", help="or a JSON file of COTSConfig fields; by default the paper's, 384 and 16"
+    )
+    parser.add_argument(
+        "--image_tokenizer", default="facebook/flava-image-codebook", help="Hub id or folder of the dVAE, or `random`"
+    )
+    parser.add_argument("--mirrored", action="store_true", help="also of mirrored pictures, for horizontal_flip")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.model is not None and args.model_config is not None:
+        parser.error("give --model or --model_config, not both.")
+
+    # 1. The sizes, the tokenizer, the data.
+    config = build_config(args.model, args.model_config, None, None)
+    image_tokenizer = load_image_tokenizer(args.image_tokenizer, [0.0] * 3, [1.0] * 3, config.image_vocab_size)
+    columns = {name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column")}
+    dataset = open_dataset(args.dataset, args.split, image_size=config.image_size[0], **columns)
+
+    # 2. The tokens.
+    writer = TokenWriter(
+        image_tokenizer.to(args.device),
+        config.image_size,
+        config.patch_size,
+        mirrored=args.mirrored,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    paths = writer.write(dataset, args.output_dir, args.split.split("[")[0])
+
+    # 3. What to do with them.
+    print(f"{len(dataset):,} images with their tokens are in {len(paths)} files of {args.output_dir}.")
+    print(f"Train with `--dataset {args.output_dir} --min_crop_scale 1`.")
+
+
+if __name__ == "__main__":
+    main()
