@@ -137,7 +137,7 @@ class Ablation:
         set_seed(args.seed)
         if arm.is_peer:
             collator = build_training_collator(train_dataset, self.config, args, self.processor, self.max_text_length)
-            return build_peer(self.config, args, train_dataset, PeerCollator(collator))
+            return build_peer(self.config, args, train_dataset, PeerCollator(collator, self.processor))
         model = build_model(
             model=None,
             text_model=None,

@@ -11,23 +11,24 @@ from transformers import Trainer, TrainingArguments, VisionTextDualEncoderConfig
 from modeling_cots import COTSConfig
 from modeling_cots.data_collator import COTSEvaluationCollator
 from modeling_cots.evaluation import PairEmbeddings
-from modeling_cots.modeling_cots import unit_length
+from modeling_cots.pixel_normalization import PixelNormalizer
+from modeling_cots.similarities_cots import unit_length
 
 MODEL_INPUTS = "input_ids", "attention_mask", "pixel_values"
 
 
 class PeerCollator:
-    """What the peer takes of a batch of COTS."""
+    """What the peer takes of a batch of COTS, with its pixels normalised as COTS's trainer does."""
 
-    def __init__(self, collator):
-        self.collator = collator
+    def __init__(self, collator, processor):
+        self.collator, self.normalize_pixels = collator, PixelNormalizer(processor)
 
     def __call__(self, items: list[dict]) -> dict:
-        batch = self.collator(items)
+        batch = self.normalize_pixels(self.collator(items))
         return {**{name: batch[name] for name in MODEL_INPUTS}, "return_loss": True}
 
 
-def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, collator) -> Trainer:
+def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, collator: PeerCollator) -> Trainer:
     """transformers' Trainer around a peer with encoders of the sizes in `config`."""
     peer_config = VisionTextDualEncoderConfig.from_vision_text_configs(
         config.vision_config, config.text_config, projection_dim=config.projection_dim
@@ -36,7 +37,7 @@ def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, colla
         model=VisionTextDualEncoderModel(peer_config),
         args=args,
         train_dataset=train_dataset,
-        data_collator=PeerCollator(collator),
+        data_collator=collator,
     )
 
 
@@ -46,7 +47,8 @@ def embed_peer(model: VisionTextDualEncoderModel, dataset, processor, max_text_l
     model.eval()
     images, texts, image_ids, text_ids = [], [], [], []
     collator = COTSEvaluationCollator(processor, max_text_length=max_text_length)
-    for batch in DataLoader(dataset, batch_size=200, collate_fn=collator):
+    normalize_pixels = PixelNormalizer(processor)
+    for batch in map(normalize_pixels, DataLoader(dataset, batch_size=200, collate_fn=collator)):
         with torch.autocast("cpu", torch.bfloat16):
             images.append(unit_length(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output))
             texts.append(

@@ -63,6 +63,23 @@ class PairQueue(nn.Module):
         self.pair_ids[position] = pair_ids[first:]
         self.num_pushed += num_pairs
 
+    def candidates(self, fresh: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+        """
+        What C candidates a pair is held against: image and text embeddings (C, d) each, pair ids (C,), and whether
+        each counts (C,) bool. They are copies: the queue is written in place before a backward pass reads them.
+
+        Args:
+            fresh: `image_embeds`, `text_embeds`, `pair_ids` and `valid` of pairs that are candidates beside the queue.
+        """
+        if fresh is None:
+            return self.image_embeds.clone(), self.text_embeds.clone(), self.pair_ids.clone(), self.filled
+        return (
+            torch.cat([self.image_embeds, fresh["image_embeds"]]),
+            torch.cat([self.text_embeds, fresh["text_embeds"]]),
+            torch.cat([self.pair_ids, fresh["pair_ids"]]),
+            torch.cat([self.filled, fresh["valid"]]),
+        )
+
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.num_pushed)
 

@@ -5,7 +5,6 @@ copy and the paired queues live here and not in the model: they are built from t
 checkpoint and restored exactly. The formulas are in `losses.py`, `filtering.py`, `feature_queue.py`, `momentum.py`.
 """
 
-import math
 import os
 
 import torch
@@ -35,11 +34,11 @@ from .training_args import COTSTrainingArguments
 from .training_callback import MethodCallback
 from .training_log import CollapseWatch, TrainingLog
 from .training_recovery import Recovery
+from .training_schedule import schedule_of
 from .training_setup import (
     build_training_collator,
     check_setup,
     freeze_unused_parameters,
-    hold_then_decay,
     image_tokens_of,
     leave_launch,
     mark_repeated_samples,
@@ -239,14 +238,8 @@ class COTSTrainer(Trainer):
 
     def _contrast(self, outputs, everyone: dict, mine: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of my pairs against the candidates, (B, 1 + candidates) each; class j is the same pair in both."""
-        # Clones, as the queue is written in place before the backward pass reads them.
-        image_candidates, text_candidates = self.queue.image_embeds.clone(), self.queue.text_embeds.clone()
-        candidate_ids, filled = self.queue.pair_ids, self.queue.filled
-        if self.args.batch_candidates:
-            image_candidates = torch.cat([image_candidates, everyone["image_embeds"]])
-            text_candidates = torch.cat([text_candidates, everyone["text_embeds"]])
-            candidate_ids = torch.cat([candidate_ids, everyone["pair_ids"]])
-            filled = torch.cat([filled, everyone["valid"]])
+        fresh = everyone if self.args.batch_candidates else None
+        image_candidates, text_candidates, candidate_ids, filled = self.queue.candidates(fresh)
         excluded = excluded_candidates(everyone["pair_ids"][mine], candidate_ids, filled)
         temperature = self.model.config.temperature
         logits_i2t = queue_logits(
@@ -340,21 +333,10 @@ class COTSTrainer(Trainer):
         """With `lr_hold_epochs`: warm-up, a constant learning rate for that long, then linear decay to zero."""
         if self.args.lr_hold_epochs == 0 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        hold_share = self.args.lr_hold_epochs / self._num_epochs(num_training_steps)
-        factor = hold_then_decay(
-            num_training_steps,
-            num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-            num_hold_steps=round(hold_share * num_training_steps),
-        )
+        factor = schedule_of(self, num_training_steps)
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _num_epochs(self, num_training_steps: int) -> float:
-        if self.args.max_steps <= 0 or isinstance(self.train_dataset, StreamingPairs):
-            return self.args.num_train_epochs  # of a stream, all steps together stand for so many
-        batches = len(self.get_train_dataloader())
-        return num_training_steps / max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

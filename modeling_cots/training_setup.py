@@ -4,7 +4,6 @@ And, after its last one, how processes leave each other.
 """
 
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed.distributed_c10d as c10d
@@ -242,28 +241,10 @@ def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArgume
         parameter.requires_grad_(False)
 
 
-def hold_then_decay(num_training_steps: int, *, num_warmup_steps: int, num_hold_steps: int) -> Callable[[int], float]:
-    """Share of the full learning rate at a step: linear warm-up, constant until `num_hold_steps`, linear to zero.
-
-    The paper's schedule: "5e-5 for the first epochs, then linear decay over the rest".
-    """
-    decay_from = min(max(num_warmup_steps, num_hold_steps), num_training_steps)
-
-    def factor(step: int) -> float:
-        if step < num_warmup_steps:
-            return step / num_warmup_steps
-        if step < decay_from:
-            return 1.0
-        return max(0.0, (num_training_steps - step) / max(1, num_training_steps - decay_from))
-
-    return factor
-
-
 __all__ = [
     "build_training_collator",
     "check_setup",
     "freeze_unused_parameters",
-    "hold_then_decay",
     "image_tokens_of",
     "leave_launch",
     "mark_repeated_samples",

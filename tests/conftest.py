@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -37,6 +38,12 @@ TINY_ENCODER = {
     # At the usual 0.02 attention is so flat that a wrong scale or mask passes unnoticed.
     "initializer_range": 0.1,
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """The precision that a test trained in is kept in a singleton, and would be that of the next one too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -112,3 +112,20 @@ def test_holds_half_precision_embeddings_in_float32():
     queue.push(image_embeds.to(torch.bfloat16), text_embeds.to(torch.float16), scores.to(torch.bfloat16), pair_ids)
     assert queue.image_embeds.dtype == queue.text_embeds.dtype == queue.scores.dtype == torch.float32
     assert contents(queue) == [0]
+
+
+def test_candidates_are_the_queue_and_fresh_pairs_after_it_and_change_with_neither():
+    queue = PairQueue(5, D)
+    queue.push(*pairs(0, 3))
+    images, texts, scores, ids = pairs(7, 2)
+    valid = torch.tensor([True, False])
+    alone = queue.candidates()
+    fresh = queue.candidates({"image_embeds": images, "text_embeds": texts, "pair_ids": ids, "valid": valid})
+    queue.push(*pairs(3, 5))  # in place, as it is after every batch
+    image_embeds, text_embeds, pair_ids, counts = fresh
+    assert [len(part) for part in alone] == [5] * 4 and [len(part) for part in fresh] == [7] * 4
+    assert all(torch.equal(part, both[:5]) for part, both in zip(alone, fresh, strict=True))
+    assert counts.tolist() == [True, True, True, False, False, True, False]
+    assert pair_ids[counts].tolist() == [0, 1, 2, 7]
+    assert image_embeds[counts, 0].tolist() == [0.25, 1.25, 2.25, 7.25]
+    assert text_embeds[counts, 0].tolist() == [0.5, 1.5, 2.5, 7.5]

@@ -92,6 +92,7 @@ TRAINING = {
     "training_guards",
     "training_log",
     "training_record",
+    "training_schedule",
     "token_writing",
     "training_recovery",
     "training_setup",

@@ -330,7 +330,7 @@ def test_refuses_processes_that_know_nothing_of_each_other(make_trainer, monkeyp
     trainer = make_trainer()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched.* add --use_cpu"):
-        check_setup(trainer.model, trainer.args, trainer.processing_class, trainer.image_tokenizer)
+        check_setup(trainer.model, trainer.args, trainer.processing_class)
 
 
 def test_refuses_an_image_tokenizer_of_another_vocabulary(make_trainer, tiny_processor):
