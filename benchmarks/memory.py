@@ -73,12 +73,10 @@ def peak_bytes(config: COTSConfig, batch_size: int, **options) -> int:
     return peak
 
 
-def kept_by_real_step(config: COTSConfig, batch_size: int, **options) -> tuple[float, int]:
+def kept_by_real_step(config: COTSConfig, batch_size: int) -> tuple[float, int]:
     """Bytes a pair that autograd keeps of a real step on this CPU, and the word pieces of its captions."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64, **options)
-        if options.get("gradient_checkpointing"):
-            trainer.model.gradient_checkpointing_enable()
+        trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         half = {name: tensor[: batch_size // 2] for name, tensor in batch.items()}
         sizes = [
@@ -107,14 +105,16 @@ def small_config(quick: bool) -> COTSConfig:
 def measured_on_cpu(options: dict, quick: bool) -> tuple[float, str]:
     """Megabytes of a pair of the base model by the estimate, and how the estimate did on a real step."""
     config = small_config(quick)
-    real, text_length = kept_by_real_step(config, 8 if quick else 32, **options)
-    with tempfile.TemporaryDirectory() as folder:
-        args = COTSTrainingArguments(output_dir=folder, use_cpu=True, queue_size=64, **options)
-        small = estimate_training_cost(config, args, text_length=text_length)
     base = config if quick else COTSConfig()
-    share = small.bytes_per_pair / real
     megabytes = estimate(base, bf16=True, **options).bytes_per_pair / MEGABYTE
-    return megabytes, f"counted, not measured; on a smaller model's real step the same count is {share:.2f} of it"
+    if options:  # what is computed again is held during the backward pass, where nothing counts it
+        return megabytes, "counted, the layer that is being computed again included; a peak needs a GPU"
+    real, text_length = kept_by_real_step(config, 8 if quick else 32)
+    with tempfile.TemporaryDirectory() as folder:
+        args = COTSTrainingArguments(output_dir=folder, use_cpu=True, queue_size=64)
+        small = estimate_training_cost(config, args, text_length=text_length)
+    share = small.bytes_per_pair / real
+    return megabytes, f"counted; {share:.2f} of what a smaller model's real step keeps, counted alike"
 
 
 def measured_on_gpu(options: dict, quick: bool) -> tuple[float, str]:
@@ -123,10 +123,8 @@ def measured_on_gpu(options: dict, quick: bool) -> tuple[float, str]:
     few, many = (8, 16) if quick else (32, 64)
     slope = (peak_bytes(config, many, **options) - peak_bytes(config, few, **options)) / (many - few)
     share = estimate(config, bf16=True, **options).bytes_per_pair / slope
-    return (
-        slope / MEGABYTE,
-        f"slope from batch {few} to {many} on {torch.cuda.get_device_name()}; estimate {share:.2f}",
-    )
+    device = torch.cuda.get_device_name()
+    return slope / MEGABYTE, f"slope from batch {few} to {many} on {device}; the estimate is {share:.2f} of it"
 
 
 def measure(device: str, quick: bool) -> list[dict]:

@@ -148,6 +148,7 @@ class _FakeStep:
         self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int | None
     ):
         self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
+        self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
         self.image_size = height, width
@@ -161,7 +162,9 @@ class _FakeStep:
         return torch.autocast("cpu", torch.bfloat16)
 
     def images(self, batch_size: int) -> torch.Tensor:
-        return torch.zeros(batch_size, 3, *self.image_size)
+        if batch_size not in self._images:  # the clean and the masked pass see the same tensor, kept once
+            self._images[batch_size] = torch.zeros(batch_size, 3, *self.image_size)
+        return self._images[batch_size]
 
     def texts(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size, self.text_length, dtype=torch.long)
