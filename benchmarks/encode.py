@@ -1,85 +1,277 @@
-"""How much the package adds to encoding: COTSModel beside the bare towers it is built from, in one process.
+"""Encoding pictures and texts: ratios 1a, 1b, 1c and 2, and COTSModel beside the models people would use instead.
 
-    python benchmarks/encode.py                      # ViT-B/16 at 384 and BERT-base, a few minutes on a CPU
-    python benchmarks/encode.py --layers 2 --rounds 5
+    python benchmarks/encode.py                  # ViT-B/16 at 384; on a CPU one picture at a time
+    python benchmarks/encode.py --device cuda    # batches of 256 in bfloat16, compiled layers too
 
-Prints ratios of medians; the two sides take turns (A B A B ...) on the same inputs, threads and precision. On a CPU
-the time is that of the process, so that other programs do not count; on a GPU it is that of the device.
+All weights are random and all sides get the same inputs, so this is about time alone. Texts have the lengths of
+Flickr8k's captions (see `caption_lengths`). Printed are ratios of medians: above 1 COTSModel is faster.
 """
 
-import argparse
-import statistics
-import time
+import tempfile
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import timm
+import numpy as np
 import torch
-from transformers import BertModel
+from PIL import Image
+from side_by_side import free, medians, optional, row, run_alone, speed, wall_seconds
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+)
 
 from modeling_cots import COTSConfig, COTSModel
+from modeling_cots.search_embedding import Embedder, PictureFolder
+
+QUICK_ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+VOCAB_SIZE, FIRST_WORD = 30_522, 1000  # no special token above
 
 
-def measure(function, device: str) -> float:
-    """Seconds of one call."""
+@dataclass
+class Sizes:
+    """What is encoded, and by models of which depth."""
+
+    encoder: dict
+    text_encoder: dict
+    images: int
+    image_size: int
+    texts: int
+    text_batch: int
+    rounds: int
+    dtype: torch.dtype
+    files: int
+
+    @property
+    def note(self) -> str:
+        layers = self.encoder.get("num_hidden_layers", 12)
+        return f"{layers} layers, {self.images} x {self.image_size} px, {str(self.dtype).removeprefix('torch.')}"
+
+
+def choose_sizes(device: str, quick: bool) -> Sizes:
+    """Full batches on a GPU, what a CPU does in minutes, or next to nothing."""
+    if quick:
+        return Sizes(QUICK_ENCODER, QUICK_ENCODER, 2, 32, 16, 8, 2, torch.float32, 4)
     if device == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
+        return Sizes({}, {"num_hidden_layers": 3}, 1, 384, 128, 16, 5, torch.float32, 4)
+    return Sizes({}, {}, 256, 384, 5000, 256, 7, torch.bfloat16, 2048)
 
 
-def ratio(ours, theirs, rounds: int, device: str) -> float:
-    """Median time of `theirs` over that of `ours`: above 1 we are faster."""
-    ours(), theirs()
-    times = [(measure(ours, device), measure(theirs, device)) for _ in range(rounds)]
-    return statistics.median(t for _, t in times) / statistics.median(o for o, _ in times)
+def caption_lengths(num: int) -> np.ndarray:
+    """(num,) word pieces a caption: log-normal with Flickr8k's figures: mean 14.4, 95 % below 22, at most 36."""
+    shares = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    normal = torch.special.ndtri(shares).numpy()
+    lengths = np.clip(np.rint(np.exp(2.627 + 0.283 * normal)), 5, 36).astype(int)
+    return np.random.default_rng(0).permutation(lengths)
+
+
+def draw_captions(num: int, device: str) -> list[torch.Tensor]:
+    """`num` token id sequences of those lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(FIRST_WORD, VOCAB_SIZE, (int(length),), generator=generator).to(device)
+        for length in caption_lengths(num)
+    ]
+
+
+def encode_captions(model: COTSModel, captions: list[torch.Tensor], batch_size: int) -> torch.Tensor:
+    """Text embeddings in the order of `captions`, each batch of captions of like length."""
+    order = sorted(range(len(captions)), key=lambda index: len(captions[index]))
+    embeds = []
+    for start in range(0, len(order), batch_size):
+        part = [captions[index] for index in order[start : start + batch_size]]
+        input_ids = pad_sequence(part, batch_first=True)
+        embeds.append(model.encode_text(input_ids, (input_ids > 0).long()))
+    return torch.cat(embeds)[torch.tensor(order).argsort().to(embeds[0].device)]
+
+
+def encode_padded(bert: BertModel, captions: list[torch.Tensor], batch_size: int, length: int) -> None:
+    """What is done without thinking: every caption padded, or cut, to `length`."""
+    for start in range(0, len(captions), batch_size):
+        input_ids = pad_sequence(captions[start : start + batch_size], batch_first=True)
+        input_ids = torch.nn.functional.pad(input_ids, (0, length - input_ids.shape[1]))
+        bert(input_ids, attention_mask=(input_ids > 0).long())
+
+
+def build_image_peers(sizes: Sizes) -> dict[str, tuple]:
+    """By name: a function from pixels to embeddings, and the side of its pictures."""
+    size = sizes.image_size
+    clip = CLIPModel(CLIPConfig(vision_config={**sizes.encoder, "image_size": size, "patch_size": 16, **_wide(sizes)}))
+    vit = ViTConfig(**sizes.encoder, image_size=size, patch_size=16)
+    pair = VisionTextDualEncoderModel(
+        VisionTextDualEncoderConfig.from_vision_text_configs(vit, BertConfig(**QUICK_ENCODER))
+    )
+    peers = {
+        "HF CLIPModel": (clip, clip.get_image_features, size),
+        "HF VisionTextDualEncoder": (pair, pair.get_image_features, size),
+    }
+    open_clip = optional("open_clip")
+    if open_clip is not None and not sizes.encoder:
+        for name in ("ViT-B-16", "ViT-B-16-SigLIP-384"):
+            model = open_clip.create_model(name, pretrained=None)
+            peers[f"open_clip {name}"] = (model, model.encode_image, model.visual.image_size[0])
+    return peers
+
+
+def _wide(sizes: Sizes) -> dict:
+    """CLIP's own configuration is ViT-B/32's, as wide as BERT-base unless told otherwise."""
+    return {} if sizes.encoder else {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+
+
+def image_rows(device: str, sizes: Sizes, model: COTSModel) -> list[dict]:
+    """1a against timm, and the peers' image towers, each on pictures of its own size."""
+    timm = optional("timm")
+    quick = bool(sizes.encoder)
+    pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2} if quick else {}
+    vit = timm.create_model("vit_base_patch16_384", num_classes=0, img_size=sizes.image_size, **shape)
+    vit = vit.eval().to(device, sizes.dtype)
+    ratio = speed(lambda: model.encode_image(pixels), lambda: vit.forward_features(pixels), device, sizes.rounds)
+    title = "image encoding, ours / timm vit_base_patch16_384.forward_features, eager"
+    rows = [row("1a", title, ratio, ">= 0.99", f"timm {timm.__version__}; {sizes.note}")]
+    for name, (peer, encode, size) in build_image_peers(sizes).items():
+        peer.eval().to(device, sizes.dtype)
+        own = pixels[:, :, :size, :size].contiguous()
+        interpolate = {} if size == sizes.image_size else {"interpolate_pos_encoding": True}
+        ratio = speed(lambda: model.encode_image(own, **interpolate), lambda: encode(own), device, sizes.rounds)  # noqa: B023
+        note = f"both on {size} px; {sizes.note}"
+        rows.append(row("1p", f"image encoding, ours / {name}", ratio, "peer", note))
+        free(device)
+    if not quick and optional("open_clip") is None:
+        rows.append(row("1p", "image encoding, ours / open_clip", None, "peer", "open_clip_torch is not installed"))
+    return rows
+
+
+def compiled_row(device: str, sizes: Sizes, model: COTSModel) -> dict:
+    """1b: our layers compiled, timm as it comes."""
+    title = "image encoding, ours with compiled layers / timm eager"
+    goal = ">= 1.20, and >= 4,700 images/s on an H200"
+    if device == "cpu":
+        return row("1b", title, None, goal, "a GPU's row")
+    pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2} if sizes.encoder else {}
+    vit = optional("timm").create_model("vit_base_patch16_384", num_classes=0, img_size=sizes.image_size, **shape)
+    vit = vit.eval().to(device, sizes.dtype)
+    for layer in model.vision_model.layers:
+        layer.compile()
+    sides = {"ours": lambda: model.encode_image(pixels), "timm": lambda: vit.forward_features(pixels)}
+    times = medians(sides, device, sizes.rounds)
+    note = f"{sizes.images / times['ours']:,.0f} images/s; {sizes.note}"
+    return row("1b", title, times["timm"] / times["ours"], goal, note)
+
+
+def write_jpegs(folder: str, num: int) -> None:
+    """`num` pictures of 500 x 375, smooth with some noise, as photographs compress."""
+    rng = np.random.default_rng(0)
+    for number in range(num):
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.asarray(smooth, dtype=np.int16) + rng.integers(-12, 13, (375, 500, 3))
+        Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(f"{folder}/{number:05d}.jpg", quality=90)
+
+
+def end_to_end_row(device: str, sizes: Sizes, model: COTSModel, num_workers: int) -> dict:
+    """1c: files on the disk to embeddings, as a search index is filled, beside pixels that lie on the device."""
+    side = {"height": sizes.image_size, "width": sizes.image_size}
+    processor = SimpleNamespace(image_processor=ViTImageProcessor(size=side))  # texts are none of its business
+    embedder = Embedder(model, processor, batch_size=sizes.images, num_workers=num_workers, thumbnail_side=0)
+    pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)
+    batches = sizes.files // sizes.images
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(folder, sizes.files)
+        pictures = PictureFolder(folder)
+        positions, progress = np.arange(len(pictures)), SimpleNamespace(update=lambda count: None)
+
+        def from_files():
+            for _ in embedder.tables(pictures, positions, pictures.names(), "jpegs", progress):
+                pass
+
+        def on_device():
+            for _ in range(batches):
+                model.encode_image(pixels)
+
+        # Workers and a GPU work at once, so the clock counts; alone on a CPU, the process.
+        timer = {"timer": wall_seconds} if device != "cpu" else {}
+        ratio = speed(from_files, on_device, device, min(sizes.rounds, 5), **timer)
+    note = f"{sizes.files} JPEGs of 500 x 375, {num_workers} workers; {sizes.note}"
+    return row("1c", "images/s from JPEG files / from tensors on the device", ratio, ">= 0.95", note)
+
+
+def text_rows(device: str, sizes: Sizes) -> list[dict]:
+    """2: captions of real lengths, bucketed by ours, padded to one length by BertModel."""
+    config = COTSConfig(text_config=sizes.text_encoder, vision_config={**QUICK_ENCODER, "image_size": 32})
+    model = COTSModel(config).eval().to(device, sizes.dtype)
+    bert = BertModel(BertConfig(**sizes.text_encoder), add_pooling_layer=False).eval().to(device, sizes.dtype)
+    captions = draw_captions(sizes.texts, device)
+    sides = {"ours": lambda: encode_captions(model, captions, sizes.text_batch)}
+    for length in (77, 32):
+        # At 32 the few longer captions are cut, as a tokenizer would.
+        cut = [caption[:length] for caption in captions]
+        sides[length] = lambda cut=cut, length=length: encode_padded(bert, cut, sizes.text_batch, length)
+    times = medians(sides, device, sizes.rounds)
+    lengths = caption_lengths(sizes.texts)
+    layers = config.text_config.num_hidden_layers
+    note = f"{sizes.texts} captions, mean {lengths.mean():.1f}, batches of {sizes.text_batch}, {layers} layers"
+    rows = []
+    for length, goal in ((77, ">= 4.8"), (32, ">= 2.0")):
+        title = f"text encoding of real captions, ours / BertModel padded to {length}"
+        most = length / lengths.mean()
+        rows.append(row("2", title, times[length] / times["ours"], goal, f"{note}; {most:.2f} tokens to one"))
+    return [*rows, sentence_transformers_row(device, sizes, model)]
+
+
+def sentence_transformers_row(device: str, sizes: Sizes, model: COTSModel) -> dict:
+    """Its `encode` and ours on the same texts, tokenizing included on both sides."""
+    title = "text encoding from strings, ours / sentence-transformers with BERT of the same size"
+    library = optional("sentence_transformers")
+    if library is None:
+        return row("2p", title, None, "peer", "sentence-transformers is not installed")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertTokenizer
+
+    # A word for every id, so that a string has as many word pieces as words.
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    names += [f"word{number}" for number in range(len(names), VOCAB_SIZE)]
+    tokenizer = BertTokenizer(vocab={name: number for number, name in enumerate(names)})
+    texts = [" ".join(names[number] for number in ids[2:]) for ids in draw_captions(sizes.texts, "cpu")]
+
+    def ours():
+        ids = [torch.tensor(ids, device=device) for ids in tokenizer(texts)["input_ids"]]
+        encode_captions(model, ids, sizes.text_batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        bert = BertModel(BertConfig(**sizes.text_encoder))
+        bert.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        modules = [Transformer(folder), Pooling(bert.config.hidden_size)]
+        peer = library.SentenceTransformer(modules=modules, device=device).to(sizes.dtype)
+
+        def theirs():
+            peer.encode(texts, batch_size=sizes.text_batch, show_progress_bar=False)
+
+        ratio = speed(ours, theirs, device, sizes.rounds)
+    return row("2p", title, ratio, "peer", f"{sizes.texts} texts, {library.__version__}, which sorts by length too")
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12, help="layers of both towers")
-    parser.add_argument("--image-batch", type=int, default=4)
-    parser.add_argument("--text-batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
-    config = COTSConfig(
-        text_config={"num_hidden_layers": args.layers}, vision_config={"num_hidden_layers": args.layers}
-    )
-    model = COTSModel(config).eval().to(args.device)
-    vit = timm.create_model("vit_base_patch16_384", depth=args.layers, num_classes=0).eval().to(args.device)
-    bert = BertModel(config.text_config, add_pooling_layer=False).eval().to(args.device)
-
-    pixel_values = torch.randn(args.image_batch, 3, 384, 384, device=args.device)
-    # 14 word pieces: the mean length of a caption of everyday photographs.
-    input_ids = torch.randint(1000, 30_000, (args.text_batch, 14), device=args.device)
-    padded_ids = torch.nn.functional.pad(input_ids, (0, 77 - 14))
-    mask, padded_mask = torch.ones_like(input_ids), (padded_ids > 0).long()
-
-    print(f"torch {torch.__version__}, timm {timm.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    rows = {
-        "image encoding, ours / timm forward_features": (
-            lambda: model.encode_image(pixel_values),
-            lambda: vit.forward_features(pixel_values),
-        ),
-        "text encoding, ours / BertModel on the same tokens": (
-            lambda: model.encode_text(input_ids, mask),
-            lambda: bert(input_ids, attention_mask=mask),
-        ),
-        "text encoding, ours at 14 tokens / BertModel padded to 77": (
-            lambda: model.encode_text(input_ids, mask),
-            lambda: bert(padded_ids, attention_mask=padded_mask),
-        ),
-    }
-    for title, (ours, theirs) in rows.items():
-        print(f"{title:60s} {ratio(ours, theirs, args.rounds, args.device):5.2f} x as fast")
+def measure(device: str, quick: bool) -> list[dict]:
+    """Rows 1a, 1b, 1c, 2 and the peers'."""
+    torch.manual_seed(0)
+    sizes = choose_sizes(device, quick)
+    vision = {**sizes.encoder, "image_size": sizes.image_size, "patch_size": 16}
+    model = COTSModel(COTSConfig(text_config=QUICK_ENCODER, vision_config=vision)).eval().to(device, sizes.dtype)
+    rows = image_rows(device, sizes, model)
+    rows.append(end_to_end_row(device, sizes, model, num_workers=0 if device == "cpu" else 14))
+    rows.append(compiled_row(device, sizes, model))  # last, as it changes the model
+    del model
+    free(device)
+    return rows + text_rows(device, sizes)
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)

@@ -1,23 +1,32 @@
 """What a training run will cost, before it is started: parameters, FLOP, memory, batch size, hours.
 
     python examples/estimate.py examples/configs/quickstart.yaml
+    python examples/estimate.py examples/configs/msrvtt.yaml --num_pairs 6513
     python examples/estimate.py my.yaml --num_pairs 5300000 --gpu_memory_gib 80 --gpu_tflops 300 --num_gpus 8
 
-Takes the configuration of a training script, and any of its options. Nothing is trained and no data is opened: shapes
-run through the model, values do not. FLOP and bytes are counted on the real modules; pairs a second follow from the
-rate that is given, so they are as true as it is. Captions count as `max_text_length` word pieces each, and the
-vocabulary as the configuration has it: a tokenizer that is trained on the captions may have fewer.
+Takes the configuration of a training script, and any of its options. The script is the first of `run_pretraining.py`,
+`run_retrieval.py` and `run_video_retrieval.py` that knows them all: `num_frames` says that it is of videos, of which a
+pair is all frames of one and a caption. Nothing is trained and no data is opened: shapes run through the model, values
+do not. Of pre-trained encoders only the configuration is read, and of timm's not even that. FLOP and bytes are counted
+on the real modules; pairs a second follow from the rate that is given, so they are as true as it is. Captions count as
+`max_text_length` word pieces each, and the vocabulary as the configuration has it: a tokenizer that is trained on the
+captions may have fewer.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from run_pretraining import ScriptArguments
+import run_pretraining
+import run_retrieval
+import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.building import build_config
-from modeling_cots.command_line import parse_config_and_options
+from modeling_cots.command_line import option_names, parse_config_and_options
+from modeling_cots.timm_weights import timm_vit_config
 from modeling_cots.training_cost import estimate_training_cost
+
+SCRIPTS = run_pretraining, run_retrieval, run_video_retrieval
 
 
 @dataclass
@@ -31,19 +40,36 @@ class EstimateArguments:
     )
 
 
+def script_of(argv: list[str]):
+    """The first training script that knows every option of the configuration and the command line."""
+    given = option_names(argv)
+    known = [{option.name for option in fields(script.ScriptArguments)} for script in SCRIPTS]
+    foreign = [given & set.union(*known) - names for names in known]
+    return SCRIPTS[min(range(len(SCRIPTS)), key=lambda number: len(foreign[number]))]
+
+
 def main() -> None:
     # The run is for another machine: whether this one could do it does not matter.
     argv = [*sys.argv[1:], "--use_cpu", "true"]
+    script = script_of(argv)
     script_args, estimate_args, args = parse_config_and_options(
-        ScriptArguments, EstimateArguments, COTSTrainingArguments, argv=argv
+        script.ScriptArguments,
+        EstimateArguments,
+        COTSTrainingArguments,
+        argv=argv,
+        defaults=getattr(script, "DEFAULTS", None),
     )
 
     # 1. Count.
     config = build_config(
         script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
     )
-    hidden_size = {"image_tokenizer_hidden_size": 8} if script_args.image_tokenizer == "random" else {}
-    cost = estimate_training_cost(config, args, text_length=script_args.max_text_length, **hidden_size)
+    if (script_args.vision_model or "").startswith("timm/"):
+        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
+    shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
+    if script_args.image_tokenizer == "random":
+        shapes["image_tokenizer_hidden_size"] = 8
+    cost = estimate_training_cost(config, args, **shapes)
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")

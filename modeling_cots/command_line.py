@@ -26,12 +26,24 @@ def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = No
     return parser.parse_args_into_dataclasses(argv)
 
 
-def _read_options(path: Path, dataclass_types: tuple[type, ...]) -> dict:
+def option_names(argv: list[str]) -> set[str]:
+    """Names of the options that `argv` gives, in its YAML file or as words."""
+    words = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    is_file = bool(argv) and not argv[0].startswith("-")
+    return words | set(_load_yaml(Path(argv[0])) if is_file else ())
+
+
+def _load_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no configuration file {path}.")
     options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold one `option: value` a line.")
+    return options
+
+
+def _read_options(path: Path, dataclass_types: tuple[type, ...]) -> dict:
+    options = _load_yaml(path)
     known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -39,4 +51,4 @@ def _read_options(path: Path, dataclass_types: tuple[type, ...]) -> dict:
     return options
 
 
-__all__ = ["parse_config_and_options"]
+__all__ = ["option_names", "parse_config_and_options"]

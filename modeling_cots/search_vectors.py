@@ -70,7 +70,7 @@ class FaissVectors:
         Returns scores (Q, k) float32, best first, and positions (Q, k), k at most `top`; -1 where an approximate
         engine found fewer.
         """
-        num_allowed = int(allowed.sum())
+        num_allowed = int(np.count_nonzero(allowed))
         top = min(top, num_allowed)
         if top == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)

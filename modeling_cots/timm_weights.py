@@ -79,6 +79,22 @@ def _create_timm_vit(name_or_path: str) -> VisionTransformer:
     return model
 
 
+def timm_vit_config(name: str, image_size: int) -> ViTConfig:
+    """
+    The configuration that `load_timm_vit` gives its model, from the name alone: no weights, nothing fetched.
+
+    Raises `ValueError` for a name that timm does not know and for a model that is not a plain ViT.
+    """
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name.removeprefix("timm/"), num_classes=0, img_size=image_size)
+    except (RuntimeError, TypeError) as error:  # an unknown name, or a model without `img_size`
+        raise ValueError(f"timm cannot build {name}: {error}") from error
+    if not isinstance(model, VisionTransformer) or not isinstance(model.blocks[0], Block):
+        raise ValueError(f"{name} is a {type(model).__name__} of timm that is not a plain ViT with [CLS].")
+    return _vit_config(model)
+
+
 def _vit_config(timm_vit: VisionTransformer) -> ViTConfig:
     block, patch_embed = timm_vit.blocks[0], timm_vit.patch_embed
     return ViTConfig(

@@ -4,7 +4,8 @@ Nothing is computed and no memory is taken: the training step is run on fake ten
 contents, so the counts are those of the real modules, whatever the encoders are. Counted: the clean and the masked
 pass of both streams forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
 positions, and the contrast against the queues. Not counted: decoding pictures, the optimiser's arithmetic (a share of
-about 1 / batch size), and communication. A multiply-add is 2 FLOP.
+about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
+2 FLOP. Of videos a pair is all frames of one video and a caption.
 """
 
 import contextlib
@@ -30,6 +31,23 @@ BYTES_PER_PARAMETER = 4 + 4 + 8
 BYTES_PER_MOMENTUM_PARAMETER = 4
 BYTES_PER_CAST_PARAMETER = 2
 MEASURED_BATCH_SIZES = 2, 4  # memory is linear in the batch: a line through two points
+
+
+def _attention_flop(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+    """Two matrix products for each head: scores, and their use."""
+    batch_size, num_heads, num_queries, width = query
+    return 2 * batch_size * num_heads * num_queries * key[-2] * (width + value[-1])
+
+
+def _attention_backward_flop(gradient: torch.Size, query, key, value, *args, **kwargs) -> int:
+    return 2 * _attention_flop(query, key, value)
+
+
+# The CPU's fused attention, which fake tensors run; torch 2.14 counts nothing for it (tests/test_training_cost.py).
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
 
 
 @dataclass
@@ -64,7 +82,12 @@ class TrainingCost:
 
 
 def estimate_training_cost(
-    config: COTSConfig, args: COTSTrainingArguments, *, text_length: int = 32, image_tokenizer_hidden_size: int = 256
+    config: COTSConfig,
+    args: COTSTrainingArguments,
+    *,
+    text_length: int = 32,
+    num_frames: int | None = None,
+    image_tokenizer_hidden_size: int = 256,
 ) -> TrainingCost:
     """
     Estimate the cost of training a model of `config` with `args`.
@@ -73,16 +96,23 @@ def estimate_training_cost(
         config ([`COTSConfig`]): The architecture.
         args ([`COTSTrainingArguments`]): Says which losses are on, the mask ratios, the queue and the precision.
         text_length (`int`, defaults to 32): Word pieces of a caption, padding included.
+        num_frames (`int`, *optional*): Frames of a video; without it pairs are of pictures.
         image_tokenizer_hidden_size (`int`, defaults to 256): Width of the dVAE; 256 is DALL-E's.
 
-    Raises `ValueError` for a text length without room for the two special tokens and a word.
+    Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
+    and for videos with the masked losses, which are of pictures.
     """
     if text_length < 3:
         raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+        if args.cmvm_weight > 0 or args.cmlm_weight > 0:
+            raise ValueError("Videos train without masked losses: set cmvm_weight and cmlm_weight to 0.")
     with FakeTensorMode(), no_init_weights():
         model = COTSForPreTraining(config).train()
         model.tie_weights()  # which transformers does after initialising, and that was left out
-        step = _FakeStep(model, args, text_length)
+        step = _FakeStep(model, args, text_length, num_frames)
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
         parameters = _count_parameters(step.model)
@@ -114,8 +144,11 @@ def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
 class _FakeStep:
     """The pieces of one training step, on fake tensors; used under `FakeTensorMode`."""
 
-    def __init__(self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int):
-        self.model, self.args, self.text_length = model, args, text_length
+    def __init__(
+        self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int | None
+    ):
+        self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
+        self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
         self.image_size = height, width
@@ -129,7 +162,9 @@ class _FakeStep:
         return torch.autocast("cpu", torch.bfloat16)
 
     def images(self, batch_size: int) -> torch.Tensor:
-        return torch.zeros(batch_size, 3, *self.image_size)
+        if batch_size not in self._images:  # the clean and the masked pass see the same tensor, kept once
+            self._images[batch_size] = torch.zeros(batch_size, 3, *self.image_size)
+        return self._images[batch_size]
 
     def texts(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size, self.text_length, dtype=torch.long)
@@ -137,7 +172,9 @@ class _FakeStep:
     # Each of these returns something to go backward from. No attention mask: what it holds costs nothing.
 
     def embed_images(self, batch_size: int) -> torch.Tensor:
-        return self.model.cots.encode_image(self.images(batch_size))
+        if self.num_frames is None:
+            return self.model.cots.encode_image(self.images(batch_size))
+        return self.model.cots.encode_video(self.images(batch_size * self.num_frames).unflatten(0, (batch_size, -1)))
 
     def embed_texts(self, batch_size: int) -> torch.Tensor:
         return self.model.cots.encode_text(self.texts(batch_size))
@@ -214,7 +251,8 @@ class _FakeStep:
         """
         if not self.args.gradient_checkpointing:
             return self._per_pair(self.losses)
-        layer = self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
+        pictures = 1 if self.num_frames is None else self.num_frames
+        layer = pictures * self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
         self.model.gradient_checkpointing_enable()
         return layer + self._per_pair(self.losses)
 
@@ -224,21 +262,14 @@ class _FakeStep:
 
     def activation_bytes(self, run: Callable[[int], object], batch_size: int) -> int:
         """Bytes that autograd keeps of `run(batch_size)`, weights excluded."""
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # held, so that no later one gets the same number
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), self.autocast():
-            run(batch_size)
-        weights = {p.untyped_storage()._cdata for p in self.model.parameters()}
-        return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
+        with self.autocast():
+            return kept_bytes(lambda: run(batch_size), self.model)
 
     def losses(self, batch_size: int) -> list[torch.Tensor]:
         """Every loss that is switched on, from one run of everything the trained model does for a batch."""
         cots = self.model.cots
+        if self.num_frames is not None:
+            return [self.contrast(self.embed_images(batch_size), self.embed_texts(batch_size))]
         vision = cots.run_vision_model(self.images(batch_size)).pooler_output
         text = cots.run_text_model(self.texts(batch_size)).pooler_output
         embeds = unit_length(cots.vision_projection(vision)), unit_length(cots.text_projection(text))
@@ -250,13 +281,33 @@ class _FakeStep:
         return losses
 
 
+def flop_counter() -> FlopCounterMode:
+    """A context whose `get_total_flops()` counts what runs in it, the CPU's fused attention as well."""
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+def kept_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps between the forward pass `run` and its backward pass, weights of `model` excluded."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no later one gets the same number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
+
+
 def _count(part: Callable[[], torch.Tensor], backward: bool = False) -> int:
     """FLOP of `part`, and with `backward` of the backward pass from its sum."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         result = part()
         if backward:
             result.sum().backward()
     return counter.get_total_flops()
 
 
-__all__ = ["TrainingCost", "estimate_training_cost"]
+__all__ = ["TrainingCost", "estimate_training_cost", "flop_counter", "kept_bytes"]

@@ -1,11 +1,9 @@
 """The cost model beside what one real training step counts, and beside the closed formula of a transformer."""
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
-from modeling_cots.training_cost import estimate_training_cost
+from modeling_cots.training_cost import estimate_training_cost, flop_counter, kept_bytes
 
 
 @pytest.fixture
@@ -20,26 +18,10 @@ def real_batch(trainer) -> dict:
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-def kept_bytes(trainer, batch: dict) -> int:
-    """What autograd keeps of a real step, weights excluded; storages are told apart by their address."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = trainer.compute_loss(trainer.model, batch)
-    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    size = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
-    del loss
-    return size
-
-
 def test_flop_are_those_of_a_real_training_step(make_trainer, arguments, tiny_config):
     trainer = make_trainer()
     batch = real_batch(trainer)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         trainer.compute_loss(trainer.model, batch).backward()
     measured = counter.get_total_flops() / len(batch["valid"])
     text_length = batch["input_ids"].shape[1]
@@ -54,7 +36,11 @@ def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny
     trainer = make_trainer()
     batch = real_batch(trainer)
     half = {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()}
-    measured = (kept_bytes(trainer, batch) - kept_bytes(trainer, half)) / (len(batch["valid"]) - len(half["valid"]))
+    whole_size, half_size = (
+        kept_bytes(lambda part=part: trainer.compute_loss(trainer.model, part), trainer.model)
+        for part in (batch, half)
+    )
+    measured = (whole_size - half_size) / (len(batch["valid"]) - len(half["valid"]))
     cost = estimate_training_cost(tiny_config, arguments(queue_size=20), text_length=batch["input_ids"].shape[1])
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
 
@@ -73,6 +59,19 @@ def test_the_papers_model_meets_the_closed_formula(arguments):
     assert cost.flop_per_pair["vision, momentum"] == pytest.approx(vision, rel=1e-6)
     assert cost.flop_per_pair["text, momentum"] == pytest.approx(encoder(32) + projection, rel=1e-6)
     assert cost.num_parameters["projections"] == 2 * (width * 256 + 256)
+
+
+def test_videos_cost_a_picture_for_each_frame(arguments, tiny_config):
+    args = arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0)
+    pictures = estimate_training_cost(tiny_config, args)
+    videos = estimate_training_cost(tiny_config, args, num_frames=4)
+    assert videos.flop_per_pair["vision, clean"] == 4 * pictures.flop_per_pair["vision, clean"]
+    assert videos.flop_per_pair["text, clean"] == pictures.flop_per_pair["text, clean"]
+    assert pictures.bytes_per_pair < videos.bytes_per_pair < 4 * pictures.bytes_per_pair
+    with pytest.raises(ValueError, match="without masked losses"):
+        estimate_training_cost(tiny_config, arguments(), num_frames=4)
+    with pytest.raises(ValueError, match="num_frames must be at least 1"):
+        estimate_training_cost(tiny_config, args, num_frames=0)
 
 
 def test_parameters_are_those_of_the_model(arguments, tiny_config):
