@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from side_by_side import free, medians, row, run_alone, speed
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertTokenizer
 
 from modeling_cots import (
     COTSConfig,
     COTSForPreTraining,
+    COTSModel,
     COTSTrainer,
     COTSTrainingArguments,
     ImageTokenizer,
@@ -30,9 +32,11 @@ from modeling_cots import (
 from modeling_cots.building import build_processor
 from modeling_cots.losses import masked_token_loss, queue_logits, task_kl_loss
 from modeling_cots.momentum import MomentumEncoder
+from modeling_cots.text_encoding import encode_texts
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 DVAE_WIDTH = 256
+CAPTIONS_OF_A_BATCH = 320  # five each of 64 pictures
 GIB = 2**30
 
 
@@ -282,6 +286,26 @@ def update_row(device: str, quick: bool, sizes: Sizes) -> dict:
     return row("update", "momentum update: foreach / loop", ratio, "<= 0.23", f"{num_millions:.1f}M parameters")
 
 
+@torch.no_grad()
+def text_row(device: str, quick: bool, sizes: Sizes) -> dict:
+    """Captions as `embed_pairs` encodes them, beside those of 64 pictures at a time, padded to their longest."""
+    layers = {} if device == "cuda" else {"num_hidden_layers": 1}
+    config = COTSConfig(text_config={**sizes.text, **layers}, vision_config={**TINY, "image_size": 64})
+    model = COTSModel(config).eval().to(device)
+    lengths = torch.empty(64 if quick else 1280).log_normal_(2.627, 0.283).round().clamp(5, 36).int().tolist()
+    texts = [torch.randint(5, 30_000, (length,)) for length in lengths]
+
+    def padded():
+        for start in range(0, len(texts), CAPTIONS_OF_A_BATCH):
+            input_ids = pad_sequence(texts[start : start + CAPTIONS_OF_A_BATCH], batch_first=True).to(device)
+            model.encode_text(input_ids, (input_ids > 0).long()).cpu()
+
+    ratio = speed(lambda: encode_texts(model, texts), padded, device, sizes.rounds)
+    note = f"{len(texts)} captions of Flickr8k's lengths, mean {sum(lengths) / len(lengths):.1f}, "
+    note += f"{config.text_config.num_hidden_layers} layers; padded: {CAPTIONS_OF_A_BATCH} at a time"
+    return row("texts", "captions: padded to the longest of a batch / by length", ratio, ">= 1", note)
+
+
 def compiled_row(device: str, sizes: Sizes, step: Step) -> dict:
     title, goal = "step: layers compiled / eager", "<= 0.85"
     if device == "cpu":
@@ -297,7 +321,7 @@ def compiled_row(device: str, sizes: Sizes, step: Step) -> dict:
 def measure(device: str, quick: bool) -> list[dict]:
     """Rows 3a, 3c and 4, and one a lever."""
     sizes = choose_sizes(device, quick)
-    rows = [update_row(device, quick, sizes)]
+    rows = [update_row(device, quick, sizes), text_row(device, quick, sizes)]
     free(device)
     with tempfile.TemporaryDirectory() as folder:
         step = Step(device, sizes, folder)

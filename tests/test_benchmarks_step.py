@@ -20,7 +20,7 @@ def step(monkeypatch):
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
     rows = step.measure("cpu", quick=True)
-    assert {entry["id"] for entry in rows} == {"3a", "3c", "4", "views", "optim", "update", "compile"}
+    assert {entry["id"] for entry in rows} == {"3a", "3c", "4", "views", "optim", "update", "texts", "compile"}
     for entry in rows:
         assert set(entry) == {"id", "title", "ratio", "goal", "note"}
         assert (entry["ratio"] is None) == (entry["id"] == "compile")

@@ -97,6 +97,19 @@ def test_an_index_is_computed_once_and_gives_the_same(finder, pictures, monkeypa
     assert finder(TEXTS, index=again, top_k=2) == answers
 
 
+def test_candidates_of_like_length_enter_the_model_together(finder, embed, pictures):
+    """And each keeps its place in the index."""
+    candidates = ["a dog and a boat and a red star and a blue circle", pictures[0], "a dog", {"text": "a boat"}]
+    candidates += [pictures[2], "two green triangles beside one large yellow star", "a star"]
+    shapes = []
+    finder.model.text_model.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
+    index = finder.build_index(candidates, batch_size=5)
+    found = torch.stack([embed("a boat" if isinstance(candidate, dict) else candidate) for candidate in candidates])
+    torch.testing.assert_close(index.embeds, found, atol=1e-5, rtol=0)
+    assert [num_texts for num_texts, _ in shapes] == [3, 2]  # beside two pictures; alone
+    assert shapes[0][1] < shapes[1][1]
+
+
 def test_one_query_a_list_a_tuple_a_generator(finder, pictures):
     index = finder.build_index(pictures)
     one = finder(TEXTS[0], index=index)
