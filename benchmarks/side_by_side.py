@@ -1,0 +1,108 @@
+"""What the benchmarks share: timing two sides in turn, rows of PERFORMANCE's ratio table, and printing them.
+
+A row is a dict of `id` (the row of the table), `title`, `ratio` (`None` where it cannot be measured here), `goal` and
+`note` (sizes, and why a ratio is missing or short). Sides take turns (A B A B ...) on the same inputs, threads and
+precision; medians are compared. On a CPU the time is that of this thread or process, so that other programs do not
+count; on a GPU it is that of the device, between two events.
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+PEERS = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "faiss-cpu", "torch")
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Seconds that one call of `function` takes."""
+    if device == "cpu":
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def wall_seconds(function: Callable[[], object], device: str) -> float:
+    """Seconds on the clock, for work that several processes or a processor and a GPU share."""
+    start = time.perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(sides: dict[str, Callable], device: str, rounds: int = 5, timer: Callable = seconds) -> dict[str, float]:
+    """Median seconds of every side, after a call of each that does not count."""
+    for side in sides.values():
+        side()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(timer(side, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def speed(ours: Callable, theirs: Callable, device: str, rounds: int = 5, timer: Callable = seconds) -> float:
+    """Median time of `theirs` over that of `ours`: above 1 we are faster."""
+    times = medians({"ours": ours, "theirs": theirs}, device, rounds, timer)
+    return times["theirs"] / times["ours"]
+
+
+def row(id: str, title: str, ratio: float | None, goal: str, note: str) -> dict:
+    """One row; the module's text says what the fields are."""
+    return {"id": id, "title": title, "ratio": ratio, "goal": goal, "note": note}
+
+
+def optional(module: str):
+    """An optional peer, or `None` where it is not installed (`pip install -e ".[bench]"`)."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers; "missing" for those that are not installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def free(device: str) -> None:
+    """Give back the memory of models that are no longer referred to."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def print_rows(rows: list[dict]) -> None:
+    """One line a row, its note below."""
+    for entry in rows:
+        value = "not measured" if entry["ratio"] is None else f"{entry['ratio']:,.2f}"
+        print(f"{entry['id']:4s} {entry['title']:78s} {value:>12s}   goal {entry['goal']}\n     {entry['note']}")
+
+
+def run_alone(measure: Callable[[str, bool], list[dict]], description: str) -> None:
+    """The command line of a topic's script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
+    options = parser.parse_args()
+    print(", ".join(f"{name} {version}" for name, version in versions().items()), end="; ")
+    print(f"{options.device}, {torch.get_num_threads()} threads", flush=True)
+    print_rows(measure(options.device, options.quick))
