@@ -1,0 +1,245 @@
+"""From JPEG bytes to a batch on the device: decoding beside PIL and torchvision, bytes sent, loader beside step.
+
+    OMP_NUM_THREADS=1 python benchmarks/data.py --json data.json
+    python benchmarks/data.py --device cuda --json data.json    # the loader beside a step of the base model
+
+Pictures are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
+thread, all sides on the same pictures in turn; ratio 9 is of the clock, with the workers that this machine has cores
+for. Crops are drawn as in training, from half of the picture to all of it, the same on both sides.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from side_by_side import free, medians, print_rows, row, versions
+from timm.data import create_transform
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ImageTokenizer
+from modeling_cots.building import build_processor, train_tokenizer
+from modeling_cots.image_augmentation import ImageTransform
+from modeling_cots.image_reading import read_image
+
+MEAN = [0.5] * 3
+CAPTION = "two dogs run along the beach while a child throws a ball"
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def draw_jpeg(width: int, seed: int) -> bytes:
+    """A picture of 4 : 3 with smooth shades, edges and grain."""
+    height = width * 3 // 4
+    rng = np.random.default_rng(seed)
+    shades = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    pixels = np.asarray(shades.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
+    for _ in range(12):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        pixels[top : top + height // 5, left : left + width // 6] *= rng.uniform(0.4, 1.2)
+    pixels += rng.normal(0, 4, (height, width, 1))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- 8: decoding
+
+
+def over(pictures: list[bytes], transform):
+    """All pictures, with draws that are the same for every side."""
+
+    def run() -> None:
+        random.seed(0)
+        torch.manual_seed(0)
+        for picture in pictures:
+            transform(picture)
+
+    return run
+
+
+def decoding_rows(side: int, quick: bool) -> list[dict]:
+    rows = []
+    for width in (50, 130) if quick else (500, 1280):
+        pictures = [draw_jpeg(width, seed) for seed in range(2 if quick else 16)]
+        fast = ImageTransform((side, side), MEAN)
+        with_pil = create_transform(
+            (3, side, side),
+            is_training=True,
+            scale=(0.5, 1.0),
+            hflip=0.0,
+            color_jitter=None,
+            interpolation="bicubic",
+            normalize=False,
+        )
+        crop = with_pil.transforms[0]
+
+        def with_torchvision(picture: bytes, crop=crop) -> torch.Tensor:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(picture), dtype=torch.uint8), ImageReadMode.RGB)
+            top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
+            part = pixels[None, :, top : top + height, left : left + width]
+            return F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
+
+        sides = {
+            "ours": over(pictures, fast),
+            "PIL": over(pictures, lambda picture, transform=with_pil: transform(read_image(picture))),
+            "torchvision": over(pictures, with_torchvision),
+        }
+        with warnings.catch_warnings():  # that torchvision's decoder will be removed
+            warnings.simplefilter("ignore", DeprecationWarning)
+            times = medians(sides, "cpu", 1 if quick else 7, timer=lambda function, _: thread_seconds(function))
+        bits = 8 * statistics.mean(map(len, pictures)) / (width * (width * 3 // 4))
+        note = f"random crops to {side} px, JPEGs of {bits:.1f} bits a pixel, {len(pictures)} pictures, one thread"
+        title = f"JPEG of {width} px to training pixels, images/s a core, ours"
+        rows.append(row("8", f"{title} / PIL and timm", times["PIL"] / times["ours"], ">= 2.5", note))
+        note = "its decoder is deprecated since torchvision 0.29 and reads every picture in full"
+        rows.append(row("8", f"{title} / torchvision's decoder", times["torchvision"] / times["ours"], "none", note))
+    return rows
+
+
+def thread_seconds(function) -> float:
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+# ---------------------------------------------------------------------------------------------- 9: the loader
+
+
+class Pairs(Dataset):
+    """Encoded pictures in memory, over and over, with a caption each."""
+
+    def __init__(self, pictures: list[bytes], length: int):
+        self.pictures, self.length = pictures, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        image = {"bytes": self.pictures[index % len(self.pictures)], "path": None}
+        return {"image": image, "captions": [CAPTION], "pair_id": index, "name": str(index), "seed": index}
+
+
+def build_trainer(device: str, quick: bool, dataset: Dataset, batch_size: int, folder: str) -> COTSTrainer:
+    """The base model on a GPU, and one of 6 layers of 384 on a CPU, which would need minutes for a step of it."""
+    encoder = TINY if quick else SMALL if device == "cpu" else {}
+    config = COTSConfig(text_config=encoder, vision_config={**encoder, "image_size": 64 if quick else 384})
+    tokenizer = train_tokenizer([CAPTION] * 2, 300)
+    config.text_config.vocab_size, config.image_vocab_size = len(tokenizer), 64 if quick else 8192
+    processor = build_processor(config, tokenizer, None)
+    settings = processor.image_processor
+    args = COTSTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        max_steps=4,
+        lr_hold_epochs=0,
+        queue_size=64 if quick else 12_800,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        dataloader_num_workers=0 if quick else min(16, os.cpu_count() or 1),
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    return COTSTrainer(
+        model=COTSForPreTraining(config),
+        args=args,
+        train_dataset=dataset,
+        processing_class=processor,
+        # Narrow, so that it costs next to nothing: as if the tokens were cached, which is the faster step.
+        image_tokenizer=ImageTokenizer.random(config.image_vocab_size, settings.image_mean, settings.image_std),
+    )
+
+
+def loader_rows(device: str, quick: bool) -> list[dict]:
+    batch_size, num_batches = (2, 3) if quick else (64, 24) if device == "cuda" else (4, 12)
+    pictures = [draw_jpeg(80 if quick else 500, seed) for seed in range(4 if quick else 32)]
+    dataset = Pairs(pictures, batch_size * num_batches)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(device, quick, dataset, batch_size, folder)
+        num_workers = trainer.args.dataloader_num_workers
+        loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=trainer.data_collator)
+        batch = next(iter(loader))
+        loading = loader_seconds(loader, num_batches)
+        model = trainer.model.to(device).train()
+        trainer.current_gradient_accumulation_steps = 1
+        optimizer = trainer.create_optimizer()
+
+        def step() -> None:
+            trainer.recovery.guard.begin_step()
+            trainer.training_step(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            trainer.momentum_state.encoder.update_(model.cots, 0.99)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        stepping = medians(
+            {"step": step}, device, 1 if quick else 3, timer=lambda function, _: clock_seconds(function)
+        )
+        pixels = trainer._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
+    free(device)
+    layers = f"{model.config.vision_config.num_hidden_layers} layers of {model.config.vision_config.hidden_size}"
+    note = f"{layers}, batch {batch_size}, {num_workers} workers, pictures of {'80' if quick else '500'} px"
+    if device == "cpu":
+        note += "; the workers' cores are those of the step, and the base model's step needs a GPU"
+    return [
+        row("9", "loader pairs/s / step pairs/s", stepping["step"] / loading, ">= 3", note),
+        row(
+            "bytes",
+            "bytes of pixels to the device, floats / ours",
+            pixels.nbytes / batch["pixel_values"].nbytes,
+            ">= 4",
+            f"{batch['pixel_values'].nbytes / batch_size / 1024:.0f} KiB a picture of {pixels.shape[-1]} px",
+        ),
+    ]
+
+
+def loader_seconds(loader: DataLoader, num_batches: int) -> float:
+    """Seconds a batch, by the clock; starting the workers and their first batch do not count."""
+    batches = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return (time.perf_counter() - start) / (num_batches - 1)
+
+
+def clock_seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(device: str, quick: bool) -> list[dict]:
+    """Rows 8 and 9, and the bytes sent."""
+    return [*decoding_rows(32 if quick else 384, quick), *loader_rows(device, quick)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file, too")
+    options = parser.parse_args()
+    setting = f"{options.device}, torch {versions()['torch']}, Pillow {Image.__version__}"
+    print(setting, flush=True)
+    rows = measure(options.device, options.quick)
+    print_rows(rows)
+    if options.json is not None:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump([{**entry, "setting": setting} for entry in rows], file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
