@@ -3,21 +3,33 @@
     python examples/estimate.py examples/configs/quickstart.yaml
     python examples/estimate.py my.yaml --num_pairs 5300000 --gpu_memory_gib 80 --gpu_tflops 300 --num_gpus 8
 
-Takes the configuration of a training script, and any of its options. Nothing is trained and no data is opened: shapes
-run through the model, values do not. FLOP and bytes are counted on the real modules; pairs a second follow from the
-rate that is given, so they are as true as it is. Captions count as `max_text_length` word pieces each, and the
-vocabulary as the configuration has it: a tokenizer that is trained on the captions may have fewer.
+Takes the configuration of any of the training scripts, and its options. Nothing is trained and no data is opened:
+shapes run through the model, values do not. FLOP and bytes are counted on the real modules; pairs a second follow from
+the rate that is given, so they are as true as it is. Captions count as `max_text_length` word pieces each, and the
+vocabulary as the configuration has it: a tokenizer that is trained on the captions may have fewer. A pair with a
+video is `num_frames` frames and a caption.
 """
 
 import sys
 from dataclasses import dataclass, field
 
-from run_pretraining import ScriptArguments
+import run_pretraining
+import run_retrieval
+import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.building import build_config
 from modeling_cots.command_line import parse_config_and_options
 from modeling_cots.training_cost import estimate_training_cost
+
+
+@dataclass
+class ScriptArguments(
+    run_pretraining.ScriptArguments, run_retrieval.ScriptArguments, run_video_retrieval.ScriptArguments
+):
+    """The options of all three training scripts."""
+
+    num_frames: int = field(default=1, metadata={"help": "Frames that are sampled of a video."})
 
 
 @dataclass
@@ -43,7 +55,9 @@ def main() -> None:
         script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
     )
     hidden_size = {"image_tokenizer_hidden_size": 8} if script_args.image_tokenizer == "random" else {}
-    cost = estimate_training_cost(config, args, text_length=script_args.max_text_length, **hidden_size)
+    cost = estimate_training_cost(
+        config, args, text_length=script_args.max_text_length, num_frames=script_args.num_frames, **hidden_size
+    )
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")

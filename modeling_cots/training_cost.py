@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 from transformers.initialization import no_init_weights
 
@@ -30,6 +30,21 @@ BYTES_PER_PARAMETER = 4 + 4 + 8
 BYTES_PER_MOMENTUM_PARAMETER = 4
 BYTES_PER_CAST_PARAMETER = 2
 MEASURED_BATCH_SIZES = 2, 4  # memory is linear in the batch: a line through two points
+
+
+def _attention_flop(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+def _attention_backward_flop(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_shape, query_shape, key_shape, value_shape)
+
+
+# Fake tensors on the CPU take its own attention kernel, which torch 2.14 passes over when it counts.
+ATTENTION_FLOP = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
 
 
 @dataclass
@@ -64,7 +79,12 @@ class TrainingCost:
 
 
 def estimate_training_cost(
-    config: COTSConfig, args: COTSTrainingArguments, *, text_length: int = 32, image_tokenizer_hidden_size: int = 256
+    config: COTSConfig,
+    args: COTSTrainingArguments,
+    *,
+    text_length: int = 32,
+    num_frames: int = 1,
+    image_tokenizer_hidden_size: int = 256,
 ) -> TrainingCost:
     """
     Estimate the cost of training a model of `config` with `args`.
@@ -73,16 +93,22 @@ def estimate_training_cost(
         config ([`COTSConfig`]): The architecture.
         args ([`COTSTrainingArguments`]): Says which losses are on, the mask ratios, the queue and the precision.
         text_length (`int`, defaults to 32): Word pieces of a caption, padding included.
+        num_frames (`int`, defaults to 1): Of a video, for pairs of videos and captions; a picture is one frame.
         image_tokenizer_hidden_size (`int`, defaults to 256): Width of the dVAE; 256 is DALL-E's.
 
-    Raises `ValueError` for a text length without room for the two special tokens and a word.
+    Raises `ValueError` for a text length without room for the two special tokens and a word, for less than one frame,
+    and for token losses of videos.
     """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+    if num_frames > 1 and (args.cmvm_weight > 0 or args.cmlm_weight > 0):
+        raise ValueError("The token losses are of pictures: for videos set cmvm_weight and cmlm_weight to 0.")
     if text_length < 3:
         raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
     with FakeTensorMode(), no_init_weights():
         model = COTSForPreTraining(config).train()
         model.tie_weights()  # which transformers does after initialising, and that was left out
-        step = _FakeStep(model, args, text_length)
+        step = _FakeStep(model, args, text_length, num_frames)
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
         parameters = _count_parameters(step.model)
@@ -114,8 +140,8 @@ def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
 class _FakeStep:
     """The pieces of one training step, on fake tensors; used under `FakeTensorMode`."""
 
-    def __init__(self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int):
-        self.model, self.args, self.text_length = model, args, text_length
+    def __init__(self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int):
+        self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
         self.image_size = height, width
@@ -131,13 +157,16 @@ class _FakeStep:
     def images(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size, 3, *self.image_size)
 
+    def videos(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, self.num_frames, 3, *self.image_size)
+
     def texts(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size, self.text_length, dtype=torch.long)
 
     # Each of these returns something to go backward from. No attention mask: what it holds costs nothing.
 
     def embed_images(self, batch_size: int) -> torch.Tensor:
-        return self.model.cots.encode_image(self.images(batch_size))
+        return self.model.cots.encode_video(self.videos(batch_size))
 
     def embed_texts(self, batch_size: int) -> torch.Tensor:
         return self.model.cots.encode_text(self.texts(batch_size))
@@ -214,7 +243,8 @@ class _FakeStep:
         """
         if not self.args.gradient_checkpointing:
             return self._per_pair(self.losses)
-        layer = self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
+        all_layers = self.num_frames * self._per_pair(self.masked_images)
+        layer = all_layers // self.model.config.vision_config.num_hidden_layers
         self.model.gradient_checkpointing_enable()
         return layer + self._per_pair(self.losses)
 
@@ -239,7 +269,8 @@ class _FakeStep:
     def losses(self, batch_size: int) -> list[torch.Tensor]:
         """Every loss that is switched on, from one run of everything the trained model does for a batch."""
         cots = self.model.cots
-        vision = cots.run_vision_model(self.images(batch_size)).pooler_output
+        frames = cots.run_vision_model(self.videos(batch_size).flatten(0, 1)).pooler_output
+        vision = frames.unflatten(0, (batch_size, self.num_frames)).mean(dim=1)
         text = cots.run_text_model(self.texts(batch_size)).pooler_output
         embeds = unit_length(cots.vision_projection(vision)), unit_length(cots.text_projection(text))
         losses = [self.contrast(*embeds)]
@@ -252,7 +283,7 @@ class _FakeStep:
 
 def _count(part: Callable[[], torch.Tensor], backward: bool = False) -> int:
     """FLOP of `part`, and with `backward` of the backward pass from its sum."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOP) as counter:
         result = part()
         if backward:
             result.sum().backward()

@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def estimate(monkeypatch, capsys):
-    """A function that runs the script on the quick start with further options and returns what it prints."""
+    """A function that runs the script on a recipe with further options and returns what it prints."""
 
-    def run(*options: str) -> str:
+    def run(*options: str, recipe: str = "quickstart") -> str:
         monkeypatch.chdir(ROOT)
         monkeypatch.syspath_prepend(str(ROOT / "examples"))
-        monkeypatch.setattr(sys, "argv", ["estimate.py", "examples/configs/quickstart.yaml", *options])
+        monkeypatch.setattr(sys, "argv", ["estimate.py", f"examples/configs/{recipe}.yaml", *options])
         runpy.run_path("examples/estimate.py", run_name="__main__")
         return capsys.readouterr().out
 
@@ -40,3 +40,17 @@ def test_a_batch_that_will_not_fit_is_said(estimate):
 
 def test_without_the_number_of_pairs_there_are_no_hours(estimate):
     assert "hours: give --num_pairs" in estimate()
+
+
+def test_takes_the_recipes_of_the_retrieval_scripts(estimate):
+    """A small model in place of the paper's; a video of 16 frames costs nearly 16 pictures."""
+    small = ("--model_config", "examples/configs/quickstart_model.json", "--max_text_length", "3")
+    flop = {}
+    for recipe in ("flickr30k", "msrvtt"):
+        printed = estimate(*small, "--gradient_checkpointing", "false", recipe=recipe)
+        flop[recipe] = {
+            line[:28].strip(): float(line[28:].split()[0])
+            for line in printed.splitlines()
+            if line[28:].strip()[:1].isdigit()
+        }
+    assert flop["msrvtt"]["vision, clean"] == pytest.approx(16 * flop["flickr30k"]["vision, clean"], rel=0.1)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
-from modeling_cots.training_cost import estimate_training_cost
+from modeling_cots.training_cost import ATTENTION_FLOP, estimate_training_cost
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def kept_bytes(trainer, batch: dict) -> int:
 def test_flop_are_those_of_a_real_training_step(make_trainer, arguments, tiny_config):
     trainer = make_trainer()
     batch = real_batch(trainer)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOP) as counter:
         trainer.compute_loss(trainer.model, batch).backward()
     measured = counter.get_total_flops() / len(batch["valid"])
     text_length = batch["input_ids"].shape[1]
@@ -73,6 +73,21 @@ def test_the_papers_model_meets_the_closed_formula(arguments):
     assert cost.flop_per_pair["vision, momentum"] == pytest.approx(vision, rel=1e-6)
     assert cost.flop_per_pair["text, momentum"] == pytest.approx(encoder(32) + projection, rel=1e-6)
     assert cost.num_parameters["projections"] == 2 * (width * 256 + 256)
+
+
+def test_a_video_costs_its_frames(arguments, tiny_config):
+    options = arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0)
+    costs = [estimate_training_cost(tiny_config, options, num_frames=number) for number in (1, 2, 3)]
+    for part in ("vision, clean", "vision, momentum"):
+        assert costs[2].flop_per_pair[part] == pytest.approx(3 * costs[0].flop_per_pair[part], rel=0.01)
+    assert costs[2].flop_per_pair["text, clean"] == costs[0].flop_per_pair["text, clean"]
+    kept = [cost.bytes_per_pair for cost in costs]
+    assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.01) and kept[1] > 1.2 * kept[0]
+    assert costs[2].fixed_bytes == costs[0].fixed_bytes
+    with pytest.raises(ValueError, match="num_frames must be at least 1, got 0"):
+        estimate_training_cost(tiny_config, options, num_frames=0)
+    with pytest.raises(ValueError, match="for videos set cmvm_weight and cmlm_weight to 0"):
+        estimate_training_cost(tiny_config, arguments(queue_size=20), num_frames=4)
 
 
 def test_parameters_are_those_of_the_model(arguments, tiny_config):
