@@ -49,7 +49,8 @@ def write_data(folder: Path) -> Path:
 def start(data: Path, output_dir: Path, *, die_at: str | None = None, **options):
     """The running process, and a connection that tells when a batch is computed and a checkpoint begun."""
     here, there = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_train, args=(str(data), str(output_dir), die_at, options, there))
+    arguments = (str(data), str(output_dir), die_at, options, there)
+    process = CONTEXT.Process(target=_train, args=arguments, daemon=True)  # ends with the tests, whatever happens
     process.start()
     there.close()
     return process, here

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 # Every one has steps, a save, or both behind it: 24 batches are computed in all, and 6 checkpoints saved.
 NUM_KILLS = 5
+MAX_SILENCE = 300  # seconds; a run that hangs must not hang the tests
 SAVE_MOMENTS = [
     "in the model",
     "in the optimizer",
@@ -44,6 +45,7 @@ def to_the_end(data, output_dir) -> None:
 
 def heard(connection) -> str | None:
     try:
+        assert connection.poll(MAX_SILENCE), f"The run has said nothing for {MAX_SILENCE} seconds."
         return connection.recv()
     except EOFError:
         return None
