@@ -59,7 +59,7 @@ def choose_sizes(device: str, quick: bool) -> Sizes:
     if quick:
         return Sizes(QUICK_ENCODER, QUICK_ENCODER, 2, 32, 16, 8, 2, torch.float32, 4)
     if device == "cpu":
-        return Sizes({}, {"num_hidden_layers": 3}, 1, 384, 128, 16, 5, torch.float32, 4)
+        return Sizes({}, {"num_hidden_layers": 2}, 1, 384, 128, 16, 5, torch.float32, 2)
     return Sizes({}, {}, 256, 384, 5000, 256, 7, torch.bfloat16, 2048)
 
 

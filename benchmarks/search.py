@@ -6,8 +6,8 @@
 The vectors are embeddings of a trained model, enlarged, and the queries are captions (`embeddings.py` says how). With
 --synthetic, they are made as embeddings of pictures lie: in a cone (one mean that all share), in many groups of very
 different sizes, with variance that falls off along the axes; queries stand between a vector and its group, farther
-from all of them than they from each other, as texts do. Vectors without any structure (--plain) have no neighbours worth
-the name and are the worst case of every approximate method.
+from all of them than they from each other, as texts do. Vectors without any structure (--plain) have no neighbours
+worth the name and are the worst case of every approximate method.
 
 Recall@10 is the share of the exact ten that are found. Speed is how many times faster one query is than FAISS' flat
 index in the same run, engines in turn, by the time of the process on one thread, the median of the queries. Memory is

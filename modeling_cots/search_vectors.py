@@ -140,9 +140,10 @@ class FaissVectors:
             if self.dim % 2:
                 raise ValueError(f"'ivfpq' codes pairs of numbers, and the embeddings have {self.dim}: use 'int8'.")
             num_lists = max(1, min(int(4 * num_rows**0.5), len(sample) // 39))  # FAISS asks for 39 vectors a list
-            # 4-bit codes, 16 at a time in registers; what they lose beside 8-bit ones, rescoring gives back.
+            # 4-bit codes, 16 at a time in registers; what they lose beside 8-bit ones, rescoring gives back. Codes are
+            # of residuals: else the mean that all embeddings share takes up most of what they can tell.
             self.index = faiss.index_factory(
-                self.dim, f"IVF{num_lists},PQ{self.dim // 2}x4fs", faiss.METRIC_INNER_PRODUCT
+                self.dim, f"IVF{num_lists},PQ{self.dim // 2}x4fsr", faiss.METRIC_INNER_PRODUCT
             )
         if sample is not None:
             self.index.train(sample)

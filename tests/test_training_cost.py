@@ -1,6 +1,9 @@
 """The cost model beside what one real training step counts, and beside the closed formula of a transformer."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
 from modeling_cots.training_cost import estimate_training_cost, flop_counter, kept_bytes
@@ -45,6 +48,18 @@ def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a peak of memory needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_a_gpu_allocates(monkeypatch, checkpointing):
+    """The base model's pair, as the slope between two batches: to a tenth, as the estimate promises."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from memory import estimate, peak_bytes
+
+    options = {"gradient_checkpointing": True} if checkpointing else {}
+    few, many = (peak_bytes(COTSConfig(), batch_size, **options) for batch_size in (16, 32))
+    assert estimate(COTSConfig(), bf16=True, **options).bytes_per_pair == pytest.approx((many - few) / 16, rel=0.1)
+
+
 def test_the_papers_model_meets_the_closed_formula(arguments):
     cost = estimate_training_cost(COTSConfig(), arguments(bf16=True))
     width, layers = 768, 12
@@ -59,6 +74,13 @@ def test_the_papers_model_meets_the_closed_formula(arguments):
     assert cost.flop_per_pair["vision, momentum"] == pytest.approx(vision, rel=1e-6)
     assert cost.flop_per_pair["text, momentum"] == pytest.approx(encoder(32) + projection, rel=1e-6)
     assert cost.num_parameters["projections"] == 2 * (width * 256 + 256)
+
+
+def test_the_papers_pair_costs_what_the_documentation_says(arguments):
+    """docs/performance.md: 976 GFLOP at 32 word pieces and a queue of 16,384."""
+    cost = estimate_training_cost(COTSConfig(), arguments(bf16=True, queue_size=16_384))
+    assert cost.total_flop == pytest.approx(976e9, rel=1e-3)
+    assert cost.flop_per_pair["vision, masked"] == pytest.approx(332.2e9, rel=1e-3)
 
 
 def test_videos_cost_a_picture_for_each_frame(arguments, tiny_config):

@@ -1,0 +1,147 @@
+"""All ratios in one command: prepare, check, time, write the JSON; and the table of the documentation from it.
+
+    python benchmarks/run_all.py --device cuda --json out.json
+    OMP_NUM_THREADS=1 python benchmarks/run_all.py --device cpu --json benchmarks/results_cpu.json
+    python benchmarks/run_all.py --device cpu --json out.json --quick --only encode memory    # whether it runs
+    python benchmarks/run_all.py --table benchmarks/results_cpu.json docs/performance.md      # nothing is measured
+
+Every topic is a script of its own in this folder with a function `measure(device, quick)`. It runs in a process of its
+own, and the file is written after each; with --only its rows replace those that the file has.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from side_by_side import print_rows, versions
+
+FOLDER = Path(__file__).parent
+TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
+BEGIN, END = "<!-- ratios: written by benchmarks/run_all.py -->", "<!-- end of ratios -->"
+FIELDS = {"id", "title", "ratio", "goal", "note"}
+
+
+def available_topics() -> list[str]:
+    """The topics whose script is there."""
+    return [topic for topic in TOPICS if (FOLDER / f"{topic}.py").is_file()]
+
+
+def check(device: str, topics: list[str]) -> None:
+    """Raises `ValueError` for what would fail later."""
+    unknown = sorted(set(topics) - set(available_topics()))
+    if unknown:
+        raise ValueError(f"There is no topic {', '.join(unknown)}; there are {', '.join(available_topics())}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no GPU here: take --device cpu.")
+
+
+def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
+    """Rows of one topic, measured in a fresh process. Raises `ValueError` where it failed or its rows are not rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        program = (
+            f"import json, sys; sys.path.insert(0, {str(FOLDER)!r}); import {topic}\n"
+            f"rows = {topic}.measure({device!r}, {quick!r})\n"
+            f"open({str(path)!r}, 'w').write(json.dumps(rows))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"{topic} failed:\n{done.stderr[-3000:]}")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    if not rows or any(set(entry) != FIELDS for entry in rows):
+        raise ValueError(f"{topic} gave rows without exactly {', '.join(sorted(FIELDS))}.")
+    return [{**entry, "topic": topic} for entry in rows]
+
+
+def describe(device: str, quick: bool) -> dict:
+    """What the ratios were measured on and with."""
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {threads} threads)"
+    return {
+        "device": name,
+        "date": datetime.date.today().isoformat(),
+        "quick": quick,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+
+
+def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
+    """Measure, print and write; returns how many topics failed. A failure is told at the end and stops no other."""
+    check(device, topics)
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    measured, failed = {}, []
+    for topic in topics:
+        print(f"\n{topic}", flush=True)
+        try:
+            measured[topic] = run_topic(topic, device, quick)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
+        print_rows(measured[topic])
+        kept = {entry["topic"]: [other for other in old if other["topic"] == entry["topic"]] for entry in old}
+        merged = {**kept, **measured}
+        rows = [entry for name in TOPICS for entry in merged.get(name, [])]
+        path.write_text(json.dumps({**describe(device, quick), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    for error in failed:
+        print(error, file=sys.stderr)
+    return len(failed)
+
+
+def sort_key(entry: dict) -> tuple[int, str]:
+    """Row 1a before 1b before 2; peers behind the row that they stand beside; what has no number in the end."""
+    digits = "".join(letter for letter in entry["id"] if letter.isdigit())
+    return (int(digits) if digits else 99, entry["id"])
+
+
+def format_table(results: dict) -> str:
+    """The table of the documentation, in markdown."""
+    used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"Measured on: {results['device']}, {results['date']}; {used}.",
+        "",
+        "| # | numerator / denominator | goal | ratio | sizes; why it is short or missing |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in sorted(results["rows"], key=sort_key):
+        ratio = "not measured" if entry["ratio"] is None else f"{entry['ratio']:,.2f}"
+        cells = [entry["id"], entry["title"], entry["goal"], ratio, entry["note"]]
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(results_path: Path, document: Path) -> None:
+    """Put the table between the two markers of `document`. Raises `ValueError` where they are not, once, in order."""
+    text = document.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{document} must hold the lines {BEGIN} and {END} once, in this order.")
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    if results["quick"]:
+        raise ValueError(f"{results_path} was measured with --quick: its ratios mean nothing.")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    document.write_text(f"{before}{BEGIN}\n{format_table(results)}\n{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="the file to write")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
+    parser.add_argument("--only", nargs="+", metavar="TOPIC", help=f"some of {', '.join(available_topics())}")
+    parser.add_argument("--table", nargs=2, type=Path, metavar=("JSON", "MARKDOWN"), help="write the table instead")
+    options = parser.parse_args()
+    if options.table is not None:
+        write_table(*options.table)
+        return
+    if options.json is None:
+        parser.error("give --json FILE to write to, or --table JSON MARKDOWN")
+    sys.exit(measure_all(options.device, options.only or available_topics(), options.quick, options.json) > 0)
+
+
+if __name__ == "__main__":
+    main()

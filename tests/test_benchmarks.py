@@ -1,0 +1,118 @@
+"""The benchmarks: every topic runs and gives rows; one command writes them, and the table comes from its file."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("faiss")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import run_all  # noqa: E402
+from encode import caption_lengths  # noqa: E402
+from side_by_side import speed  # noqa: E402
+
+ENTRY = {"id": "2", "title": "ours / theirs", "ratio": 1234.5, "goal": ">= 2", "note": "a | b", "topic": "encode"}
+RESULTS = {"device": "a device", "date": "2026-01-01", "quick": False, "versions": {"torch": "2"}, "rows": [ENTRY]}
+
+
+def write(path: Path, **changes) -> Path:
+    path.write_text(json.dumps({**RESULTS, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("topic", "ids"),
+    [("encode", {"1a", "1b", "1c", "2"}), ("memory", {"5"}), ("search", {"6"}), ("cross_encoder", {"7"})],
+)
+def test_a_topic_gives_its_rows(topic, ids):
+    rows = importlib.import_module(topic).measure("cpu", True)
+    assert ids <= {entry["id"] for entry in rows}
+    missing = {entry["id"] for entry in rows if entry["ratio"] is None}
+    assert missing <= {"1b", "1p", "2p"}  # a GPU's, and peers that are not installed
+    assert all(entry["ratio"] > 0 for entry in rows if entry["ratio"] is not None)
+
+
+def test_a_topic_runs_in_its_own_process():
+    rows = run_all.run_topic("search", "cpu", quick=True)
+    assert {entry["topic"] for entry in rows} == {"search"}
+
+
+def test_rows_of_a_topic_replace_its_old_ones(tmp_path, monkeypatch):
+    path = write(tmp_path / "out.json", rows=[ENTRY, {**ENTRY, "topic": "memory", "id": "5"}])
+    monkeypatch.setattr(run_all, "run_topic", lambda topic, *_: [{**ENTRY, "topic": topic, "id": "7"}])
+    assert run_all.measure_all("cpu", ["memory"], True, path) == 0
+    written = json.loads(path.read_text())
+    assert [(entry["topic"], entry["id"]) for entry in written["rows"]] == [("encode", "2"), ("memory", "7")]
+    assert written["versions"]["torch"] and written["quick"]
+
+
+def test_a_topic_that_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):
+    def run(topic, *_):
+        if topic == "memory":
+            raise ValueError("memory failed: no reason")
+        return [{**ENTRY, "topic": topic}]
+
+    monkeypatch.setattr(run_all, "run_topic", run)
+    assert run_all.measure_all("cpu", ["memory", "search"], True, tmp_path / "out.json") == 1
+    assert [entry["topic"] for entry in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["search"]
+    assert "no reason" in capsys.readouterr().err
+
+
+def test_unknown_topics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="There is no topic nothing; there are encode"):
+        run_all.measure_all("cpu", ["nothing"], True, tmp_path / "out.json")
+
+
+def test_the_table_stands_between_its_markers_and_nothing_else_changes(tmp_path):
+    results = write(tmp_path / "out.json", rows=[{**ENTRY, "id": "10", "ratio": None}, ENTRY])
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n{run_all.BEGIN}\nold\n{run_all.END}\nafter\n")
+    for _ in range(2):  # writing again changes nothing
+        run_all.write_table(results, document)
+        lines = document.read_text().splitlines()
+        assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", run_all.BEGIN, run_all.END, "after")
+        assert lines[-4] == "| 2 | ours / theirs | >= 2 | 1,234.50 | a / b |"
+        assert lines[-3].startswith("| 10 |") and "not measured" in lines[-3]
+        assert "old" not in lines and "torch 2" in lines[2]
+
+
+def test_no_table_without_markers_or_from_a_quick_run(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("no markers\n")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        run_all.write_table(write(tmp_path / "out.json"), document)
+    document.write_text(f"{run_all.BEGIN}\n{run_all.END}\n")
+    with pytest.raises(ValueError, match="measured with --quick"):
+        run_all.write_table(write(tmp_path / "out.json", quick=True), document)
+
+
+def test_the_documented_table_is_that_of_the_committed_results():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results_cpu.json").read_text(encoding="utf-8"))
+    assert run_all.format_table(results) in page
+
+
+def test_lengths_are_those_of_real_captions():
+    lengths = caption_lengths(5000)
+    assert lengths.mean() == pytest.approx(14.4, abs=0.1)
+    assert sorted(lengths)[4750] == 22
+    assert lengths.max() == 36
+
+
+def test_speed_is_their_time_over_ours():
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    def timer(side, device):
+        return next(times[side])
+
+    times = {ours: iter([3.0, 2.0, 100.0]), theirs: iter([12.0, 1.0, 13.0])}
+    assert speed(ours, theirs, "cpu", rounds=3, timer=timer) == 4
