@@ -115,6 +115,8 @@ class COTSTrainingArguments(TrainingArguments):
         self._check_base_arguments()
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data must not depend on what else draws random numbers
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
     def _check_ranges(self) -> None:
         if self.queue_size < 1:
