@@ -214,7 +214,10 @@ def _halves(output: BaseModelOutputWithPooling) -> Views:
     """The clean and the masked view of B samples, from the output for both of them, one after the other (2 B)."""
     halves = ({}, {})
     for name, value in output.items():
-        parts = [layer.chunk(2) for layer in value] if isinstance(value, tuple) else value.chunk(2)
+        if isinstance(value, tuple):  # of layers, some of which may not have been asked for
+            parts = [(None, None) if layer is None else layer.chunk(2) for layer in value]
+        else:
+            parts = value.chunk(2)
         for number, half in enumerate(halves):
             half[name] = tuple(part[number] for part in parts) if isinstance(value, tuple) else parts[number]
     return tuple(BaseModelOutputWithPooling(**half) for half in halves)
