@@ -5,12 +5,12 @@ python benchmarks/ablation_table.py benchmarks/ablation.json docs/results.md
 
 import argparse
 import json
-import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 from ablation import ARMS
+from side_by_side import write_between
 
 BEGIN, END = "<!-- written by benchmarks/ablation_table.py -->", "<!-- end of what it writes -->"
 MEASURES = "recall_at_1", "recall_at_5", "recall_at_10", "median_rank"
@@ -72,23 +72,12 @@ def trials_table(trials: list[dict]) -> list[str]:
     return rows
 
 
-def write_between_marks(path: Path, lines: list[str]) -> None:
-    """Replace what stands between the marks of a file. Raises `ValueError` where it has none."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} must have one line {BEGIN!r} and after it one {END!r}.")
-    block = "\n".join([BEGIN, "", *lines, "", END])
-    path.write_text(
-        re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.S), encoding="utf-8"
-    )
-
-
 def write_tables(json_path: Path, markdown: Path) -> None:
     """All tables of the results in `json_path`, between the marks of `markdown`."""
     results = json.loads(json_path.read_text(encoding="utf-8"))
     lines = results_table(results["runs"], results["flop_per_step"])
     lines += ["", *detection_rows(results["runs"]), "", *trials_table(results["trials"])]
-    write_between_marks(markdown, lines)
+    write_between(markdown, BEGIN, END, ["", *lines, ""])
 
 
 def main() -> None:

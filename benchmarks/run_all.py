@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from side_by_side import print_rows, versions
+from side_by_side import print_rows, versions, write_between
 
 FOLDER = Path(__file__).parent
 TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
@@ -116,15 +116,11 @@ def format_table(results: dict) -> str:
 
 
 def write_table(results_path: Path, document: Path) -> None:
-    """Put the table between the two markers of `document`. Raises `ValueError` where they are not, once, in order."""
-    text = document.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{document} must hold the lines {BEGIN} and {END} once, in this order.")
+    """Put the table between the two marks of `document`. Raises `ValueError` for results of `--quick`."""
     results = json.loads(results_path.read_text(encoding="utf-8"))
     if results["quick"]:
         raise ValueError(f"{results_path} was measured with --quick: its ratios mean nothing.")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    document.write_text(f"{before}{BEGIN}\n{format_table(results)}\n{after}", encoding="utf-8")
+    write_between(document, BEGIN, END, [format_table(results)])
 
 
 def main() -> None:

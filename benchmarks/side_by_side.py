@@ -13,6 +13,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -88,6 +89,15 @@ def free(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
+
+
+def write_between(document: Path, begin: str, end: str, lines: list[str]) -> None:
+    """Replace what stands between two marks of a Markdown file. Raises `ValueError` without both, once, in order."""
+    text = document.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{document} must hold the lines {begin} and {end} once, in this order.")
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    document.write_text("\n".join([f"{before}{begin}", *lines, after]), encoding="utf-8")
 
 
 def print_rows(rows: list[dict]) -> None:

@@ -118,9 +118,3 @@ def test_tables_are_written_between_the_marks(tmp_path):
     assert "| 100 | 1.00 | 3 | text to image | 10.0 ± 0.0 | 10.0 ± 0.0 | 12.0 ± 2.0 | 10.0 ± 0.0 |" in text
     assert "| 100 | 1.50 | 1 | text to image | 10.0 | 10.0 | 10.0 | 10.0 |" in text
     assert "filter on | 0.750 |" in text and "| a | `learning_rate` 0.002 | 9 | 10.0 | 10.0 |" in text
-
-
-def test_a_page_without_marks_is_refused(tmp_path):
-    (tmp_path / "page.md").write_text("nothing")
-    with pytest.raises(ValueError, match="must have one line"):
-        ablation_table.write_between_marks(tmp_path / "page.md", [])
