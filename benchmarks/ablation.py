@@ -42,6 +42,7 @@ PROTOCOL = "flickr8k-1k"  # of the test pictures
 SEEDS = 0, 1, 2
 NOISE = 0.2  # share of the training captions that the arms e move to other pictures
 NO_MASKS = {"cmvm_weight": 0.0, "cmlm_weight": 0.0}
+NO_FILTER = {"adaptive_filter": False}
 
 
 @dataclass
@@ -56,17 +57,24 @@ class Arm:
 
 ARMS = {
     "a": Arm("in-batch contrast (VisionTextDualEncoder)", {}, is_peer=True),
-    "b": Arm("MCL", {**NO_MASKS, "kl_weight": 0.0}),
-    "c": Arm("MCL + KL", NO_MASKS),
-    "d": Arm("MCL + KL + CMVM + CMLM"),
-    "e-off": Arm("MCL + KL on noisy captions, filter off", {**NO_MASKS, "adaptive_filter": False}, is_noisy=True),
+    "b": Arm("MCL", {**NO_FILTER, **NO_MASKS, "kl_weight": 0.0}),
+    "c": Arm("MCL + KL", {**NO_FILTER, **NO_MASKS}),
+    "d": Arm("MCL + KL + CMVM + CMLM", NO_FILTER),
+    "e-off": Arm("MCL + KL on noisy captions, filter off", {**NO_FILTER, **NO_MASKS}, is_noisy=True),
     "e-on": Arm("MCL + KL on noisy captions, filter on", {**NO_MASKS, "adaptive_filter": True}, is_noisy=True),
 }
-
-# Each arm's best learning rate and, for COTS, how stale its keys may be: the same number of trials for both.
+FAST_KEYS = {"momentum": 0.5, "queue_size": 8}
+# What each is given otherwise than the recipe, as many times for the peer as for COTS.
 TRIALS = {
-    "a": [{}, {"learning_rate": 2e-3}],
-    "c": [{}, {"learning_rate": 2e-3}],
+    "a": [{}, *({"learning_rate": rate} for rate in (3e-4, 5e-4, 2e-3, 4e-3)), {"weight_decay": 0.2}],
+    "c": [
+        {},
+        {"momentum": 0.9, "queue_size": 16},
+        FAST_KEYS,
+        {**FAST_KEYS, "learning_rate": 2e-3},
+        {**FAST_KEYS, "kl_weight": 0.1},
+        {**FAST_KEYS, "kl_weight": 0.0},
+    ],
 }
 
 

@@ -1,16 +1,14 @@
 """From JPEG bytes to a batch on the device: decoding beside PIL and torchvision, bytes sent, loader beside step.
 
-    OMP_NUM_THREADS=1 python benchmarks/data.py --json data.json
-    python benchmarks/data.py --device cuda --json data.json    # the loader beside a step of the base model
+    OMP_NUM_THREADS=1 python benchmarks/data.py --device cpu
+    python benchmarks/data.py --device cuda    # the loader beside a step of the base model
 
 Pictures are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
 thread, all sides on the same pictures in turn; ratio 9 is of the clock, with the workers that this machine has cores
 for. Crops are drawn as in training, from half of the picture to all of it, the same on both sides.
 """
 
-import argparse
 import io
-import json
 import os
 import random
 import statistics
@@ -21,7 +19,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import free, medians, print_rows, row, versions
+from side_by_side import free, medians, row, run_alone
 from timm.data import create_transform
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -236,20 +234,5 @@ def measure(device: str, quick: bool) -> list[dict]:
     return [*decoding_rows(32 if quick else 384, quick), *loader_rows(device, quick)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file, too")
-    options = parser.parse_args()
-    setting = f"{options.device}, torch {versions()['torch']}, Pillow {Image.__version__}"
-    print(setting, flush=True)
-    rows = measure(options.device, options.quick)
-    print_rows(rows)
-    if options.json is not None:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([{**entry, "setting": setting} for entry in rows], file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)
