@@ -235,7 +235,7 @@ def test_the_recipe_of_the_supplement_value_by_value():
     cpu = ["--use_cpu", "true"]
     options, args = parse_config_and_options(*types, argv=[str(recipe), *cpu], defaults=run_video_retrieval.DEFAULTS)
     assert (options.num_frames, options.temperature, options.protocol) == (16, 0.05, "msrvtt-full")
-    assert (args.learning_rate, args.weight_decay, args.optim) == (5e-5, 0.02, "adamw_torch")
+    assert (args.learning_rate, args.weight_decay, args.optim) == (5e-5, 0.02, "adamw_torch_fused")
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 48
     assert (args.momentum, args.queue_size) == (0.99, 1444) and args.queue_size % 48 != 0
     assert (args.lr_hold_epochs, args.lr_scheduler_type, args.warmup_steps) == (1, "linear", 0)
