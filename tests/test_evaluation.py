@@ -102,7 +102,7 @@ def test_captions_are_encoded_by_length_and_stay_with_their_picture(model, tiny_
             return {**item, "captions": ["a", item["captions"][0], item["captions"][0] + " and a red star" * index]}
 
     dataset = Uneven("validation", 5, 32)
-    monkeypatch.setattr(text_encoding, "TOKENS_AT_A_TIME", 30)
+    monkeypatch.setattr(text_encoding, "TOKENS_AT_A_TIME_ON_CPU", 30)
     embeds = embed(model, dataset, tiny_processor, batch_size=2)
     assert embeds.text_ids.tolist() == [i for i in range(5) for _ in range(3)]
     captions = [caption for i in range(5) for caption in dataset[i]["captions"]]

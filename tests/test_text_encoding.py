@@ -20,7 +20,7 @@ def random_texts(lengths: list[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_equals_one_text_at_a_time_in_the_order_given(model, monkeypatch):
-    monkeypatch.setattr(text_encoding, "TOKENS_AT_A_TIME", 20)
+    monkeypatch.setattr(text_encoding, "TOKENS_AT_A_TIME_ON_CPU", 20)
     texts = random_texts([3, 17, 4, 30, 3, 9, 8, 2, 17])
     shapes = []
     model.text_model.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
