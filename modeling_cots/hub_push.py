@@ -81,7 +81,7 @@ def push_folder(
     """
     Push a folder as one commit into a repository, which is created if there is none.
 
-    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files are not sent.
+    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files and Python's caches are not sent.
 
     Args:
         repo_id: `name` or `owner/name`.
@@ -119,8 +119,12 @@ def push_folder(
 
 def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, skipped: set[str]) -> list:
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    # Not the hidden ones: what git and caches keep there is nobody else's business.
-    paths = {name.as_posix(): file for name, file in files.items() if not any(p[0] == "." for p in name.parts)}
+    # Not the hidden ones, nor Python's: what git and caches keep there is nobody else's business.
+    paths = {
+        name.as_posix(): file
+        for name, file in files.items()
+        if not any(part[0] == "." or part == "__pycache__" for part in name.parts)
+    }
     stale = [
         name
         for name in api.list_repo_files(repo_id, revision=revision)

@@ -82,7 +82,9 @@ def embed(model: COTSModel, processor: COTSProcessor) -> tuple[torch.Tensor, tor
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """Files of a repository; those in which Python keeps what it has compiled are none, and come with an import."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def read_json(path: Path) -> dict:

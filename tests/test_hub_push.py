@@ -32,12 +32,14 @@ def checkpoint(tiny_config, tiny_processor, tmp_path) -> str:
 
 @pytest.fixture
 def folder(checkpoint, tmp_path) -> str:
-    """A complete repository, to push as it is; with a hidden file, which stays here."""
+    """A complete repository, to push as it is; with a hidden file and a cache of Python's, which stay here."""
     export_repository(
         COTSModel.from_pretrained(checkpoint), COTSProcessor.from_pretrained(checkpoint), tmp_path / "model"
     )
     (tmp_path / "model" / ".git").mkdir()
     (tmp_path / "model" / ".git" / "config").write_text("mine")
+    (tmp_path / "model" / "__pycache__").mkdir()
+    (tmp_path / "model" / "__pycache__" / "handler.cpython-311.pyc").write_bytes(b"compiled")
     return str(tmp_path / "model")
 
 
@@ -95,7 +97,8 @@ def facts(repo_id: str, **kwargs) -> dict:
 def files_of(folder: str) -> list[str]:
     root = Path(folder)
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    return sorted([*(name for name in names if not name.startswith(".git/")), ".gitattributes"])
+    stay = (".git/", "__pycache__/")
+    return sorted([*(name for name in names if not name.startswith(stay)), ".gitattributes"])
 
 
 # --- push, tag, pull by revision
