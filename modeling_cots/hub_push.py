@@ -81,8 +81,8 @@ def push_folder(
     """
     Push a folder as one commit into a repository, which is created if there is none.
 
-    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files and Python's caches
-    are not sent.
+    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files, and what Python
+    keeps in `__pycache__`, are not sent.
 
     Args:
         repo_id: `name` or `owner/name`.
