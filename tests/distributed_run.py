@@ -96,6 +96,8 @@ def main() -> None:
             lr_scheduler_type="constant" if options.max_steps == 1 else "linear",
             learning_rate=options.learning_rate,
             optim=options.optim,
+            # A softmax does not see key biases: their gradient is rounding, of which a small epsilon makes steps.
+            adam_epsilon=1e-5,
             queue_size=options.queue_size,
             filter_num_std=0.5,
             filter_log=options.output + ".filter_log",

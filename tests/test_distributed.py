@@ -49,12 +49,8 @@ def assert_equal_runs(one: dict, several: dict, tolerance: float, rtol: float = 
     assert decisions[0] == decisions[1]
     for part in ("model", "momentum"):
         for name, tensor in one[part].items():
-            # A softmax does not see the biases of keys: their gradient is rounding, which Adam makes steps of (but
-            # plain gradient descent, where rtol is 0, does not).
-            is_rounding = rtol > 0 and name.endswith(("k_proj.bias", "key.bias"))
-            atol = 10 * tolerance if is_rounding else tolerance
             torch.testing.assert_close(
-                several[part][name], tensor, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+                several[part][name], tensor, rtol=rtol, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
