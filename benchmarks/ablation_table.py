@@ -73,11 +73,14 @@ def trials_table(trials: list[dict]) -> list[str]:
 
 
 def write_tables(json_path: Path, markdown: Path) -> None:
-    """All tables of the results in `json_path`, between the marks of `markdown`."""
+    """Tables of what there is of results in `json_path`, between the marks of `markdown`."""
     results = json.loads(json_path.read_text(encoding="utf-8"))
-    lines = results_table(results["runs"], results["flop_per_step"])
-    lines += ["", *detection_rows(results["runs"]), "", *trials_table(results["trials"])]
-    write_between(markdown, BEGIN, END, ["", *lines, ""])
+    lines = []
+    if results["runs"]:
+        lines += ["", *results_table(results["runs"], results["flop_per_step"]), "", *detection_rows(results["runs"])]
+    if results["trials"]:
+        lines += ["", *trials_table(results["trials"])]
+    write_between(markdown, BEGIN, END, [*lines, ""])
 
 
 def main() -> None:
