@@ -4,6 +4,8 @@ Model and loss are that class's own: two encoders with their poolers, two projec
 only the two things that it needs to stand beside COTS: batches from the same collator, and the same evaluation.
 """
 
+import math
+
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
@@ -31,8 +33,13 @@ class PeerCollator:
 def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, collator: PeerCollator) -> Trainer:
     """transformers' Trainer around a peer with encoders of the sizes in `config`."""
     peer_config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        config.vision_config, config.text_config, projection_dim=config.projection_dim
+        config.vision_config,
+        config.text_config,
+        projection_dim=config.projection_dim,
+        logit_scale_init_value=math.log(1 / config.temperature),
     )
+    # With the attention of COTS, so that speed and counted work tell of the method alone.
+    peer_config._attn_implementation = config._attn_implementation
     return Trainer(
         model=VisionTextDualEncoderModel(peer_config),
         args=args,

@@ -1,7 +1,7 @@
 """A million embeddings that lie as a trained model's do: real ones of pictures and captions, enlarged.
 
 A model is trained by the quick start's recipe, with 256 numbers an embedding, unless it is there already. It embeds
-10,000 generated pictures; their captions are never looked at. Every further vector lies between three real ones: a
+50,000 generated pictures; their captions are never looked at. Every further vector lies between three real ones: a
 picture's embedding, moved by random shares towards two of its ten nearest neighbours, with noise of a twentieth of the
 distance to the first, brought to unit length. Queries are embeddings of captions of the validation split, other scenes
 with combinations that training never saw: of another modality, and from outside the distribution.
@@ -21,7 +21,7 @@ from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "runs" / "quickstart_256"
-NUM_PICTURES, NUM_NEIGHBOURS, NOISE, DIM = 10_000, 10, 0.05, 256
+NUM_PICTURES, NUM_NEIGHBOURS, NOISE, DIM = 50_000, 10, 0.05, 256
 
 
 def train_model(folder: Path, max_steps: int | None = None) -> None:

@@ -95,7 +95,7 @@ def test_the_peer_learns_by_its_own_loss_on_the_batches_of_cots(folder, toy, tmp
     loss = {}
     for name in ("a", "b"):
         args = arms.arguments(ablation.ARMS[name].overrides, 0, 2, str(tmp_path / name))
-        trainer = arms.build_trainer(ablation.ARMS[name], args, arms.train_dataset)
+        trainer = arms.build_trainer(ablation.ARMS[name], args, arms.train_dataset, arms.config)
         loss[name] = next(iter(trainer.get_train_dataloader()))
     assert set(loss["a"]) == {"input_ids", "attention_mask", "pixel_values", "return_loss"}
     for name in ("input_ids", "attention_mask"):
