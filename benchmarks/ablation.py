@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import yaml
 from ablation_peer import PeerCollator, build_peer, embed_peer
 from noisy_pairs import area_under_roc, shuffle_folder
@@ -68,6 +69,7 @@ ARMS = {
     ),
 }
 HALF_KEYS = {"momentum": 0.5}
+WARMUPS = "warmup_steps", "kl_warmup_steps"
 # What each is given otherwise than the recipe, as many times for the peer as for COTS. `temperature` is the model's:
 # the peer learns its own from there.
 TRIALS = {
@@ -133,7 +135,16 @@ class Ablation:
         known = COTSTrainingArguments.__dataclass_fields__
         options = {name: value for name, value in self.recipe.items() if name in known}
         options |= {**overrides, "seed": seed, "max_steps": steps, "output_dir": output_dir}
+        options["use_cpu"] = not torch.cuda.is_available()
         return COTSTrainingArguments(**options | {"save_strategy": "no"})
+
+    def settings(self) -> dict:
+        """What the numbers depend on beside the options of each run."""
+        return {
+            "recipe": self.recipe,
+            "model": json.loads((EXAMPLES / self.recipe["model_config"]).read_text(encoding="utf-8")),
+            "arms": {name: arm.overrides for name, arm in ARMS.items()},
+        }
 
     def run(self, arm: Arm, seed: int, steps: int, overrides: dict | None = None) -> dict:
         """Train once and measure; recalls in percent, ranks, and for noisy captions how well scores tell them."""
@@ -213,7 +224,10 @@ class Ablation:
 
 
 def runs_wanted(ablation: Ablation, steps: int, results: dict) -> list[dict]:
-    """Every run of the tables: with equal steps, and b, c and d with the steps that arm a's compute allows too."""
+    """Every run of the tables: with equal steps, and b, c and d with the steps that arm a's compute allows too.
+
+    Warm-ups of fewer steps are shorter by as much.
+    """
     for name, arm in ARMS.items():
         if name not in results["flop_per_step"]:
             results["flop_per_step"][name] = ablation.flop_per_step(arm)
@@ -221,7 +235,10 @@ def runs_wanted(ablation: Ablation, steps: int, results: dict) -> list[dict]:
     wanted = []
     for seed in SEEDS:
         wanted += [{"arm": name, "seed": seed, "steps": steps} for name in ARMS]
-        wanted += [{"arm": name, "seed": seed, "steps": round(steps * flop["a"] / flop[name])} for name in "bcd"]
+        for name in "bcd":
+            fewer = round(steps * flop["a"] / flop[name])
+            shorter = {warmup: round(ablation.recipe[warmup] * fewer / steps) for warmup in WARMUPS}
+            wanted.append({"arm": name, "seed": seed, "steps": fewer, "overrides": shorter})
     return wanted
 
 
@@ -248,6 +265,9 @@ def main() -> None:
     if args.json.exists():
         results |= json.loads(args.json.read_text(encoding="utf-8"))
     ablation = Ablation(args.folder, "validation" if args.trials else "test")
+    settings = json.loads(json.dumps(ablation.settings()))
+    if results.setdefault("settings", settings) != settings:
+        raise ValueError(f"{args.json} holds results of another recipe or other arms: move it away, or name another.")
     kind = "trials" if args.trials else "runs"
     wanted = trials_wanted(args.steps) if args.trials else runs_wanted(ablation, args.steps, results)
     done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]

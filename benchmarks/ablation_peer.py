@@ -55,12 +55,14 @@ def embed_peer(model: VisionTextDualEncoderModel, dataset, processor, max_text_l
     images, texts, image_ids, text_ids = [], [], [], []
     collator = COTSEvaluationCollator(processor, max_text_length=max_text_length)
     normalize_pixels = PixelNormalizer(processor)
+    device = model.device
     for batch in map(normalize_pixels, DataLoader(dataset, batch_size=200, collate_fn=collator)):
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16):
             images.append(unit_length(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output))
             texts.append(
                 unit_length(model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output)
             )
         image_ids.append(batch["pair_ids"])
         text_ids.append(batch["caption_pair_ids"])
-    return PairEmbeddings(*(torch.cat(parts) for parts in (images, texts, image_ids, text_ids)), 0)
+    return PairEmbeddings(*(torch.cat(parts).cpu() for parts in (images, texts, image_ids, text_ids)), 0)

@@ -5,7 +5,8 @@
 
 Pictures are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
 thread, all sides on the same pictures in turn; ratio 9 is of the clock, with the workers that this machine has cores
-for. Crops are drawn as in training, from half of the picture to all of it, the same on both sides.
+for, and their head start does not count. Crops are drawn as in training, from half of the picture to all of it, the
+same on both sides.
 """
 
 import io
@@ -15,11 +16,12 @@ import statistics
 import tempfile
 import time
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import free, medians, row, run_alone
+from side_by_side import batches_to_time, free, medians, row, run_alone, seconds_a_batch, wait_for
 from timm.data import create_transform
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +83,18 @@ def timm_transform(side: int, normalize: bool):
     )
 
 
+@contextmanager
+def one_thread():
+    """torch with one thread, so that no other one takes part in what this one's time is the time of."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@one_thread()
 def decoding_rows(side: int, quick: bool) -> list[dict]:
     rows = []
     for width in (50, 130) if quick else (500, 1280):
@@ -154,7 +168,6 @@ def build_trainer(device: str, quick: bool, dataset: Dataset, batch_size: int, f
         queue_size=64 if quick else 12_800,
         bf16=device == "cuda",
         use_cpu=device == "cpu",
-        dataloader_num_workers=0 if quick else min(16, os.cpu_count() or 1),
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",
@@ -170,34 +183,32 @@ def build_trainer(device: str, quick: bool, dataset: Dataset, batch_size: int, f
 
 
 def loader_rows(device: str, quick: bool) -> list[dict]:
-    batch_size, num_batches = (2, 3) if quick else (64, 24) if device == "cuda" else (4, 12)
+    batch_size = 2 if quick else 64 if device == "cuda" else 4
+    num_workers = 0 if quick else min(16, os.cpu_count() or 1)
     pictures = [draw_jpeg(80 if quick else 500, seed) for seed in range(4 if quick else 32)]
-    dataset = Pairs(pictures, batch_size * num_batches)
+    dataset = Pairs(pictures, batch_size * batches_to_time(num_workers))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(device, quick, dataset, batch_size, folder)
-        num_workers = trainer.args.dataloader_num_workers
         loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=trainer.data_collator)
-        batch = next(iter(loader))
-        loading = loader_seconds(loader, num_batches)
-        model = trainer.model.to(device).train()
+        loading = seconds_a_batch(iter(loader), num_workers, device)
+        batch = trainer.data_collator([dataset[index] for index in range(batch_size)])
         trainer.current_gradient_accumulation_steps = 1
-        optimizer = trainer.create_optimizer()
+        # Prepared as the training loop does: without it the forward pass would not be in bfloat16.
+        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+        model.train()
 
         def step() -> None:
             trainer.recovery.guard.begin_step()
             trainer.training_step(model, batch)
             optimizer.step()
             optimizer.zero_grad()
-            trainer.momentum_state.encoder.update_(model.cots, 0.99)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            trainer.momentum_state.encoder.update_(trainer.model.cots, 0.99)
 
-        stepping = medians(
-            {"step": step}, device, 1 if quick else 3, timer=lambda function, _: clock_seconds(function)
-        )
+        stepping = medians({"step": step}, device, 1 if quick else 5, timer=clock_seconds)
         pixels = trainer._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
     free(device)
-    layers = f"{model.config.vision_config.num_hidden_layers} layers of {model.config.vision_config.hidden_size}"
+    vision = trainer.model.config.vision_config
+    layers = f"{vision.num_hidden_layers} layers of {vision.hidden_size}"
     note = f"{layers}, batch {batch_size}, {num_workers} workers, pictures of {'80' if quick else '500'} px"
     if device == "cpu":
         note += "; the workers' cores are those of the step, and the base model's step needs a GPU"
@@ -213,19 +224,12 @@ def loader_rows(device: str, quick: bool) -> list[dict]:
     ]
 
 
-def loader_seconds(loader: DataLoader, num_batches: int) -> float:
-    """Seconds a batch, by the clock; starting the workers and their first batch do not count."""
-    batches = iter(loader)
-    next(batches)
-    start = time.perf_counter()
-    for _ in batches:
-        pass
-    return (time.perf_counter() - start) / (num_batches - 1)
-
-
-def clock_seconds(function) -> float:
+def clock_seconds(function, device: str) -> float:
+    """Seconds on the clock, as the loader's; a GPU is waited for."""
+    wait_for(device)
     start = time.perf_counter()
     function()
+    wait_for(device)
     return time.perf_counter() - start
 
 

@@ -5,7 +5,7 @@
 
 On a GPU a pair's memory is the slope between two batch sizes of the `max_memory_allocated` of three steps. On a CPU,
 whose allocator tells no peak, it is what `estimate_training_cost` counts for the base model, and a smaller model's
-estimate is held against what autograd keeps of its real step.
+estimate is held against what autograd keeps of its real step. Captions of real steps are as long as the estimate's.
 """
 
 import tempfile
@@ -32,9 +32,17 @@ TEXT_LENGTH, QUEUE_SIZE, MEGABYTE = 32, 16_384, 1e6
 GOALS = {"plain": 350, "checkpointed": 85}  # megabytes
 
 
+class LongCaptions(ScenesDataset):
+    """Scenes with all five captions in one, which is cut to `TEXT_LENGTH` word pieces: no batch is shorter."""
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        return {**item, "captions": [" ".join(item["captions"])]}
+
+
 def build_trainer(config: COTSConfig, folder: str, batch_size: int, **options) -> COTSTrainer:
     """The trainer of pre-training on generated pictures of the model's size; the width of its dVAE does not matter."""
-    scenes = ScenesDataset("train", 4 * batch_size, config.image_size[0])
+    scenes = LongCaptions("train", 4 * batch_size, config.image_size[0])
     tokenizer = train_tokenizer(scenes.iter_captions(), 300)
     size = {"height": config.image_size[0], "width": config.image_size[1]}
     image_processor = ViTImageProcessor(size=size)
@@ -73,8 +81,8 @@ def peak_bytes(config: COTSConfig, batch_size: int, **options) -> int:
     return peak
 
 
-def kept_by_real_step(config: COTSConfig, batch_size: int) -> tuple[float, int]:
-    """Bytes a pair that autograd keeps of a real step on this CPU, and the word pieces of its captions."""
+def kept_by_real_step(config: COTSConfig, batch_size: int) -> float:
+    """Bytes a pair that autograd keeps of a real step on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -83,7 +91,7 @@ def kept_by_real_step(config: COTSConfig, batch_size: int) -> tuple[float, int]:
             kept_bytes(lambda part=part: trainer.compute_loss(trainer.model, part), trainer.model)
             for part in (batch, half)
         ]
-    return (sizes[0] - sizes[1]) / (batch_size - batch_size // 2), batch["input_ids"].shape[1]
+    return (sizes[0] - sizes[1]) / (batch_size - batch_size // 2)
 
 
 def estimate(config: COTSConfig, **options):
@@ -109,10 +117,10 @@ def measured_on_cpu(options: dict, quick: bool) -> tuple[float, str]:
     megabytes = estimate(base, bf16=True, **options).bytes_per_pair / MEGABYTE
     if options:  # what is computed again is held during the backward pass, where nothing counts it
         return megabytes, "counted, the layer that is being computed again included; a peak needs a GPU"
-    real, text_length = kept_by_real_step(config, 8 if quick else 32)
+    real = kept_by_real_step(config, 8 if quick else 32)
     with tempfile.TemporaryDirectory() as folder:
         args = COTSTrainingArguments(output_dir=folder, use_cpu=True, queue_size=64)
-        small = estimate_training_cost(config, args, text_length=text_length)
+        small = estimate_training_cost(config, args, text_length=TEXT_LENGTH)
     share = small.bytes_per_pair / real
     return megabytes, f"counted; {share:.2f} of what a smaller model's real step keeps, counted alike"
 

@@ -6,12 +6,14 @@
     python benchmarks/run_all.py --table benchmarks/results_cpu.json docs/performance.md      # nothing is measured
 
 Every topic is a script of its own in this folder with a function `measure(device, quick)`. It runs in a process of its
-own, and the file is written after each; with --only its rows replace those that the file has.
+own, and the file is written after each; its rows replace those that the file has of this topic, if that was measured
+on the same device. Of several GPUs the first visible one is taken, and the search has one thread.
 """
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,10 +21,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from side_by_side import print_rows, versions, write_between
+from side_by_side import format_ratio, print_rows, versions, write_between
 
 FOLDER = Path(__file__).parent
 TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
+ON_ONE_THREAD = ("search",)  # as its rows say, its matrix products too; `data` sees to that itself
 BEGIN, END = "<!-- ratios: written by benchmarks/run_all.py -->", "<!-- end of ratios -->"
 FIELDS = {"id", "title", "ratio", "goal", "note"}
 
@@ -32,13 +35,39 @@ def available_topics() -> list[str]:
     return [topic for topic in TOPICS if (FOLDER / f"{topic}.py").is_file()]
 
 
-def check(device: str, topics: list[str]) -> None:
+def check(device: str, topics: list[str], path: Path) -> None:
     """Raises `ValueError` for what would fail later."""
     unknown = sorted(set(topics) - set(available_topics()))
     if unknown:
         raise ValueError(f"There is no topic {', '.join(unknown)}; there are {', '.join(available_topics())}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no GPU here: take --device cpu.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written.")
+
+
+def read_old_rows(path: Path, device: str, quick: bool) -> list[dict]:
+    """Rows of the file, if it is there. Raises `ValueError` where new ones would not fit what it says of all."""
+    if not path.is_file():
+        return []
+    old, new = json.loads(path.read_text(encoding="utf-8")), describe(device, quick)
+    for name in ("device", "quick"):
+        if old[name] != new[name]:
+            raise ValueError(
+                f"{path} was measured with {name} {old[name]!r}, and this is {new[name]!r}: take another."
+            )
+    return old["rows"]
+
+
+def environment_of(topic: str) -> dict[str, str]:
+    """The environment of a topic's process: one GPU, as COTSTrainer wants it, and one thread where rows say so."""
+    environment = dict(os.environ)
+    environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if topic in ON_ONE_THREAD:
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment
 
 
 def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
@@ -50,7 +79,8 @@ def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
             f"rows = {topic}.measure({device!r}, {quick!r})\n"
             f"open({str(path)!r}, 'w').write(json.dumps(rows))"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_of(topic))
         if done.returncode != 0:
             raise ValueError(f"{topic} failed:\n{done.stderr[-3000:]}")
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -73,8 +103,8 @@ def describe(device: str, quick: bool) -> dict:
 
 def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
     """Measure, print and write; returns how many topics failed. A failure is told at the end and stops no other."""
-    check(device, topics)
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    check(device, topics, path)
+    old = read_old_rows(path, device, quick)
     measured, failed = {}, []
     for topic in topics:
         print(f"\n{topic}", flush=True)
@@ -109,8 +139,7 @@ def format_table(results: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for entry in sorted(results["rows"], key=sort_key):
-        ratio = "not measured" if entry["ratio"] is None else f"{entry['ratio']:,.2f}"
-        cells = [entry["id"], entry["title"], entry["goal"], ratio, entry["note"]]
+        cells = [entry["id"], entry["title"], entry["goal"], format_ratio(entry["ratio"]), entry["note"]]
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
 A row is a dict of `id` (the row of the table), `title`, `ratio` (`None` where it cannot be measured here), `goal` and
 `note` (sizes, and why a ratio is missing or short). Sides take turns (A B A B ...) on the same inputs, threads and
 precision; medians are compared. On a CPU the time is that of this thread or process, so that other programs do not
-count; on a GPU it is that of the device, between two events.
+count; on a GPU it is that of the device, between two events. Where processes load while a model computes
+(`seconds_a_batch`), it is the clock's.
 """
 
 import argparse
@@ -12,12 +13,14 @@ import importlib
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 PEERS = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "faiss-cpu", "torch")
+ALSO_CALLED = {"faiss-cpu": ("faiss-gpu", "faiss-gpu-cu12")}  # the same module in another package
+HEAD_START, TIMED, LEFT = 2, 10, 2  # batches a worker: made ahead, timed, and still to come when the time is taken
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -34,13 +37,34 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def wall_seconds(function: Callable[[], object], device: str) -> float:
-    """Seconds on the clock, for work that several processes or a processor and a GPU share."""
-    start = time.perf_counter()
-    function()
+def seconds_a_batch(batches: Iterator, num_workers: int, device: str) -> float:
+    """
+    Seconds a batch while `num_workers` processes make them, of `batches_to_time(num_workers)` batches.
+
+    Starting the workers and the two batches that each makes ahead do not count, and as many are left in the end, so
+    that nothing timed was made before. By the clock; without workers on a CPU by the time of this process.
+    """
+    workers = max(1, num_workers)
+    clock = time.process_time if device == "cpu" and num_workers == 0 else time.perf_counter
+    for _ in range(HEAD_START * workers):
+        next(batches)
+    wait_for(device)
+    start = clock()
+    for _ in range(TIMED * workers):
+        next(batches)
+    wait_for(device)
+    return (clock() - start) / (TIMED * workers)
+
+
+def batches_to_time(num_workers: int) -> int:
+    """How many batches `seconds_a_batch` needs."""
+    return (HEAD_START + TIMED + LEFT) * max(1, num_workers)
+
+
+def wait_for(device: str) -> None:
+    """Let a GPU end what it was asked for."""
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def medians(sides: dict[str, Callable], device: str, rounds: int = 5, timer: Callable = seconds) -> dict[str, float]:
@@ -74,14 +98,19 @@ def optional(module: str):
 
 
 def versions() -> dict[str, str]:
-    """Versions of the peers; "missing" for those that are not installed."""
+    """Versions of the peers, under the name of the package that is installed; "missing" for those that are not."""
     found = {}
-    for name in PEERS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
+    for peer in PEERS:
+        names = [name for name in (peer, *ALSO_CALLED.get(peer, ())) if _version(name) is not None]
+        found[names[0] if names else peer] = _version(names[0]) if names else "missing"
     return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def free(device: str) -> None:
@@ -100,10 +129,17 @@ def write_between(document: Path, begin: str, end: str, lines: list[str]) -> Non
     document.write_text("\n".join([f"{before}{begin}", *lines, after]), encoding="utf-8")
 
 
+def format_ratio(ratio: float | None) -> str:
+    """Three digits behind the point below 10, where goals are close."""
+    if ratio is None:
+        return "not measured"
+    return f"{ratio:,.3f}" if ratio < 10 else f"{ratio:,.2f}"
+
+
 def print_rows(rows: list[dict]) -> None:
     """One line a row, its note below."""
     for entry in rows:
-        value = "not measured" if entry["ratio"] is None else f"{entry['ratio']:,.2f}"
+        value = format_ratio(entry["ratio"])
         print(f"{entry['id']:4s} {entry['title']:78s} {value:>12s}   goal {entry['goal']}\n     {entry['note']}")
 
 

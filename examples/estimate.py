@@ -10,7 +10,7 @@ pair is all frames of one and a caption. Nothing is trained and no data is opene
 do not. Of pre-trained encoders only the configuration is read, and of timm's not even that. FLOP and bytes are counted
 on the real modules; pairs a second follow from the rate that is given, so they are as true as it is. Captions count as
 `max_text_length` word pieces each, and the vocabulary as the configuration has it: a tokenizer that is trained on the
-captions may have fewer.
+captions may have fewer. With `--image_tokenizer none` the image tokens are those that the data bring along.
 """
 
 import sys
@@ -67,8 +67,8 @@ def main() -> None:
     if (script_args.vision_model or "").startswith("timm/"):
         config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
     shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
-    if script_args.image_tokenizer == "random":
-        shapes["image_tokenizer_hidden_size"] = 8
+    if script_args.image_tokenizer in ("random", "none"):  # "none": the data bring their image tokens along
+        shapes["image_tokenizer_hidden_size"] = 8 if script_args.image_tokenizer == "random" else None
     cost = estimate_training_cost(config, args, **shapes)
 
     # 2. What the model is.

@@ -39,12 +39,12 @@ from .training_setup import (
     build_training_collator,
     check_setup,
     freeze_unused_parameters,
-    image_tokens_of,
     leave_launch,
     mark_repeated_samples,
     settle_image_tokens,
     settle_launch,
     use_float16_on_cpu,
+    with_image_tokens,
 )
 
 logger = logging.get_logger(__name__)
@@ -163,6 +163,7 @@ class COTSTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of COTS of one batch: w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM."""
         args = self.args
+        inputs = with_image_tokens(inputs, self.image_tokenizer, self.model.config.patch_size)
         outputs = model(**self._model_inputs(inputs))
         momentum_image_embeds, momentum_text_embeds = self._momentum_encode(inputs)
 
@@ -254,9 +255,8 @@ class COTSTrainer(Trainer):
         """Masked modelling of my kept pairs: means over the masked tokens of all kept pairs of the global batch."""
         losses = {}
         if self.args.cmvm_weight > 0:
-            masked = inputs["bool_masked_pos"].bool()
-            image_tokens = image_tokens_of(inputs, self.image_tokenizer, self.model.config.patch_size)
-            losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], image_tokens, masked, keep)
+            masked, targets = inputs["bool_masked_pos"].bool(), inputs["image_tokens"]
+            losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], targets, masked, keep)
         if self.args.cmlm_weight > 0:
             masked = inputs["text_targets"] != -100
             losses["loss_cmlm"] = self._masked_loss(outputs["text_token_logits"], inputs["text_targets"], masked, keep)

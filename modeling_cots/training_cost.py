@@ -87,7 +87,7 @@ def estimate_training_cost(
     *,
     text_length: int = 32,
     num_frames: int | None = None,
-    image_tokenizer_hidden_size: int = 256,
+    image_tokenizer_hidden_size: int | None = 256,
 ) -> TrainingCost:
     """
     Estimate the cost of training a model of `config` with `args`.
@@ -97,7 +97,8 @@ def estimate_training_cost(
         args ([`COTSTrainingArguments`]): Says which losses are on, the mask ratios, the queue and the precision.
         text_length (`int`, defaults to 32): Word pieces of a caption, padding included.
         num_frames (`int`, *optional*): Frames of a video; without it pairs are of pictures.
-        image_tokenizer_hidden_size (`int`, defaults to 256): Width of the dVAE; 256 is DALL-E's.
+        image_tokenizer_hidden_size (`int`, *optional*, defaults to 256): Width of the dVAE; 256 is DALL-E's. `None`:
+            the data bring their image tokens along.
 
     Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
     and for videos with the masked losses, which are of pictures.
@@ -211,7 +212,7 @@ class _FakeStep:
         masked = words[:, -self.masked_words :]
         return self.predict(self.model.cmlm_head, self.model.image_to_text, masked, image_feature)
 
-    def count_flop(self, image_tokenizer_hidden_size: int) -> dict[str, float]:
+    def count_flop(self, image_tokenizer_hidden_size: int | None) -> dict[str, float]:
         """FLOP of one pair by part; parts whose loss has weight 0 are absent."""
         args, batch_size, config = self.args, 2, self.model.config
         vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
@@ -234,7 +235,7 @@ class _FakeStep:
         with torch.no_grad():
             counts["vision, momentum"] = _count(lambda: self.embed_images(batch_size))
             counts["text, momentum"] = _count(lambda: self.embed_texts(batch_size))
-            if args.cmvm_weight > 0:
+            if args.cmvm_weight > 0 and image_tokenizer_hidden_size is not None:
                 codebook = FlavaImageCodebook(
                     FlavaImageCodebookConfig(
                         hidden_size=image_tokenizer_hidden_size, vocab_size=config.image_vocab_size

@@ -114,11 +114,15 @@ def _check_source(source: TokenSource, config, image_tokenizer: ImageTokenizer |
         )
 
 
-def image_tokens_of(inputs: dict, image_tokenizer: ImageTokenizer | None, patch_size) -> torch.Tensor:
-    """The tokens (B, patches) of a batch on the device: cached ones, or computed, of raw pixels if it has them."""
-    if "image_tokens" in inputs:
-        return inputs["image_tokens"]
-    return image_tokenizer(inputs.get("raw_pixels", inputs["pixel_values"]), patch_size)
+def with_image_tokens(inputs: dict, image_tokenizer: ImageTokenizer | None, patch_size: tuple[int, int]) -> dict:
+    """A batch with masked patches gets `image_tokens` (B, patches), cached or computed, of raw pixels if it has them.
+
+    Called before the model runs: the dVAE's own activations then do not come on top of those that the model keeps.
+    """
+    if "bool_masked_pos" not in inputs or "image_tokens" in inputs:
+        return inputs
+    image_tokens = image_tokenizer(inputs.get("raw_pixels", inputs["pixel_values"]), patch_size)
+    return {**inputs, "image_tokens": image_tokens}
 
 
 def build_training_collator(
@@ -245,9 +249,9 @@ __all__ = [
     "build_training_collator",
     "check_setup",
     "freeze_unused_parameters",
-    "image_tokens_of",
     "leave_launch",
     "mark_repeated_samples",
+    "with_image_tokens",
     "settle_image_tokens",
     "settle_launch",
     "use_float16_on_cpu",

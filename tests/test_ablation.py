@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from torch.nn.functional import cross_entropy
 
 from modeling_cots import ScenesDataset
 
@@ -84,6 +85,10 @@ def test_trials_are_as_many_for_the_peer_and_of_what_the_trainers_know(folder, t
     trials = ablation.trials_wanted(2)
     by_arm = {name: [trial for trial in trials if trial["arm"] == name] for name in ablation.TRIALS}
     assert len({len(group) for group in by_arm.values()}) == 1
+    arms = ablation.Ablation(folder, "validation")
+    for trial in trials:  # an option that there is not is an error here
+        options = {name: value for name, value in trial["overrides"].items() if name != "temperature"}
+        arms.arguments(options, 0, 2, str(folder / "work"))
     monkeypatch.setattr(ablation, "TRIALS", {name: group[-1:] for name, group in ablation.TRIALS.items()})
     path = folder / "out.json"
     start(monkeypatch, ablation, folder, "--json", path, "--steps", 2, "--trials")
@@ -92,14 +97,27 @@ def test_trials_are_as_many_for_the_peer_and_of_what_the_trainers_know(folder, t
 
 def test_the_peer_learns_by_its_own_loss_on_the_batches_of_cots(folder, toy, tmp_path):
     arms = ablation.Ablation(folder, "validation")
-    loss = {}
+    trainers, batches = {}, {}
     for name in ("a", "b"):
         args = arms.arguments(ablation.ARMS[name].overrides, 0, 2, str(tmp_path / name))
-        trainer = arms.build_trainer(ablation.ARMS[name], args, arms.train_dataset, arms.config)
-        loss[name] = next(iter(trainer.get_train_dataloader()))
-    assert set(loss["a"]) == {"input_ids", "attention_mask", "pixel_values", "return_loss"}
-    for name in ("input_ids", "attention_mask"):
-        assert torch.equal(loss["a"][name], loss["b"][name])
+        trainers[name] = arms.build_trainer(ablation.ARMS[name], args, arms.train_dataset, arms.config)
+        batches[name] = next(iter(trainers[name].get_train_dataloader()))
+    assert set(batches["a"]) == {"input_ids", "attention_mask", "pixel_values", "return_loss"}
+    batches["b"] = trainers["b"].pixel_normalizer(batches["b"])
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        assert torch.equal(batches["a"][name], batches["b"][name])
+    outputs = trainers["a"].model.eval()(**batches["a"])
+    same_pair = torch.arange(len(outputs.logits_per_text))
+    in_batch = [cross_entropy(logits, same_pair) for logits in (outputs.logits_per_text, outputs.logits_per_image)]
+    torch.testing.assert_close(outputs.loss, sum(in_batch) / 2)
+    assert outputs.loss > 0
+
+
+def test_results_of_another_recipe_are_not_gone_on_with(folder, toy, monkeypatch):
+    path = folder / "out.json"
+    path.write_text(json.dumps({"settings": {"recipe": {"momentum": 0.99}}}))
+    with pytest.raises(ValueError, match="another recipe or other arms"):
+        start(monkeypatch, ablation, folder, "--json", path)
 
 
 def test_tables_are_written_between_the_marks(tmp_path):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -18,6 +19,17 @@ def test_every_row_is_measured():
     assert all(set(entry) == run_all.FIELDS for entry in rows)
     assert all(entry["ratio"] > 0 for entry in rows)
     assert rows[-1]["ratio"] == 4.0
+
+
+def test_decoding_has_one_thread_and_gives_the_others_back():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with data_benchmark.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_pictures_have_the_grain_of_photographs():

@@ -51,6 +51,11 @@ def test_a_video_costs_its_frames(estimate):
     assert costs[1] == pytest.approx(10 * costs[0], rel=0.05)
 
 
+def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
+    assert "image tokenizer" in estimate()
+    assert "image tokenizer" not in estimate("--image_tokenizer", "none")
+
+
 def test_timm_names_say_the_size(estimate, tmp_path):
     model = ["--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
     assert number(estimate(*model), "  vision stream") == pytest.approx(21.6, abs=0.1)

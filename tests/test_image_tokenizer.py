@@ -1,5 +1,7 @@
 """Visual tokens: on the patch grid, from the raw picture, by a codebook that stays frozen."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -98,6 +100,15 @@ def test_raw_pixels_give_the_tokens_of_the_normalised_ones(tokenizer):
     ids = tokenizer(raw, (16, 16))
     assert torch.equal(ids, tokenizer(normalise(raw / 255), (16, 16)))
     assert len(ids.unique()) > 3
+
+
+def test_the_memory_layout_changes_no_token(tokenizer):
+    weight = tokenizer.codebook.blocks.group_1.group.block_1.res_path.path.conv_1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    plain = copy.deepcopy(tokenizer)
+    plain.codebook.to(memory_format=torch.contiguous_format)
+    pixels = normalise(pictures(8, 64, 64))
+    assert torch.equal(tokenizer(pixels, (16, 16)), plain(pixels, (16, 16)))
 
 
 def test_tokens_do_not_depend_on_autocast(tokenizer):

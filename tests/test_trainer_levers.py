@@ -62,6 +62,25 @@ def test_the_momentum_encoders_run_in_the_precision_of_the_training(make_trainer
     assert trainer.queue.image_embeds.dtype == torch.float32
 
 
+def test_momentum_embeddings_in_half_precision_are_those_of_full_precision_but_for_rounding(make_trainer):
+    halves, wholes = make_trainer(bf16=True), make_trainer()
+    wholes.momentum_state.load_state_dict(halves.momentum_state.state_dict())
+    items = [halves.train_dataset[index] for index in range(8)]
+    batch = halves._prepare_inputs(halves.data_collator(items))
+    for half, whole in zip(halves._momentum_encode(batch), wholes._momentum_encode(batch), strict=True):
+        assert not torch.equal(half.float(), whole)
+        # bfloat16 has eight bits: two layers deep, a unit vector keeps its direction to a thousandth.
+        assert (torch.cosine_similarity(half.float(), whole) > 0.999).all()
+
+
+def test_image_tokens_are_made_before_the_model_fills_the_memory(make_trainer):
+    trainer, calls = make_trainer(max_steps=1), []
+    for name, module in (("image tokenizer", trainer.image_tokenizer), ("model", trainer.model)):
+        module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    trainer.train()
+    assert calls == ["image tokenizer", "model"]
+
+
 class WaitsForDevice(TorchDispatchMode):
     """Counts the operations at which the host would have to wait for an accelerator, as what follows needs a value."""
 
