@@ -44,7 +44,6 @@ RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"
 PROTOCOL = "flickr8k-1k"  # of the test pictures
 SEEDS = 0, 1, 2
 NOISE = 0.2  # share of the training captions that the arms e move to other pictures
-NO_MASKS = {"cmvm_weight": 0.0, "cmlm_weight": 0.0}
 SLOW_KEYS = {"momentum": 0.95, "queue_size": 128}  # the filter's statistics need more than a few scores
 
 
@@ -60,13 +59,11 @@ class Arm:
 
 ARMS = {
     "a": Arm("in-batch contrast (VisionTextDualEncoder)", {"weight_decay": 0.2}, is_peer=True),
-    "b": Arm("MCL", {**NO_MASKS, "kl_weight": 0.0}),
-    "c": Arm("MCL + KL", NO_MASKS),
-    "d": Arm("MCL + KL + CMVM + CMLM"),
-    "e-off": Arm("MCL + KL on noisy captions, filter off", {**NO_MASKS, **SLOW_KEYS}, is_noisy=True),
-    "e-on": Arm(
-        "MCL + KL on noisy captions, filter on", {"adaptive_filter": True, **NO_MASKS, **SLOW_KEYS}, is_noisy=True
-    ),
+    "b": Arm("MCL", {"kl_weight": 0.0}),
+    "c": Arm("MCL + KL"),
+    "d": Arm("MCL + KL + CMVM + CMLM", {"cmvm_weight": 0.1, "cmlm_weight": 0.2}),
+    "e-off": Arm("MCL + KL on noisy captions, filter off", SLOW_KEYS, is_noisy=True),
+    "e-on": Arm("MCL + KL on noisy captions, filter on", {"adaptive_filter": True, **SLOW_KEYS}, is_noisy=True),
 }
 HALF_KEYS = {"momentum": 0.5}
 WARMUPS = "warmup_steps", "kl_warmup_steps"

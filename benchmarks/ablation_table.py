@@ -25,22 +25,22 @@ def spread(values: list[float]) -> str:
 
 
 def results_table(runs: list[dict], flop_per_step: dict[str, float]) -> list[str]:
-    """One row an arm, number of steps and direction, over all seeds."""
+    """One row an arm, number of steps and direction, over all seeds; the sum is that of both directions."""
     groups = defaultdict(list)
     for run in runs:
         groups[run["arm"], run["steps"]].append(run["metrics"])
     unit = flop_per_step["a"] * max(steps for arm, steps in groups if arm == "a")
     rows = [
-        "| arm | steps | compute | seeds | direction | R@1 | R@5 | R@10 | median rank |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | steps | compute | seeds | direction | R@1 | R@5 | R@10 | median rank | sum of recalls |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (arm, steps), metrics in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
         compute = f"{steps * flop_per_step[arm] / unit:.2f}"
-        title = f"({arm}) {ARMS[arm].title}"
+        title, total = f"({arm}) {ARMS[arm].title}", spread([found["recall_sum"] for found in metrics])
         for side, direction in DIRECTIONS.items():
             cells = [spread([found[f"{side}_{measure}"] for found in metrics]) for measure in MEASURES]
-            rows.append(f"| {' | '.join([title, str(steps), compute, str(len(metrics)), direction, *cells])} |")
-            title = compute = ""
+            rows.append(f"| {' | '.join([title, str(steps), compute, str(len(metrics)), direction, *cells, total])} |")
+            title = compute = total = ""
     return rows
 
 

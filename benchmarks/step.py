@@ -306,6 +306,19 @@ def update_row(device: str, quick: bool, sizes: Sizes) -> dict:
     return row("update", "momentum update: foreach / loop", ratio, "<= 0.23", f"{num_millions:.1f}M parameters")
 
 
+def layout_row(device: str, sizes: Sizes) -> dict:
+    """The image tokenizer with weights in channels-last order, as it is, beside the plain order."""
+    grid = 8 if sizes.codebook_width < DVAE_WIDTH else 24
+    ours = ImageTokenizer.random(sizes.image_vocab_size, [0.5] * 3, [0.5] * 3, hidden_size=sizes.codebook_width)
+    ours = ours.to(device)
+    plain = copy.deepcopy(ours)
+    plain.codebook.to(memory_format=torch.contiguous_format)
+    pixels = torch.randint(256, (min(sizes.batch, 32), 3, 16 * grid, 16 * grid), dtype=torch.uint8, device=device)
+    ratio = speed(lambda: ours(pixels, (16, 16)), lambda: plain(pixels, (16, 16)), device, sizes.rounds)
+    note = f"dVAE {sizes.codebook_width} wide, {len(pixels)} pictures, {grid} x {grid} tokens, float32"
+    return row("dvae", "image tokenizer: plain memory layout / channels last", ratio, ">= 1.41", note)
+
+
 @torch.no_grad()
 def text_row(device: str, quick: bool, sizes: Sizes) -> dict:
     """Captions as `embed_pairs` encodes them, beside those of 64 pictures at a time, padded to their longest."""
@@ -360,7 +373,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
 def measure(device: str, quick: bool) -> list[dict]:
     """Rows 3a to 3c and 4, and one a lever."""
     sizes = choose_sizes(device, quick)
-    rows = [update_row(device, quick, sizes), text_row(device, quick, sizes)]
+    rows = [update_row(device, quick, sizes), text_row(device, quick, sizes), layout_row(device, sizes)]
     measured = None
     while measured is None:
         free(device)

@@ -22,7 +22,8 @@ def step(monkeypatch):
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
     rows = step.measure("cpu", quick=True)
-    assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", "views", "optim", "update", "texts", "compile"}
+    levers = {"views", "optim", "update", "texts", "dvae", "compile"}
+    assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", *levers}
     for entry in rows:
         assert set(entry) == {"id", "title", "ratio", "goal", "note"}
         assert (entry["ratio"] is None) == (entry["id"] in ("3b", "compile"))
@@ -50,9 +51,10 @@ def test_too_little_memory_halves_the_batch_until_it_fits(step, monkeypatch):
     monkeypatch.setattr(step, "rows_of_a_batch", rows_of_a_batch)
     monkeypatch.setattr(step, "update_row", lambda *_: "update")
     monkeypatch.setattr(step, "text_row", lambda *_: "texts")
+    monkeypatch.setattr(step, "layout_row", lambda *_: "layout")
     monkeypatch.setattr(step, "choose_sizes", lambda *_: step.Sizes(batch=256))
     limit = 64
-    update, texts, described = step.measure("cpu", quick=True)
+    update, texts, _, described = step.measure("cpu", quick=True)
     assert (tried, update, texts) == ([256, 128, 64], "update", "texts")
     assert described.endswith("64 pairs, as 128 did not fit")
     limit = 0
