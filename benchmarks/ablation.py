@@ -21,14 +21,11 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 import yaml
 from ablation_peer import PeerCollator, build_peer, embed_peer
-from noisy_pairs import area_under_roc, shuffle_folder
+from noisy_pairs import area_under_roc, find_moved, shuffle_folder
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
 from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
@@ -37,6 +34,7 @@ from modeling_cots.datasets_pairs import open_pairs
 from modeling_cots.image_reading import read_image
 from modeling_cots.pair_scores import score_pairs
 from modeling_cots.retrieval_metrics import retrieval_metrics
+from modeling_cots.training_cost import flop_counter
 from modeling_cots.training_setup import build_training_collator
 
 EXAMPLES = Path(__file__).parents[1]
@@ -131,9 +129,9 @@ class Ablation:
     def arguments(self, overrides: dict, seed: int, steps: int, output_dir: str) -> COTSTrainingArguments:
         known = COTSTrainingArguments.__dataclass_fields__
         options = {name: value for name, value in self.recipe.items() if name in known}
-        options |= {**overrides, "seed": seed, "max_steps": steps, "output_dir": output_dir}
-        options["use_cpu"] = not torch.cuda.is_available()
-        return COTSTrainingArguments(**options | {"save_strategy": "no"})
+        of_this_run = {"seed": seed, "max_steps": steps, "output_dir": output_dir, "save_strategy": "no"}
+        of_this_run["use_cpu"] = not torch.cuda.is_available()
+        return COTSTrainingArguments(**{**options, **overrides, **of_this_run})
 
     def settings(self) -> dict:
         """What the numbers depend on beside the options of each run."""
@@ -202,10 +200,8 @@ class Ablation:
             batch_size=trainer.args.eval_batch_size,
             max_text_length=self.max_text_length,
         )
-        is_moved = pq.read_table(noisy / "train.parquet", columns=["is_shuffled"])["is_shuffled"].to_pylist()
-        places = zip(pairs.pair_ids.tolist(), pairs.caption_numbers.tolist(), strict=True)
-        is_noise = [is_moved[image][number] for image, number in places]
-        return area_under_roc(pairs.scores.numpy(), np.array(is_noise))
+        is_noise = find_moved(noisy, pairs.pair_ids.tolist(), pairs.caption_numbers.tolist())
+        return area_under_roc(pairs.scores.numpy(), is_noise)
 
     def flop_per_step(self, arm: Arm) -> float:
         """Floating-point operations of one step of an arm, forward and backward, counted on the same real batch."""
@@ -215,7 +211,7 @@ class Ablation:
             items = [self.train_dataset[index] for index in range(trainer.args.train_batch_size)]
             batch = trainer._prepare_inputs(trainer.data_collator(items))
             trainer.model.train()
-            with FlopCounterMode(display=False) as counter, trainer.compute_loss_context_manager():
+            with flop_counter() as counter, trainer.compute_loss_context_manager():
                 trainer.compute_loss(trainer.model, batch).backward()
             return float(counter.get_total_flops())
 

@@ -87,13 +87,17 @@ def area_under_roc(scores: np.ndarray, is_noise: np.ndarray) -> float:
     return float((ranks[~is_noise].sum() - num_clean * (num_clean + 1) / 2) / (num_clean * num_noisy))
 
 
+def find_moved(noisy: Path, pair_ids: list[int], caption_numbers: list[int]) -> np.ndarray:
+    """(N,) bool: which of these captions of the training split `shuffle_folder` has moved."""
+    is_moved = pq.read_table(noisy / "train.parquet", columns=["is_shuffled"])["is_shuffled"].to_pylist()
+    return np.array([is_moved[image][number] for image, number in zip(pair_ids, caption_numbers, strict=True)])
+
+
 def report(noisy: Path, scores_path: Path) -> None:
     """Print how well the scores detect the shuffled captions, and what the threshold does at several k."""
-    is_moved = pq.read_table(noisy / "train.parquet", columns=["is_shuffled"])["is_shuffled"].to_pylist()
     table = pq.read_table(scores_path)
     scores = table["score"].to_numpy().astype(np.float64)
-    places = zip(table["pair_id"].to_pylist(), table["caption_number"].to_pylist(), strict=True)
-    is_noise = np.array([is_moved[image][number] for image, number in places])
+    is_noise = find_moved(noisy, table["pair_id"].to_pylist(), table["caption_number"].to_pylist())
     print(f"{scores_path}: {len(scores):,} pairs, {is_noise.sum():,} shuffled; mean {scores.mean():.3f}")
     print(f"area under the ROC curve {area_under_roc(scores, is_noise):.3f}")
     print("   k  threshold  dropped  precision  recall   (shuffled pairs among those dropped; dropped among shuffled)")

@@ -306,9 +306,9 @@ def update_row(device: str, quick: bool, sizes: Sizes) -> dict:
     return row("update", "momentum update: foreach / loop", ratio, "<= 0.23", f"{num_millions:.1f}M parameters")
 
 
-def layout_row(device: str, sizes: Sizes) -> dict:
+def layout_row(device: str, quick: bool, sizes: Sizes) -> dict:
     """The image tokenizer with weights in channels-last order, as it is, beside the plain order."""
-    grid = 8 if sizes.codebook_width < DVAE_WIDTH else 24
+    grid = 8 if quick else 24
     ours = ImageTokenizer.random(sizes.image_vocab_size, [0.5] * 3, [0.5] * 3, hidden_size=sizes.codebook_width)
     ours = ours.to(device)
     plain = copy.deepcopy(ours)
@@ -373,7 +373,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
 def measure(device: str, quick: bool) -> list[dict]:
     """Rows 3a to 3c and 4, and one a lever."""
     sizes = choose_sizes(device, quick)
-    rows = [update_row(device, quick, sizes), text_row(device, quick, sizes), layout_row(device, sizes)]
+    rows = [make(device, quick, sizes) for make in (update_row, text_row, layout_row)]
     measured = None
     while measured is None:
         free(device)

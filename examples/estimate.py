@@ -27,6 +27,7 @@ from modeling_cots.timm_weights import timm_vit_config
 from modeling_cots.training_cost import estimate_training_cost
 
 SCRIPTS = run_pretraining, run_retrieval, run_video_retrieval
+TOKENIZER_WIDTHS = {"random": 8, "none": None}  # of what is not the dVAE
 
 
 @dataclass
@@ -67,8 +68,8 @@ def main() -> None:
     if (script_args.vision_model or "").startswith("timm/"):
         config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
     shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
-    if script_args.image_tokenizer in ("random", "none"):  # "none": the data bring their image tokens along
-        shapes["image_tokenizer_hidden_size"] = 8 if script_args.image_tokenizer == "random" else None
+    if script_args.image_tokenizer in TOKENIZER_WIDTHS:
+        shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
     cost = estimate_training_cost(config, args, **shapes)
 
     # 2. What the model is.

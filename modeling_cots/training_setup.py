@@ -251,8 +251,8 @@ __all__ = [
     "freeze_unused_parameters",
     "leave_launch",
     "mark_repeated_samples",
-    "with_image_tokens",
     "settle_image_tokens",
     "settle_launch",
     "use_float16_on_cpu",
+    "with_image_tokens",
 ]
