@@ -29,13 +29,19 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
-from modeling_cots.building import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
-from modeling_cots.datasets_pairs import open_pairs
-from modeling_cots.image_reading import read_image
-from modeling_cots.pair_scores import score_pairs
-from modeling_cots.retrieval_metrics import retrieval_metrics
-from modeling_cots.training_cost import flop_counter
-from modeling_cots.training_setup import build_training_collator
+from modeling_cots.data.image_reading import read_image
+from modeling_cots.data.pairs import open_pairs
+from modeling_cots.evaluation.pair_scores import score_pairs
+from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
+from modeling_cots.scripts.cost import flop_counter
+from modeling_cots.scripts.factory import (
+    build_config,
+    build_image_tokenizer,
+    build_model,
+    build_processor,
+    build_tokenizer,
+)
+from modeling_cots.training.setup import build_training_collator
 
 EXAMPLES = Path(__file__).parents[1]
 RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from modeling_cots import COTSConfig
-from modeling_cots.data_collator import COTSEvaluationCollator
-from modeling_cots.evaluation import PairEmbeddings
-from modeling_cots.pixel_normalization import PixelNormalizer
-from modeling_cots.similarities_cots import unit_length
+from modeling_cots.data.image_collators import COTSEvaluationCollator
+from modeling_cots.data.pixel_normalization import PixelNormalizer
+from modeling_cots.evaluation.embedding import PairEmbeddings
+from modeling_cots.modeling_cots import unit_length
 
 MODEL_INPUTS = "input_ids", "attention_mask", "pixel_values"
 

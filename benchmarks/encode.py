@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from modeling_cots import COTSConfig, COTSModel, compile_layers
-from modeling_cots.search_embedding import Embedder, PictureFolder
-from modeling_cots.text_encoding import encode_texts
+from modeling_cots.evaluation.text_encoding import encode_texts
+from modeling_cots.search.embedding import Embedder, PictureFolder
 
 QUICK_ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 VOCAB_SIZE, FIRST_WORD = 30_522, 1000  # no special token above

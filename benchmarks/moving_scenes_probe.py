@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from modeling_cots import COTSModel, COTSProcessor
-from modeling_cots.datasets_moving_scenes import (
+from modeling_cots.data.scenes.moving import (
     COLOURS,
     SHAPES,
     MovingScene,

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.datasets_scenes import SHAPE_WORDS
-from modeling_cots.relevance import find_words, image_relevance, word_targets
+from modeling_cots.data.scenes.still import SHAPE_WORDS
+from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
 KINDS = ("colour and shape", "colour", "shape")
 

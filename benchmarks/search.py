@@ -29,7 +29,7 @@ from side_by_side import optional, row
 
 faiss = optional("faiss")
 if faiss is not None:
-    from modeling_cots.search_vectors import ENGINES, VECTORS, FaissVectors
+    from modeling_cots.search.faiss_vectors import ENGINES, VECTORS, FaissVectors
 
 TOP = 10
 BLOCK = 20  # queries of one engine in a row, which then finds its index in the caches, as one that serves does

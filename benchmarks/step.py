@@ -30,10 +30,10 @@ from modeling_cots import (
     compile_layers,
     modeling_cots_pretraining,
 )
-from modeling_cots.building import build_processor
-from modeling_cots.losses import masked_token_loss, queue_logits, task_kl_loss
-from modeling_cots.momentum import MomentumEncoder
-from modeling_cots.text_encoding import encode_texts
+from modeling_cots.evaluation.text_encoding import encode_texts
+from modeling_cots.method.losses import masked_token_loss, queue_logits, task_kl_loss
+from modeling_cots.method.momentum import MomentumEncoder
+from modeling_cots.scripts.factory import build_processor
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 DVAE_WIDTH = 256

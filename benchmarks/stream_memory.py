@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from modeling_cots.datasets_streaming import EndlessPairs, open_stream
-from modeling_cots.image_augmentation import ImageTransform
+from modeling_cots.data.image_augmentation import ImageTransform
+from modeling_cots.data.streaming.dataset import EndlessPairs, open_stream
 
 SAMPLES_A_SHARD = 200
 PICTURE_SIZE = (700, 500)  # of a bitmap: a megabyte that costs little time to decode

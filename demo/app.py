@@ -21,11 +21,11 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
-from modeling_cots.datasets_opening import open_dataset
-from modeling_cots.evaluation import PairEmbeddings, embed_pairs
-from modeling_cots.heat_maps import overlay
-from modeling_cots.image_reading import read_image
-from modeling_cots.relevance import explain_pair, find_words
+from modeling_cots.data.image_reading import read_image
+from modeling_cots.data.opening import open_dataset
+from modeling_cots.evaluation.embedding import PairEmbeddings, embed_pairs
+from modeling_cots.visualization.heat_maps import overlay
+from modeling_cots.visualization.relevance import explain_pair, find_words
 
 NUM_PICTURES, NUM_TEXTS = 8, 5
 MAX_PICTURES = 5_000  # held in memory and embedded at the start

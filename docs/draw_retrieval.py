@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.evaluation import embed_pairs
+from modeling_cots.evaluation.embedding import embed_pairs
 
 NUM_QUERIES, NUM_FOUND, SIDE, GAP = 4, 5, 128, 12
 CAPTION_HEIGHT = 26

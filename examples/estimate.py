@@ -21,10 +21,10 @@ import run_retrieval
 import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
-from modeling_cots.building import build_config
-from modeling_cots.command_line import option_names, parse_config_and_options
-from modeling_cots.timm_weights import timm_vit_config
-from modeling_cots.training_cost import estimate_training_cost
+from modeling_cots.scripts.command_line import option_names, parse_config_and_options
+from modeling_cots.scripts.cost import estimate_training_cost
+from modeling_cots.scripts.factory import build_config
+from modeling_cots.scripts.timm_weights import timm_vit_config
 
 SCRIPTS = run_pretraining, run_retrieval, run_video_retrieval
 TOKENIZER_WIDTHS = {"random": 8, "none": None}  # of what is not the dVAE

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from transformers import set_seed
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
-from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.reporting import format_report
-from modeling_cots.script_steps import (
+from modeling_cots.evaluation.report import format_report
+from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.steps import (
     DataArguments,
     ModelArguments,
     StreamArguments,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from transformers import set_seed
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
-from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.retrieval_results import check_test_set
-from modeling_cots.script_steps import (
+from modeling_cots.evaluation.results import check_test_set
+from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
     ModelArguments,

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments
-from modeling_cots.command_line import parse_config_and_options
-from modeling_cots.datasets_opening import open_video_dataset
-from modeling_cots.retrieval_results import check_test_set
-from modeling_cots.script_steps import (
+from modeling_cots.data.opening import open_video_dataset
+from modeling_cots.data.video_collators import check_videos_readable
+from modeling_cots.evaluation.results import check_test_set
+from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.steps import (
     MeasuringArguments,
     ModelArguments,
     build_parts,
@@ -28,7 +29,6 @@ from modeling_cots.script_steps import (
     finish_retrieval,
     read_config,
 )
-from modeling_cots.video_collator import check_videos_readable
 
 # Their sources stand in examples/configs/msrvtt.yaml.
 DEFAULTS = {

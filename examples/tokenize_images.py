@@ -13,9 +13,9 @@ import argparse
 
 import torch
 
-from modeling_cots.building import build_config, load_image_tokenizer
-from modeling_cots.datasets_opening import open_dataset
-from modeling_cots.token_writing import TokenWriter
+from modeling_cots.data.image_token_writing import TokenWriter
+from modeling_cots.data.opening import open_dataset
+from modeling_cots.scripts.factory import build_config, load_image_tokenizer
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_cots import COTSConfig, COTSModel, COTSTrainingArguments
-from modeling_cots.model_card import build_model_card, describe_encoder
-from modeling_cots.training_record import REPORTED_SETTINGS, load_record
+from modeling_cots.hub.model_card import build_model_card, describe_encoder
+from modeling_cots.training.record import REPORTED_SETTINGS, load_record
 
 RECIPE_TEMPLATE = Path(__file__).parent / "recipe_template.md"
 # What a configuration does not say. Data: Lu et al., CVPR 2022. Reported: its supplement, MSR-VTT full split.

@@ -33,16 +33,16 @@ COTSConfig.pipelines_are_registered = True
 __version__ = "0.1.0"
 
 _LAZY_NAMES = {
-    "COTSTrainer": "trainer",
-    "COTSTrainingArguments": "training_args",
-    "ImageTokenizer": "image_tokenizer",
-    "SearchIndex": "search_index",
-    "ScenesDataset": "datasets_scenes",
-    "compile_layers": "layer_compiling",
+    "COTSTrainer": "training.trainer",
+    "COTSTrainingArguments": "training.arguments",
+    "ImageTokenizer": "method.image_tokenizer",
+    "SearchIndex": "search.index",
+    "ScenesDataset": "data.scenes.still",
+    "compile_layers": "training.layer_compiling",
     "export_repository": "hub_export",
-    "export_text_encoder": "stock_exports",
-    "export_zero_shot_classifier": "stock_exports",
-    "open_pairs": "datasets_pairs",
+    "export_text_encoder": "hub.standard_exports",
+    "export_zero_shot_classifier": "hub.standard_exports",
+    "open_pairs": "data.pairs",
     "push_folder": "hub_push",
 }
 

@@ -38,7 +38,7 @@ CODE_FILES = (
     "pipeline_cots.py",
 )
 # Its name in the package, and the one that Inference Endpoints look for in a repository.
-HANDLER_FILES = ("hub_handler.py", "handler.py")
+HANDLER_FILES = ("hub/handler.py", "handler.py")
 # Of the handler and the code files. What installs them on an endpoint is pip.
 REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
 CARD_NAME = "README.md"

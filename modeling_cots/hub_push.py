@@ -57,7 +57,7 @@ def processor_of(model: PreTrainedModel) -> ProcessorMixin:
     if not source:
         raise ValueError("A repository needs the model's processor: push_to_hub(repo_id, processor=processor).")
     # Code of the repository is run only where the model itself came as such, which its user then has agreed to.
-    is_remote = not os.path.isfile(Path(__file__).parent / "hub_handler.py")
+    is_remote = not os.path.isfile(Path(__file__).parent / "hub" / "handler.py")
     options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": is_remote}
     try:
         return AutoProcessor.from_pretrained(source, **options)

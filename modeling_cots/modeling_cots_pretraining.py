@@ -17,8 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_cots import COTSConfig
-from .modeling_cots import COTSModel, COTSPreTrainedModel
-from .similarities_cots import unit_length
+from .modeling_cots import COTSModel, COTSPreTrainedModel, unit_length
 
 # Patches or tokens of both views up to which they run as one batch: small layers wait for their calls more than they
 # compute. Above it the two run one after the other, and a layer's memory is that of one (docs/performance.md).

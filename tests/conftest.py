@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, SPECIAL_TOKENS, TINY_ENCODER, VOCAB_SIZE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
@@ -19,25 +20,6 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # `python -m pytest --hypothesis-profile default`.
 settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
-
-VOCAB_SIZE = 99
-IMAGE_SIZE = 32
-PATCH_SIZE = 8
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CAPTIONS = [
-    "a red circle above a small blue square",
-    "two green triangles beside one large yellow star",
-    "the white dog runs on dark grass",
-    "people walk along the beach near a boat",
-]
-TINY_ENCODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    # At the usual 0.02 attention is so flat that a wrong scale or mask passes unnoticed.
-    "initializer_range": 0.1,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,7 +47,6 @@ CODE = {
     "modeling_cots.py",
     "pipeline_cots.py",
     "processing_cots.py",
-    "similarities_cots.py",
     "video_processing_cots.py",
     "video_reading_cots.py",
 }
@@ -121,7 +120,7 @@ def test_the_code_files_are_those_of_the_package(folder):
     package = Path(sys.modules["modeling_cots"].__file__).parent
     for name in names_in(folder):
         if name.endswith(".py"):
-            original = "hub_handler.py" if name == "handler.py" else name
+            original = "hub/handler.py" if name == "handler.py" else name
             assert (folder / name).read_bytes() == (package / original).read_bytes()
 
 

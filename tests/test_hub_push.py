@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPTIONS
 from hub_client import ClientError
 from hub_server import READ_TOKEN
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from tiny import CAPTIONS
 from without_package import run_without_package
 
 from modeling_cots import COTSForPreTraining, COTSModel, COTSProcessor

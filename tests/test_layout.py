@@ -1,156 +1,160 @@
-"""The walls of the package: who may import whom; a downloaded model needs nothing but torch and transformers."""
+"""The rooms of the package: who may import whom; a downloaded model needs nothing but torch and transformers."""
 
 import ast
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_cots.hub_export import CODE_FILES
 
 PACKAGE = Path(__file__).parents[1] / "modeling_cots"
+TOP = "top"
 
-# A file imports from the layers before its own. In the tools layer nobody imports another, but for the named helpers.
-HUB_CLOSURE = {
-    "configuration_cots",
-    "encoders_cots",
-    "hub_export",
-    "hub_push",
-    "modeling_cots",
-    "modeling_cots_pretraining",
-    "pipeline_cots",
-    "processing_cots",
-    "similarities_cots",
-    "video_processing_cots",
-    "video_reading_cots",
-}
-# Exported as the handler of an endpoint: it stands alone.
-HANDLER = {"hub_handler"}
-MATHEMATICS = {"losses", "momentum", "feature_queue", "filtering", "momentum_state"}
-TOOLS = {
-    "image_tokenizer",
-    "data_collator",
-    "datasets_pairs",
-    "datasets_scenes",
-    "datasets_streaming",
-    "timm_weights",
-    "retrieval_metrics",
-    "datasets_moving_scenes",
-    "datasets_videos",
-    "relevance",
-    "heat_maps",
-    "layer_compiling",
-    "score_pictures",
-    "text_encoding",
-}
-HELPERS_OF_TOOLS = {
-    "figures",
-    "image_augmentation",
-    "image_reading",
-    "image_token_cache",
-    "karpathy_files",
-    "msrvtt_files",
-    "pair_files",
-    "pair_items",
-    "pair_rows",
-    "pixel_normalization",
-    "scene_drawing",
-}
-# What a stream is made of, each on top of the ones before it.
-STREAM_PARTS = ("shard_names", "shard_reading", "stream_report", "shard_sources")
-# Search: the parts of an index, and the index itself, which is a tool.
-SEARCH_PARTS = {
-    "search_conditions",
-    "search_embedding",
-    "search_page",
-    "search_rows",
-    "search_vectors",
-    "vector_store_faiss",
-    "vector_store_milvus",
-    "vector_stores",
-}
-SEARCH = {"search_index"}
-TRAINING = {
-    "building",
-    "checkpoints",
-    "command_line",
-    "datasets_opening",
-    "evaluation",
-    "filter_log",
-    "model_card",
-    "pair_scores",
-    "reporting",
-    "retrieval_results",
-    "script_steps",
-    "search_cli",
-    "stock_exports",
-    "stream_loading",
-    "trainer",
-    "trainer_hub",
-    "training_args",
-    "training_callback",
-    "training_cost",
-    "training_guards",
-    "training_log",
-    "training_record",
-    "training_schedule",
-    "token_writing",
-    "training_recovery",
-    "training_setup",
-    "widget_examples",
-    "video_collator",
-}
+# What each room may import beside itself. The top is what a saved model carries, and the package's face.
 ALLOWED = {
-    **dict.fromkeys(HUB_CLOSURE, HUB_CLOSURE),
-    **dict.fromkeys(HANDLER, set()),
-    **dict.fromkeys(MATHEMATICS, MATHEMATICS),
-    **dict.fromkeys(HELPERS_OF_TOOLS, {"pair_items"}),
-    "image_augmentation": {"image_reading"},
-    "image_token_cache": {"image_reading", "pair_rows"},
-    **{part: {"pair_files", "pair_rows", *STREAM_PARTS[:i]} for i, part in enumerate(STREAM_PARTS)},
-    **dict.fromkeys(TOOLS, HELPERS_OF_TOOLS),
-    "datasets_streaming": {*HELPERS_OF_TOOLS, *STREAM_PARTS},
-    **dict.fromkeys(SEARCH_PARTS | SEARCH, HELPERS_OF_TOOLS | SEARCH_PARTS),
-    **dict.fromkeys(TRAINING, HUB_CLOSURE | MATHEMATICS | TOOLS | HELPERS_OF_TOOLS | SEARCH_PARTS | SEARCH | TRAINING),
+    TOP: set(),
+    "method": {TOP},
+    "data": {TOP, "method"},
+    "visualization": {TOP},
+    "evaluation": {TOP, "method", "data"},
+    "hub": {TOP, "data", "evaluation"},
+    "search": {TOP, "data", "hub"},
+    "training": {TOP, "method", "data", "visualization", "evaluation", "hub"},
+    "scripts": {TOP, "method", "data", "visualization", "evaluation", "hub", "search", "training"},
 }
+# Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs neither.
+NOT_CARRIED = {"__init__.py", "modeling_cots_pretraining.py"}
+CARRIED = {
+    "configuration_cots.py",
+    "encoders_cots.py",
+    "hub_export.py",
+    "hub_push.py",
+    "modeling_cots.py",
+    "pipeline_cots.py",
+    "processing_cots.py",
+    "video_processing_cots.py",
+    "video_reading_cots.py",
+}
+# The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
+# `av` is imported inside functions only, behind transformers' own check for it.
+CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "av"}
 THIRD_PARTY = {
-    # `av` is imported inside functions only, behind transformers' own check for it.
-    **dict.fromkeys(HUB_CLOSURE, {"torch", "transformers", "huggingface_hub", "numpy", "av"}),
-    **dict.fromkeys(HANDLER, {"torch", "transformers", "huggingface_hub", "PIL"}),
-    **dict.fromkeys(MATHEMATICS, {"torch", "safetensors"}),
-    "layer_compiling": {"torch", "transformers"},
-    "relevance": {"torch"},
-    "text_encoding": {"torch"},
+    TOP: CARRIED_PACKAGES,
+    "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},
+    "method": {"torch", "transformers", "safetensors", "numpy"},
+    "visualization": {"torch", "numpy", "matplotlib", "PIL", "transformers"},
+}
+# Each of these may be missing, and is imported in the files that are named alone: one reads videos, one writes them.
+OPTIONAL = {
+    "faiss": {"search/faiss_vectors.py"},
+    "pymilvus": {"search/milvus_store.py"},
+    "av": {"video_reading_cots.py", "data/scenes/moving.py"},
+    "matplotlib": {"visualization/figures.py", "visualization/heat_maps.py"},
 }
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+def room_of(file: Path, package: Path = PACKAGE) -> str:
+    """The folder of a file right below the package; files of its sub-folders belong to the same room."""
+    parts = file.relative_to(package).parts
+    return TOP if len(parts) == 1 else parts[0]
 
 
-def imports_of(module: str) -> tuple[set[str], set[str]]:
-    """Modules of the package, and third-party packages, that a file imports anywhere in it."""
-    ours, theirs = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            ours.add(node.module)
+def imports_of(file: Path, package: Path = PACKAGE) -> tuple[set[str], set[str]]:
+    """Rooms, and names of other packages, that a file imports anywhere in it, by relative imports of any level."""
+    folder = ".".join(["modeling_cots", *file.relative_to(package).parts[:-1]])
+    rooms, others = set(), set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            module = resolve_name("." * node.level + (node.module or ""), folder)
+            names = [module] if node.module else [f"{module}.{alias.name}" for alias in node.names]
+            for name in names:
+                first, *rest = name.split(".")[1:] or [TOP]
+                rooms.add(first if rest or (package / first).is_dir() else TOP)
         elif isinstance(node, ast.ImportFrom):
-            theirs.add(node.module.partition(".")[0])
+            others.add(node.module.partition(".")[0])
         elif isinstance(node, ast.Import):
-            theirs.update(alias.name.partition(".")[0] for alias in node.names)
-    return ours, theirs - set(sys.stdlib_module_names)
+            others.update(alias.name.partition(".")[0] for alias in node.names)
+    return rooms, others - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_only_from_the_layers_below(module):
-    assert module in ALLOWED, f"{module}.py stands in no layer: say where it belongs"
-    ours, theirs = imports_of(module)
-    assert ours <= ALLOWED[module]
-    assert theirs <= THIRD_PARTY.get(module, theirs)
-    assert "modeling_cots" not in theirs
+def violations(package: Path = PACKAGE) -> list[str]:
+    """Every import that the table forbids, as a sentence."""
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        name, room = file.relative_to(package).as_posix(), room_of(file, package)
+        if room not in ALLOWED:
+            found.append(f"{name} stands in the room {room}, which the table does not know")
+            continue
+        rooms, others = imports_of(file, package)
+        # The face imports what is carried, and beside it the heads, so that the Auto classes know them.
+        found += [f"{name} imports from {other}" for other in sorted(rooms - ALLOWED[room] - {room})]
+        allowed = THIRD_PARTY.get(name, THIRD_PARTY.get(room, others))
+        found += [f"{name} imports {other}" for other in sorted(others - allowed)]
+        if "modeling_cots" in others:
+            found.append(f"{name} imports the package by its full name")
+    return found
+
+
+def test_rooms_import_only_what_the_table_allows():
+    assert violations() == []
+
+
+def test_the_table_names_every_room_and_has_no_circle():
+    assert set(ALLOWED) == {room_of(file) for file in PACKAGE.rglob("*.py")}
+    below = []
+    for room, allowed in ALLOWED.items():
+        assert allowed <= set(below), f"{room} may only import rooms above it in the table"
+        below.append(room)
+
+
+@pytest.mark.parametrize(
+    "file, line, said",
+    [
+        ("data/scenes/planted.py", "from ...training.trainer import COTSTrainer", "imports from training"),
+        ("data/streaming/planted.py", "from ... import scripts", "imports from scripts"),
+        ("method/planted.py", "from ..data.items import EpochSeeds", "imports from data"),
+        ("method/planted.py", "def read():\n    from ..data import items", "imports from data"),
+        ("training/planted.py", "from ..search.index import SearchIndex", "imports from search"),
+        ("planted.py", "from .method.losses import queue_logits", "imports from method"),
+        ("planted.py", "import datasets", "imports datasets"),
+        ("search/planted.py", "from modeling_cots.data import items", "by its full name"),
+        ("attic/planted.py", "import os", "which the table does not know"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, file, line, said):
+    package = tmp_path / "modeling_cots"
+    for room in [*ALLOWED, "data/scenes", "data/streaming", "attic"]:
+        (package / room).mkdir(parents=True, exist_ok=True)
+    (package / file).write_text(line + "\n", encoding="utf-8")
+    (found,) = violations(package)
+    assert said in found and file in found
+
+
+def test_the_top_holds_what_is_carried_and_the_face():
+    assert {file.name for file in PACKAGE.glob("*.py")} == CARRIED | NOT_CARRIED
+
+
+def test_a_saved_model_carries_the_closure_of_its_code_and_nothing_else():
+    closure = {Path(file).name for name in CODE_FILES for file in get_relative_import_files(PACKAGE / name)}
+    assert closure | set(CODE_FILES) == CARRIED
+
+
+def test_optional_packages_are_imported_where_the_table_says():
+    for package, homes in OPTIONAL.items():
+        users = {
+            file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py") if package in imports_of(file)[1]
+        }
+        assert users == homes, package
 
 
 def test_importing_the_package_loads_nothing_of_training():
     code = (
         "import sys, modeling_cots\n"
-        "heavy = {'datasets', 'evaluate', 'timm', 'modeling_cots.trainer'}\n"
+        "heavy = {'datasets', 'evaluate', 'timm', 'modeling_cots.training.trainer'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -164,8 +168,3 @@ def test_every_public_name_is_there():
         assert getattr(modeling_cots, name).__doc__
     with pytest.raises(AttributeError, match="no attribute"):
         modeling_cots.nothing  # noqa: B018
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "a name is missing: extract it"

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate, pad
 from transformers import Trainer, TrainingArguments, pipeline
 
 from modeling_cots import COTSConfig, COTSModel
-from modeling_cots.similarities_cots import image_text_contrastive_loss
+from modeling_cots.modeling_cots import image_text_contrastive_loss
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from modeling_cots import COTSModel, COTSTrainingArguments, ScenesDataset
+from modeling_cots.hub.model_card import build_model_card
+from modeling_cots.hub.widget_examples import publishable_pictures, record_widget_examples
 from modeling_cots.hub_export import export_repository
-from modeling_cots.model_card import build_model_card
-from modeling_cots.training_record import build_record
-from modeling_cots.widget_examples import publishable_pictures, record_widget_examples
+from modeling_cots.training.record import build_record
 
 DOCS = Path(__file__).parents[1] / "docs/pipelines.md"
 

@@ -1,0 +1,209 @@
+"""From what a user calls a data set (Hub id, folder, file, glob) to the rows of one split. Columns are not here."""
+
+import glob
+import os
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+from huggingface_hub.repocard import metadata_load
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# In a folder the first of these suffixes that occurs decides.
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+COMMON_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
+
+
+def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
+    """
+    Open one split, memory-mapped, with pictures still encoded.
+
+    A single file is the split itself, and so are files of a glob whose names speak of no split. Files of a folder
+    belong to a split when their name or a sub-folder carries its name; where none does, all are "train".
+
+    Args:
+        dataset: A file (.parquet, .tar, .jsonl, .json, .csv), a glob of such files, a folder of them, a folder of
+            images with metadata.jsonl or metadata.csv (there, or in one sub-folder a split), or a Hub id.
+        split: Its name, with a slice if wanted ("train[:1000]").
+
+    Returns the rows, and the folder that image paths in them are relative to: `None` for the Hub, which has no such.
+
+    Raises `ValueError` where nothing is found or readable, and for a split that is not there.
+    """
+    files = find_files(dataset, split)
+    if files is None:
+        path = Path(dataset).expanduser()
+        return (
+            (_load_repository(str(path), split), path) if path.is_dir() else (_load_repository(dataset, split), None)
+        )
+    folders = {file.parent for file in files}
+    return _load_files(files, split), folders.pop() if len(folders) == 1 else None
+
+
+def leads_out(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """
+    Whether a path, its symbolic links followed, is outside of `folder`.
+
+    The cache of the Hub is the exception: there, all files of a repository are links into its own folder of blobs.
+    """
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    allowed = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    return not any(real.startswith(os.path.join(place, "")) for place in allowed)
+
+
+def find_files(dataset: str, split: str) -> list[Path] | None:
+    """The files of a split, see `load_rows`; `None` for a repository: a Hub id, or a folder with a data set card."""
+    if not dataset:
+        raise ValueError("Name a data set: a file, a folder, a glob or a Hub id; got an empty string.")
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        files = [path]
+        _warn_if_unsplit(dataset, files, split)
+    elif path.is_dir():
+        if _has_dataset_card(path):
+            return None
+        files = _files_in_folder(path, split)
+    elif glob.has_magic(dataset):
+        files = _files_of_glob(str(path), split)
+    elif path.is_absolute() or dataset.startswith(".") or path.suffix in BUILDERS or not _is_hub_id(dataset):
+        raise ValueError(f"The data set {dataset!r} does not exist.")
+    else:
+        return None
+    return files
+
+
+def _load_files(files: list[Path], split: str) -> datasets.Dataset:
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
+        raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {_shorten(files)}.")
+    builder = BUILDERS[suffixes.pop()]
+    # pandas would read the captions "null" and "nan" as missing.
+    options = {"keep_default_na": False} if builder == "csv" else {}
+    try:
+        # Builders fail at a file without rows; one such shard must not spoil the rest.
+        patterns = [glob.escape(os.path.abspath(file)) for file in files if not _is_empty(file)]
+        if not patterns:
+            return datasets.Dataset.from_dict({})
+        return datasets.load_dataset(builder, data_files={_base(split): patterns}, split=split, **options)
+    except Exception as error:  # each builder has its own: pyarrow's, pandas', tarfile's, UnicodeDecodeError, ...
+        cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # datasets' words for no rows, as in a csv file of a header alone
+            return datasets.Dataset.from_dict({})
+        raise ValueError(f"{_shorten(files)} cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+def _is_empty(file: Path) -> bool:
+    return file.stat().st_size == 0 or (file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0)
+
+
+def _load_repository(dataset: str, split: str) -> datasets.Dataset:
+    try:
+        available = datasets.get_dataset_split_names(dataset)
+    except Exception as error:  # not found, gated, offline, several configurations, ...
+        what = (
+            "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
+        )
+        raise ValueError(f"{dataset!r}: this {what} cannot be opened: {error}") from error
+    if _base(split) not in available:
+        raise _missing_split(dataset, split, available)
+    return datasets.load_dataset(dataset, split=split)
+
+
+def _files_in_folder(folder: Path, split: str) -> list[Path]:
+    metadata = {
+        "train" if place == folder else place.name: place / name
+        for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir()))
+        for name in METADATA_FILES
+        if (place / name).is_file() and not leads_out(place / name, folder)
+    }
+    if metadata:
+        if _base(split) not in metadata:
+            raise _missing_split(str(folder), split, metadata)
+        return [metadata[_base(split)]]
+    found = _refuse_links([Path(place, name) for place, _, names in os.walk(folder) for name in names], folder)
+    for suffix in BUILDERS:
+        files = sorted(file for file in found if file.suffix == suffix)
+        if not files:
+            continue
+        by_split = _group_by_split(files, folder, split) or {"train": files}
+        if _base(split) not in by_split:
+            raise _missing_split(str(folder), split, by_split)
+        return by_split[_base(split)]
+    raise ValueError(
+        f"The folder {str(folder)!r} has no {' or '.join(METADATA_FILES)} with captions, and no file that ends in "
+        f"{', '.join(BUILDERS)}."
+    )
+
+
+def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
+    """Without the links that lead out of the folder: somebody else may have packed it. What a user names is read."""
+    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and leads_out(file, folder)]
+    if refused:
+        logger.warning(
+            f"Refused {len(refused)} files of {folder}, which are links that lead out of it: {_shorten(refused)}. "
+            "Name them, or the folder they lead to, if they are meant."
+        )
+    return [file for file in files if file not in set(refused)]
+
+
+def _files_of_glob(pattern: str, split: str) -> list[Path]:
+    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    if not files:
+        raise ValueError(f"No file matches {pattern!r}.")
+    fixed = Path(*[part for part in Path(pattern).parts[: _first_magic(pattern)]])
+    by_split = _group_by_split(files, fixed, split)
+    if not by_split:
+        _warn_if_unsplit(pattern, files, split)
+        return files
+    if _base(split) not in by_split:
+        raise _missing_split(pattern, split, by_split)
+    return by_split[_base(split)]
+
+
+def _first_magic(pattern: str) -> int:
+    return next(i for i, part in enumerate(Path(pattern).parts) if glob.has_magic(part))
+
+
+def _group_by_split(files: list[Path], folder: Path, split: str) -> dict[str, list[Path]]:
+    """Files by the split that their path below `folder` names; those that name none are left out."""
+    names = "|".join(re.escape(name) for name in (_base(split), *COMMON_SPLITS))
+    named = re.compile(rf"(?<![a-zA-Z0-9])({names})(?![a-zA-Z])")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        if match := named.search(file.relative_to(folder).with_suffix("").as_posix()):
+            by_split.setdefault(match[1], []).append(file)
+    return by_split
+
+
+def _warn_if_unsplit(dataset: str, files: list[Path], split: str) -> None:
+    if _base(split) != "train" and not any(_base(split) in file.name for file in files):
+        logger.warning(f"{dataset} has no splits: all of it is read as {_base(split)!r}.")
+
+
+def _missing_split(dataset: str, split: str, available) -> ValueError:
+    return ValueError(f"{dataset!r} has no split {_base(split)!r}; it has {', '.join(sorted(available))}.")
+
+
+def _base(split: str) -> str:
+    return split.split("[")[0]
+
+
+def _has_dataset_card(folder: Path) -> bool:
+    """Whether a folder is laid out as a Hub repository whose card says which files are which split."""
+    card = folder / "README.md"
+    return card.is_file() and "configs" in (metadata_load(card) or {})
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def _shorten(files: list[Path]) -> str:
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return ", ".join(str(file) for file in files[:3]) + more

@@ -1,0 +1,106 @@
+"""A picture of any form to raw pixels at the model's size: timm's random resized crop, flip and policies, done fast.
+
+What is drawn is timm's, draw by draw. The work is not: JPEGs are decoded at a fraction of their size where the crop
+leaves enough pixels, and only what the crop keeps is resized, antialiased, on bytes. Nothing is normalised here: bytes
+travel to the device and become numbers there (`pixel_normalization.py`).
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from .image_reading import PictureFile
+
+
+class ImageTransform:
+    """
+    A picture as `read_image` takes it to raw pixels (3, H, W) uint8.
+
+    Args:
+        image_size: Height and width of the result.
+        image_mean: Of the processor; what policies fill empty corners with.
+        min_crop_scale: Smallest share of the picture that the random resized crop keeps; 1 = the whole picture.
+        horizontal_flip: Probability of mirroring; it makes captions with "left" and "right" untrue.
+        auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        image_mean: list[float],
+        *,
+        min_crop_scale: float = 0.5,
+        horizontal_flip: float = 0.0,
+        auto_augment: str | None = None,
+    ):
+        from timm.data import create_transform
+
+        self.image_size = tuple(image_size)
+        self.horizontal_flip = horizontal_flip
+        (crop, *_), (*policies,), _ = (
+            stage.transforms
+            for stage in create_transform(
+                (3, *image_size),
+                is_training=True,
+                scale=(min_crop_scale, 1.0),
+                hflip=0.0,
+                auto_augment=auto_augment,
+                color_jitter=None,
+                interpolation="bicubic",
+                mean=image_mean,
+                separate=True,
+            )
+        )
+        self._crop = crop if min_crop_scale < 1 else None
+        self._policies = policies
+
+    def __call__(self, source) -> torch.Tensor:
+        """Raises [`UnreadableImageError`] as `read_image` does."""
+        return self.draw(source)[0]
+
+    def draw(self, source) -> tuple[torch.Tensor, bool]:
+        """The pixels, and whether they are mirrored."""
+        with PictureFile(source) as picture:
+            pixels = read_resized(picture, self._draw_box(*picture.size), self.image_size)
+        is_mirrored = self.horizontal_flip > 0 and bool(torch.rand(1) < self.horizontal_flip)
+        if is_mirrored:
+            pixels = pixels.flip(-1)
+        if self._policies:
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            for policy in self._policies:
+                image = policy(image)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels, is_mirrored
+
+    def _draw_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the crop, as timm draws them."""
+        if self._crop is None:
+            return 0, 0, height, width
+        only_the_size = torch.empty(3, height, width, device="meta")
+        return self._crop.get_params(only_the_size, self._crop.scale, self._crop.ratio)
+
+
+def read_resized(picture: PictureFile, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> torch.Tensor:
+    """
+    A part of a picture at another size, (3, H, W) uint8: bicubic and antialiased.
+
+    Args:
+        picture: Not read yet.
+        box: Top, left, height and width of the part, in pixels of `picture.size`.
+        image_size: H and W. A JPEG is decoded at a fraction of its size that leaves the part no smaller than this; the
+            edges of the part are then rounded to whole pixels of what was decoded.
+    """
+    top, left, height, width = box
+    image = picture.read(max_reduction=min(height // image_size[0], width // image_size[1]))
+    rows = _scaled(top, height, picture.reduction)
+    columns = _scaled(left, width, picture.reduction)
+    part = torch.from_numpy(np.array(np.asarray(image)[rows, columns])).permute(2, 0, 1)
+    if part.shape[1:] == image_size:
+        return part
+    return F.interpolate(part.unsqueeze(0), image_size, mode="bicubic", antialias=True)[0]
+
+
+def _scaled(start: int, length: int, reduction: int) -> slice:
+    """An interval of pixels at 1/reduction of the size, to the nearest whole ones."""
+    return slice(round(start / reduction), max(round((start + length) / reduction), round(start / reduction) + 1))

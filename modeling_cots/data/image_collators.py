@@ -1,0 +1,221 @@
+"""Pictures and captions to batches: decoding, augmentation, the choice of a caption, tokens and masks (COTS, MVLM).
+
+A picture that cannot be read does not shrink the batch: its row is there with `valid` False, so that every process
+keeps batches of equal shape, and the trainer leaves it out of losses, queues and metrics.
+"""
+
+import random
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from transformers import DataCollatorForLanguageModeling
+from transformers.models.flava.image_processing_flava import FlavaMaskingGenerator
+from transformers.utils import logging
+
+from .image_reading import UnreadableImageError, read_image
+from .image_token_cache import TokenSource
+from .items import encode_names, sample_randomness
+from .skip_report import SkipReport
+
+logger = logging.get_logger(__name__)
+
+# BEiT masks blocks of at least 16 patches on a grid of 14 x 14; smaller grids get proportionally smaller blocks.
+BEIT_MIN_BLOCK, BEIT_NUM_PATCHES = 16, 196
+# A processor's call that leaves pixels bytes: they are normalised on the device.
+RAW_PIXELS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+
+
+class COTSDataCollator:
+    """
+    Turns B items of a data set into one training batch.
+
+    Args:
+        processor: Has an `image_processor` with a `size` of height and width, and a `tokenizer`.
+        image_transform: A picture as `read_image` takes it -> raw pixels (3, H, W) uint8, see [`ImageTransform`].
+        patch_size: Height and width of a patch, for the masks.
+        max_text_length: Longer captions are cut to so many tokens.
+        image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
+        text_mask_ratio: Share of word pieces that CMLM masks, by BERT's 80/10/10 rule.
+        mask_images, mask_texts: Whether to draw masks at all.
+        token_source: Of the tokens that the items bring along, if they are to be used; `image_transform` must then be
+            an [`ImageTransform`] without crop and policy.
+
+    Returns a dict of tensors:
+        pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+        input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
+        names (B, 120) uint8, see `encode_names`;
+        with `mask_images` bool_masked_pos (B, patches) bool;
+        with `token_source` image_tokens (B, patches) int64;
+        with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
+    """
+
+    def __init__(
+        self,
+        processor,
+        *,
+        image_transform: Callable[[object], torch.Tensor],
+        patch_size: tuple[int, int],
+        max_text_length: int,
+        image_mask_ratio: float = 0.4,
+        text_mask_ratio: float = 0.15,
+        mask_images: bool = True,
+        mask_texts: bool = True,
+        token_source: TokenSource | None = None,
+    ):
+        self.tokenizer = processor.tokenizer
+        self.image_transform = image_transform
+        self.patch_size = patch_size
+        self.max_text_length = max_text_length
+        self.image_mask_ratio = image_mask_ratio
+        self.mask_images = mask_images
+        self.token_source = token_source
+        self.word_masker = None
+        if mask_texts:
+            self.word_masker = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=text_mask_ratio)
+        self.image_size = (processor.image_processor.size["height"], processor.image_processor.size["width"])
+        self.report = SkipReport()
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        images, image_tokens, captions, bool_masked_pos = [], [], [], []
+        for item in items:
+            with sample_randomness(item.get("seed")):
+                captions.append(random.choice(item["captions"]))
+                image, tokens = self._load(item)
+                images.append(image)
+                image_tokens.append(tokens)
+                if self.mask_images:
+                    bool_masked_pos.append(self._mask_patches())
+        batch = {
+            "pixel_values": torch.stack([self._blank() if image is None else image for image in images]),
+            "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+            "valid": torch.tensor([image is not None for image in images]),
+            "names": encode_names([item["name"] for item in items]),
+        }
+        tokens = tokenize(self.tokenizer, captions, self.max_text_length)
+        batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        if self.mask_images:
+            batch["bool_masked_pos"] = torch.stack(bool_masked_pos)
+        if self.token_source is not None:
+            nothing = torch.zeros(self.token_source.num_patches, dtype=torch.int64)
+            batch["image_tokens"] = torch.stack([nothing if tokens is None else tokens for tokens in image_tokens])
+        if self.word_masker is not None:
+            batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))
+        return batch
+
+    def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels and cached tokens; neither of a picture that cannot be read."""
+        try:
+            if self.token_source is None:
+                return self.image_transform(item["image"]), None
+            pixels, is_mirrored = self.image_transform.draw(item["image"])
+            return pixels, self.token_source.read(item, is_mirrored)
+        except UnreadableImageError as error:
+            self.report.add(item["name"], error)
+            return None, None
+
+    def _blank(self) -> torch.Tensor:
+        return torch.zeros(3, *self.image_size, dtype=torch.uint8)
+
+    def _mask_patches(self) -> torch.Tensor:
+        """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
+
+        On a grid too small or too narrow for blocks, which have to be smaller than it, single patches are masked.
+        """
+        grid = tuple(side // patch_side for side, patch_side in zip(self.image_size, self.patch_size, strict=True))
+        num_patches = grid[0] * grid[1]
+        num_masked = round(self.image_mask_ratio * num_patches)
+        generator = FlavaMaskingGenerator(
+            grid,
+            total_mask_patches=num_masked,
+            mask_group_min_patches=max(1, round(min(1, num_patches / BEIT_NUM_PATCHES) * BEIT_MIN_BLOCK)),
+        )
+        mask = generator().bool().flatten()
+        if not mask.any():
+            mask[random.sample(range(num_patches), num_masked)] = True
+        return mask
+
+    def _mask_words(self, tokens: dict, seeds: list[int | None]) -> dict[str, torch.Tensor]:
+        """BERT's corruption, drawn sample by sample over its own tokens, so that padding does not shift the draws."""
+        masked_input_ids = tokens["input_ids"].clone()
+        text_targets = torch.full_like(masked_input_ids, -100)
+        real = tokens["attention_mask"].bool()
+        for row, seed in enumerate(seeds):
+            with sample_randomness(seed):
+                masked, targets = self._mask_caption(
+                    masked_input_ids[row, real[row]], tokens["special_tokens_mask"][row, real[row]]
+                )
+            masked_input_ids[row, real[row]] = masked
+            text_targets[row, real[row]] = targets
+        return {"masked_input_ids": masked_input_ids, "text_targets": text_targets}
+
+    def _mask_caption(self, input_ids: torch.Tensor, is_special: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corrupted ids and targets, both (L,), of one caption; like BERT, at least one of its words is masked."""
+        masked, targets = self.word_masker.torch_mask_tokens(
+            input_ids.clone().unsqueeze(0), is_special.clone().unsqueeze(0)
+        )
+        masked, targets = masked[0], targets[0]
+        words = (is_special == 0).nonzero().flatten().tolist()
+        if words and (targets == -100).all():
+            chosen = random.choice(words)
+            masked[chosen], targets[chosen] = self.tokenizer.mask_token_id, input_ids[chosen]
+        return masked, targets
+
+
+class COTSEvaluationCollator:
+    """
+    Turns B items of a data set into one batch for embedding: the picture as the processor prepares it, all captions.
+
+    Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+    pair_ids (B,); valid (B,) bool; and for the C captions of
+    the B images input_ids, attention_mask (C, L) and caption_pair_ids (C,).
+    """
+
+    def __init__(self, processor, *, max_text_length: int):
+        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        self.max_text_length = max_text_length
+        self.report = SkipReport()
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        images, valid = [], []
+        for item in items:
+            try:
+                images.append(read_image(item["image"]))
+                valid.append(True)
+            except UnreadableImageError as error:
+                self.report.add(item["name"], error)
+                images.append(Image.new("RGB", (1, 1)))
+                valid.append(False)
+        pixel_values = self.image_processor(images, **RAW_PIXELS)["pixel_values"]
+        assert pixel_values.dtype == torch.uint8, pixel_values.dtype
+        return {
+            "pixel_values": pixel_values,
+            "valid": torch.tensor(valid),
+            **caption_batch(items, self.tokenizer, self.max_text_length),
+        }
+
+
+def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[str, torch.Tensor]:
+    """All C captions of B items: input_ids, attention_mask (C, L), caption_pair_ids (C,); and pair_ids (B,)."""
+    captions = [caption for item in items for caption in item["captions"]]
+    tokens = tokenize(tokenizer, captions, max_text_length)
+    return {
+        "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "caption_pair_ids": torch.tensor([item["pair_id"] for item in items for _ in item["captions"]]),
+    }
+
+
+def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, special_tokens_mask of C captions: (C, L), padded to the longest of them."""
+    # Half a surrogate pair, which JSON can escape, is no Unicode text: tokenizers fail at it.
+    captions = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
+    return tokenizer(
+        captions,
+        padding=True,
+        truncation=True,
+        max_length=max_text_length,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )

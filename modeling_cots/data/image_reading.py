@@ -1,0 +1,162 @@
+"""Reading one picture from the wild: any mode, any damage, bounded in size. Either an RGB image or a clear error."""
+
+import io
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import ExifTags, Image
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last is 32 bits wide, but holds 16-bit PGM and TIFF
+UPRIGHT = {  # by the value of EXIF's orientation tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNS_ASIDE = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # width and height change places
+
+
+# What people keep pictures in. PIL opens much more, and some of it by starting other programs (EPS by Ghostscript).
+Image.init()
+FORMATS = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+]
+REDUCIBLE_FORMATS = ("JPEG", "MPO")
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
+
+
+def read_image(source) -> Image.Image:
+    """
+    Decode a picture to RGB, upright by its EXIF orientation.
+
+    Args:
+        source: What `datasets.Image(decode=False)` gives ({"bytes": ..., "path": ...}), a path, bytes or a PIL image.
+            Grey, palette, CMYK, 16-bit and transparent pictures are converted. {"refused": reason} is never read.
+
+    Raises [`UnreadableImageError`] for anything that cannot be decoded, and for more than `PIL.Image.MAX_IMAGE_PIXELS`
+    pixels (a decompression bomb), and for formats other than `FORMATS`.
+    """
+    with PictureFile(source) as picture:
+        return picture.read()
+
+
+class PictureFile:
+    """
+    A picture of which the size is known, and which may be decoded at a fraction of it; to be used as a context.
+
+    Of a JPEG only the header is read at first; everything else is decoded at once.
+
+    Args:
+        source: See `read_image`, which has the errors, too.
+
+    Attributes:
+        size: Width and height, upright.
+        reduction: By how much smaller `read` has decoded it.
+    """
+
+    def __init__(self, source):
+        self._file = self._read = None
+        self.reduction = 1
+        with _as_unreadable():
+            image = source if isinstance(source, Image.Image) else Image.open(_as_file(source), formats=FORMATS)
+            self._file = image if image is not source else None
+            try:
+                if getattr(image, "format", None) in REDUCIBLE_FORMATS and self._file is not None:
+                    width, height = image.size
+                    self.size = (height, width) if _turn_of(image) in TURNS_ASIDE else (width, height)
+                else:
+                    self._read = _to_upright_rgb(image)
+                    self.size = self._read.size
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> "PictureFile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, max_reduction: int = 1) -> Image.Image:
+        """
+        The picture in RGB, upright; once.
+
+        Args:
+            max_reduction: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its width and height, down to 1/max_reduction,
+                which leaves out most of the work; widths and heights are rounded up.
+        """
+        if self._read is not None:
+            return self._read
+        with _as_unreadable():
+            wanted = max((each for each in (2, 4, 8) if each <= max_reduction), default=1)
+            if wanted > 1:
+                width, height = self._file.size
+                drafted = self._file.draft(None, (max(1, width // wanted), max(1, height // wanted)))
+                self.reduction = 1 if drafted is None else round(width / drafted[1][2])
+            return _to_upright_rgb(self._file)
+
+
+@contextmanager
+def _as_unreadable():
+    """Whatever goes wrong while a picture is opened or decoded becomes an [`UnreadableImageError`]."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _as_file(source):
+    if isinstance(source, dict):
+        if source.get("refused"):
+            raise UnreadableImageError(source["refused"])
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture stand upright."""
+    # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data around a sound picture
+        return None
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _turn_of(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode in SIXTEEN_BIT_MODES:  # PIL would clip these at 255 and leave white
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def check_readable(dataset, num_tries: int = 200) -> None:
+    """Raise `ValueError` if none of the first `num_tries` pictures of a data set of pairs can be read."""
+    errors = []
+    for index in range(min(num_tries, len(dataset))):
+        item = dataset[index]
+        try:
+            read_image(item["image"])
+            return
+        except UnreadableImageError as error:
+            errors.append(f"{item['name']} ({error})")
+    raise ValueError(f"None of the first {len(errors)} images can be read, beginning with {errors[0]}.")

@@ -1,0 +1,83 @@
+"""`open_dataset` and `open_video_dataset`: what is built in or a user's own, by one name."""
+
+import os
+
+from torch.utils.data import Dataset
+
+from .karpathy import is_karpathy, karpathy_name
+from .pairs import open_pairs
+from .scenes.moving import write_moving_scenes
+from .scenes.still import ScenesDataset
+from .videos import VideoDataset, open_videos
+
+
+def open_dataset(
+    dataset: str,
+    split: str,
+    *,
+    image_folder: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_size: int = 64,
+    seed: int = 0,
+    keep_uncaptioned: bool = False,
+) -> Dataset:
+    """
+    Open `scenes` or whatever `open_pairs` takes; `name` of the result tells a model card what it is.
+
+    Args:
+        dataset: "scenes", a Hub id, a folder or a file.
+        split: Name of the split.
+        image_folder, image_column, caption_column: See `open_pairs`; the scenes have neither.
+        image_size: Pixels a side that scenes are drawn at.
+        seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
+        keep_uncaptioned: See `open_pairs`.
+    """
+    if dataset == "scenes":
+        opened = ScenesDataset(split, image_size=image_size)
+    else:
+        columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
+        opened = open_pairs(dataset, split, **columns, seed=seed, keep_uncaptioned=keep_uncaptioned)
+    opened.name = _name(dataset)
+    return opened
+
+
+def _name(dataset: str) -> str:
+    if is_karpathy(dataset):
+        return karpathy_name(dataset)
+    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+
+
+def open_video_dataset(
+    dataset: str,
+    split: str,
+    *,
+    generated_folder: str,
+    image_size: int = 64,
+    seed: int = 0,
+    **options: str | None,
+) -> VideoDataset:
+    """
+    Open `moving_scenes`, whose files are written first, or whatever `open_videos` takes, with a `name` for a card.
+
+    Args:
+        dataset: "moving_scenes", a folder or a file.
+        split: Name of the split.
+        generated_folder: Where the videos of `moving_scenes` are written; a split that is there already is taken.
+        image_size: Pixels a side of these.
+        seed: Of what is drawn for each item in training; the scenes are the same in every run.
+        options: `protocol`, `video_folder`, `video_column`, `caption_column` of `open_videos`.
+
+    Raises `ValueError` for options that `moving_scenes` has no use for, and as `open_videos` does.
+    """
+    if dataset == "moving_scenes":
+        useless = [name for name, value in options.items() if value is not None]
+        if useless:
+            raise ValueError(f"moving_scenes is generated: leave out {', '.join(useless)}.")
+        if not os.path.isfile(os.path.join(generated_folder, split, "metadata.jsonl")):
+            write_moving_scenes(generated_folder, split, image_size=image_size)
+        opened = open_videos(generated_folder, split, seed=seed)
+    else:
+        opened = open_videos(dataset, split, seed=seed, **options)
+    opened.name = _name(dataset)
+    return opened

@@ -1,0 +1,91 @@
+"""One row or sample, as a file or shard holds it, to a picture and its captions; by which columns, is decided here."""
+
+import json
+
+IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
+JSON_CAPTIONS = ("caption", "captions", "text")
+# Of a data set whose image tokens are cached, see image_token_cache.py.
+IMAGE_TOKENS, TOKEN_SOURCE = "image_tokens", "image_tokens_source"
+MAX_TEXT_BYTES = 2**20
+
+
+class BadRowError(ValueError):
+    """A row without a picture or without a caption, or with something else in their place."""
+
+
+def read_row(row: dict, image_column: str | None = None, caption_column: str | None = None) -> tuple[bytes, list[str]]:
+    """
+    The encoded picture and the captions of a row; nothing is decoded, and no file is opened.
+
+    Args:
+        row: Column -> value. A picture is bytes or {"bytes": ..., "path": ...}; captions are a string, a list of
+            strings, an object that has them in a field, or the UTF-8 bytes of a text or JSON file.
+        image_column: By default the first of `IMAGE_COLUMNS` that holds something.
+        caption_column: By default the first of `CAPTION_COLUMNS` that does; "column.field" names a field of an object,
+            by default the first of `JSON_CAPTIONS`.
+
+    Raises [`BadRowError`] where either is missing.
+    """
+    image = row.get(_find(row, image_column, IMAGE_COLUMNS, "picture"))
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if not isinstance(image, bytes):
+        raise BadRowError("it has no picture inside, only the name of a file or nothing")
+    field = None
+    if caption_column is not None and caption_column not in row and "." in caption_column:
+        caption_column, field = caption_column.split(".", 1)
+    column = _find(row, caption_column, CAPTION_COLUMNS, "caption")
+    captions = _captions_of(row[column], column, field)
+    if not captions:
+        raise BadRowError("it has no caption")
+    return image, captions
+
+
+def wanted_columns(image_column: str | None, caption_column: str | None) -> set[str]:
+    """Everything that `read_row` could look at with these columns."""
+    images = IMAGE_COLUMNS if image_column is None else (image_column,)
+    captions = CAPTION_COLUMNS
+    if caption_column is not None:
+        captions = (caption_column, caption_column.split(".", 1)[0])
+    return {*images, *captions, IMAGE_TOKENS, TOKEN_SOURCE}
+
+
+def cached_tokens(row: dict) -> dict:
+    """The two columns of cached image tokens; nothing of a row that has none."""
+    if not isinstance(row.get(TOKEN_SOURCE), str):
+        return {}
+    return {IMAGE_TOKENS: row[IMAGE_TOKENS], TOKEN_SOURCE: row[TOKEN_SOURCE]}
+
+
+def _find(row: dict, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
+    found = [name for name in ((wanted,) if wanted is not None else usual) if row.get(name) is not None]
+    if not found:
+        there = ", ".join(name for name in row if not name.startswith("__")) or "nothing"
+        looked_for = repr(wanted) if wanted is not None else f"one of {', '.join(usual)}"
+        raise BadRowError(f"it has no {kind} in {looked_for}; there is {there}")
+    return found[0]
+
+
+def _captions_of(value, column: str, field: str | None) -> list[str]:
+    if isinstance(value, bytes):
+        value = _decode(value, is_json=column == "json" or field is not None)
+    if isinstance(value, dict):
+        fields = JSON_CAPTIONS if field is None else (field,)
+        value = next((value[name] for name in fields if value.get(name) is not None), None)
+    elif field is not None:
+        raise BadRowError(f"{column!r} has no field {field!r}")
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list | None) or not all(isinstance(each, str | None) for each in captions or []):
+        raise BadRowError(f"its captions in {column!r} are neither a string nor a list of strings")
+    return [each for each in captions or [] if each is not None]
+
+
+def _decode(content: bytes, is_json: bool):
+    if len(content) > MAX_TEXT_BYTES:
+        raise BadRowError(f"its caption file has {len(content):,} bytes, more than {MAX_TEXT_BYTES:,}")
+    try:
+        text = content.decode("utf-8")
+        return json.loads(text) if is_json else text
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or JSON of a thousand brackets
+        raise BadRowError(f"its caption file is damaged: {type(error).__name__}") from error

@@ -1,0 +1,140 @@
+"""What a scene of the built-in `scenes` shows, and its picture. Sampling scenes and captioning them is not here."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+OVERSAMPLING = 2  # pictures are drawn at twice their size, for smooth edges
+
+COLOURS = {
+    "red": (215, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (250, 225, 40),
+    "green": (35, 160, 60),
+    "blue": (45, 95, 235),
+    "purple": (130, 45, 170),
+    "pink": (250, 130, 190),
+    "white": (245, 245, 245),
+}
+# Names that no object's colour has, so that a colour word in a caption says what it belongs to.
+BACKGROUND_COLOURS = {
+    "beige": (215, 195, 155),
+    "mint": (165, 215, 190),
+    "lavender": (190, 175, 225),
+    "grey": (140, 140, 145),
+    "navy": (25, 35, 80),
+    "brown": (100, 65, 40),
+}
+OUTLINE_COLOUR = (20, 20, 20)
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: colour, shape and size by name, the exact RGB colour, the grid cell (row, column), and the box
+    (left, top, right, bottom) in pixels, right and bottom exclusive."""
+
+    colour: str
+    shape: str
+    size: str
+    rgb: tuple[int, int, int]
+    cell: tuple[int, int]
+    box: Box
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: its objects, the background's pattern and colour by name, and five captions."""
+
+    objects: tuple[SceneObject, ...]
+    pattern: str
+    background_colour: str
+    texture_seed: int
+    captions: tuple[str, ...] = ()
+
+
+def draw_scene(scene: Scene, image_size: int) -> Image.Image:
+    """The RGB picture of a scene that was sampled for this image size."""
+    image = _draw_background(scene, OVERSAMPLING * image_size)
+    draw = ImageDraw.Draw(image)
+    for item in scene.objects:
+        left, top, right, bottom = (OVERSAMPLING * edge for edge in item.box)
+        _draw_shape(draw, item.shape, (left, top, right - 1, bottom - 1), item.rgb)
+    return image.reduce(OVERSAMPLING)
+
+
+def _draw_background(scene: Scene, side: int) -> Image.Image:
+    """Two tones of one colour, mixed by a small tile that is stretched over the picture."""
+    rng = random.Random(scene.texture_seed)
+    colour = BACKGROUND_COLOURS[scene.background_colour]
+    lighter = tuple(min(255, channel + 30) for channel in colour)
+    tile = _tile(scene.pattern, rng)
+    if rng.random() < 0.5:
+        tile = tile.transpose(Image.Transpose.TRANSPOSE)
+    filtering = Image.Resampling.BILINEAR if scene.pattern == "gradient" else Image.Resampling.NEAREST
+    tones = [Image.new("RGB", (side, side), tone) for tone in (lighter, colour)]
+    return Image.composite(*tones, tile.resize((side, side), filtering))
+
+
+def _tile(pattern: str, rng: random.Random) -> Image.Image:
+    count = rng.randint(5, 9)
+    if pattern == "plain":
+        return Image.new("L", (1, 1), rng.randrange(256))
+    if pattern == "gradient":
+        return Image.frombytes("L", (1, 4), bytes((0, 85, 170, 255)))
+    if pattern == "stripes":
+        return Image.frombytes("L", (1, count), bytes(255 * (row % 2) for row in range(count)))
+    if pattern == "checks":
+        cells = bytes(255 * ((row + column) % 2) for row in range(count) for column in range(count))
+        return Image.frombytes("L", (count, count), cells)
+    return Image.frombytes("L", (48, 48), rng.randbytes(48 * 48))
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, rgb: tuple[int, int, int]) -> None:
+    """Fill the box (right and bottom inclusive) with a shape that touches all four sides, outlined in black."""
+    left, top, right, bottom = box
+    if shape in OUTLINES:
+        points = [(left + x * (right - left), top + y * (bottom - top)) for x, y in OUTLINES[shape]]
+        draw.polygon(points, fill=rgb, outline=OUTLINE_COLOUR, width=OVERSAMPLING)
+    elif shape == "circle":
+        draw.ellipse(box, fill=rgb, outline=OUTLINE_COLOUR, width=OVERSAMPLING)
+    else:  # a ring, open in the middle
+        draw.ellipse(box, outline=OUTLINE_COLOUR, width=(right - left) // 3)
+        inner = (left + OVERSAMPLING, top + OVERSAMPLING, right - OVERSAMPLING, bottom - OVERSAMPLING)
+        draw.ellipse(inner, outline=rgb, width=(right - left) // 3 - OVERSAMPLING)
+
+
+def _fill_unit_square(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    (low_x, high_x), (low_y, high_y) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    return [((x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)) for x, y in points]
+
+
+def _around(count: int, radius: Callable[[int], float]) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return [(radius(i) * math.sin(angle), -radius(i) * math.cos(angle)) for i, angle in enumerate(angles)]
+
+
+def _heart(count: int = 32) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return [
+        (16 * math.sin(a) ** 3, -13 * math.cos(a) + 5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a))
+        for a in angles
+    ]
+
+
+# x to the right, y downwards, both in [0, 1]. Circle and ring are drawn as ellipses.
+OUTLINES = {
+    shape: _fill_unit_square(points)
+    for shape, points in {
+        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+        "triangle": _around(3, lambda i: 1),
+        "star": _around(10, lambda i: (1, 0.42)[i % 2]),
+        "heart": _heart(),
+        "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
+        "diamond": _around(4, lambda i: 1),
+    }.items()
+}

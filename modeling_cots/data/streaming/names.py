@@ -1,0 +1,78 @@
+"""Names of shards: braces and stars to a list, on this machine or behind any address that fsspec knows."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import fsspec
+
+MAX_NAMES = 1_000_000
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` begins with a protocol, as https://, s3:// or hf:// do."""
+    return "://" in name
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """
+    "a-{000..002}.tar" -> a-000.tar, a-001.tar, a-002.tar; "{a,b}.tar" -> a.tar, b.tar; without braces, the name alone.
+
+    Raises `ValueError` for a range that runs backwards, braces without range or comma, and more than a million names.
+    """
+    pieces = BRACES.split(pattern)  # text, inside of braces, text, ...
+    choices = [[piece] if i % 2 == 0 else _choices(piece, pattern) for i, piece in enumerate(pieces)]
+    total = 1
+    for each in choices:
+        total *= len(each)
+    if total > MAX_NAMES:
+        raise ValueError(f"{pattern!r} stands for {total:,} names; {MAX_NAMES:,} at most.")
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str] | range:
+    if match := RANGE.fullmatch(inside):
+        first, last = int(match[1]), int(match[2])
+        if last < first:
+            raise ValueError(f"The range {{{inside}}} in {pattern!r} runs backwards.")
+        if last - first >= MAX_NAMES:
+            raise ValueError(f"The range {{{inside}}} in {pattern!r} has {last - first + 1:,} names.")
+        width = len(match[1]) if match[1].startswith("0") else 0
+        return [str(number).zfill(width) for number in range(first, last + 1)]
+    if "," not in inside:
+        raise ValueError(f"{{{inside}}} in {pattern!r} is neither a range ({{000..009}}) nor a list ({{a,b}}).")
+    return inside.split(",")
+
+
+def expand_urls(pattern: str) -> list[str]:
+    """
+    The addresses that a pattern with braces and stars stands for; those with a star are looked up where they are.
+
+    Raises `ValueError` for a protocol that is unknown or needs a package that is not installed, and for a star that
+    finds nothing or cannot be looked up.
+    """
+    return list(_expand_stars(pattern))
+
+
+def _expand_stars(pattern: str) -> Iterator[str]:
+    for url in expand_braces(pattern):
+        try:
+            fs, path = fsspec.core.url_to_fs(url)
+            # A question mark begins the query of a web address; it is a wildcard nowhere here.
+            found = [fs.unstrip_protocol(name) for name in sorted(fs.glob(path))] if "*" in path else [url]
+        except Exception as error:  # each protocol has its own
+            raise ValueError(f"{display_name(url)} cannot be looked up: {type(error).__name__}: {error}") from error
+        if not found:
+            raise ValueError(f"No file matches {display_name(url)}.")
+        yield from found
+
+
+def display_name(name: str) -> str:
+    """A name fit for logs: without the user, password and query (which may be a signature) of a web address."""
+    if not is_url(name):
+        return name
+    parts = urlsplit(name)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

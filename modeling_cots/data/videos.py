@@ -1,0 +1,189 @@
+"""A user's own videos and captions as one data set: one item a video, with all its captions; nothing is decoded here.
+
+Frames are decoded in the collator, by the video processor, which skips and counts what cannot be read. The annotation
+files of MSR-VTT are read in msrvtt_files.py, metadata of a folder in pair_files.py.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from .files import load_rows
+from .items import EpochSeeds
+from .msrvtt import is_msrvtt, load_msrvtt
+
+logger = logging.get_logger(__name__)
+
+VIDEO_COLUMNS = ("video", "file_name", "path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentence")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
+MAX_REPORTED_NAMES = 10
+
+
+def open_videos(
+    dataset: str,
+    split: str,
+    *,
+    protocol: str | None = None,
+    video_folder: str | None = None,
+    video_column: str | None = None,
+    caption_column: str | None = None,
+    seed: int = 0,
+) -> "VideoDataset":
+    """
+    Open a split of videos with their captions. A video without a caption is left out and reported by name.
+
+    Args:
+        dataset: MSR-VTT by its annotations (see `load_msrvtt`), or a folder of videos with metadata.jsonl or
+            metadata.csv, there or in one sub-folder a split, or such a file alone.
+        split: Its name. MSR-VTT has train, validation and test.
+        protocol: Of MSR-VTT "msrvtt-full" (the default) or "msrvtt-1ka"; other data sets have none.
+        video_folder: Where the video files are, by default where the annotations are. Those of MSR-VTT may lie in
+            any of its sub-folders.
+        video_column: Holds paths of videos; by default the first that is there of video, file_name, path.
+        caption_column: Holds a string or a list of strings; by default the first that is there of caption, captions,
+            text, sentence. Rows of the same video are joined.
+        seed: Of what is drawn for each item in training.
+
+    Raises `ValueError` for a data set, split, protocol or column that is not there, an empty data set, captions that
+    are no strings, paths that leave the folder, two files of the same MSR-VTT video, and a folder with none of the
+    videos. Single videos that are missing are named when they are read.
+    """
+    if is_msrvtt(dataset):
+        if video_column is not None or caption_column is not None:
+            raise ValueError("MSR-VTT's annotations have no columns to choose.")
+        captions = load_msrvtt(dataset, split, **({} if protocol is None else {"protocol": protocol}))
+        path = Path(dataset).expanduser()
+        root = path if path.is_dir() else path.parent
+        files = _find_msrvtt_files(Path(video_folder).expanduser() if video_folder else root, captions)
+    else:
+        if protocol is not None:
+            raise ValueError(f"The protocol {protocol!r} is MSR-VTT's, and {dataset!r} holds none of its files.")
+        rows, root = load_rows(dataset, split)
+        captions = _group_captions(rows, video_column, caption_column)
+        if video_folder is None and root is None:
+            raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
+        files = _check_paths(Path(video_folder).expanduser() if video_folder else root, captions)
+    names = _captioned(captions)
+    if not names:
+        raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
+    return VideoDataset(names, [files[name] for name in names], [captions[name] for name in names], seed)
+
+
+class VideoDataset(Dataset):
+    """
+    Map-style data set of N videos with their captions.
+
+    An item is {"video": path, "captions": list of strings, "pair_id": its number, "name": for reports, "seed": int}.
+
+    Args:
+        names: N names.
+        paths: N paths of files.
+        captions: N lists of strings.
+        seed: Of what is drawn for each item in training.
+    """
+
+    def __init__(self, names: list[str], paths: list[str], captions: list[list[str]], seed: int = 0):
+        self.names, self.paths, self.captions = names, paths, captions
+        self._seeds = EpochSeeds(seed)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Item {index} of {len(self)}.")
+        index = int(index) % len(self)
+        return {
+            "video": self.paths[index],
+            "captions": list(self.captions[index]),
+            "pair_id": index,
+            "name": self.names[index],
+            "seed": self._seeds(index),
+        }
+
+    def iter_captions(self) -> Iterator[str]:
+        """All captions."""
+        for captions in self.captions:
+            yield from captions
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give every item a fresh seed."""
+        self._seeds.set_epoch(epoch)
+
+
+def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, str]:
+    """The file of each video: its id, with any suffix, in any sub-folder. A missing one is expected as .mp4."""
+    files: dict[str, str] = {}
+    for place, _, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            video, suffix = os.path.splitext(name)
+            if video not in videos or suffix.lower() not in VIDEO_SUFFIXES:
+                continue
+            file = os.path.join(place, name)
+            if video in files:
+                raise ValueError(
+                    f"{files[video]!r} and {file!r} are both {video}: let `video_folder` say which to take."
+                )
+            files[video] = file
+    if not files:
+        raise ValueError(f"None of the {len(videos)} videos is in {str(folder)!r}: name the folder by `video_folder`.")
+    return {video: files.get(video, os.path.join(folder, f"{video}.mp4")) for video in videos}
+
+
+def _group_captions(
+    rows: datasets.Dataset, video_column: str | None, caption_column: str | None
+) -> dict[str, list[str]]:
+    """Captions by path, in the order in which paths first appear."""
+    if len(rows) == 0:
+        raise ValueError("The data set is empty.")
+    video_column = _find_column(rows, video_column, VIDEO_COLUMNS, "video")
+    caption_column = _find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
+    grouped: dict[str, list[str]] = {}
+    for number, row in enumerate(rows.select_columns([video_column, caption_column])):
+        path, captions = row[video_column], row[caption_column]
+        captions = [captions] if isinstance(captions, str) else captions or []
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"The column {video_column!r} must hold paths; row {number} holds {path!r}.")
+        if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
+            raise ValueError(f"Captions must be strings or lists of strings; {caption_column!r} holds {captions!r}.")
+        known = grouped.setdefault(os.path.normpath(path), [])
+        known.extend(caption for caption in captions if caption is not None)
+    return grouped
+
+
+def _find_column(rows: datasets.Dataset, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
+    available = ", ".join(rows.column_names)
+    if wanted is not None and wanted not in rows.column_names:
+        raise ValueError(f"There is no {kind} column {wanted!r}; there are {available}.")
+    found = [wanted] if wanted is not None else [name for name in usual if name in rows.column_names]
+    if not found:
+        raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
+    return found[0]
+
+
+def _check_paths(folder: Path, videos: dict[str, list[str]]) -> dict[str, str]:
+    """Full paths; none may leave the folder, as metadata from elsewhere could name any file of this machine."""
+    root = os.path.join(os.path.abspath(folder), "")
+    files = {path: os.path.abspath(os.path.join(root, path)) for path in videos}
+    for path, file in files.items():
+        if not file.startswith(root):
+            raise ValueError(f"The video path {path!r} leads out of {root!r}; it must stay inside.")
+    if not any(os.path.exists(file) for file in files.values()):
+        raise ValueError(
+            f"None of the {len(files)} videos exists: {next(iter(files))!r}, for one, is not in {root!r}."
+        )
+    return files
+
+
+def _captioned(captions: dict[str, list[str]]) -> list[str]:
+    without = [name for name, known in captions.items() if not known]
+    if without:
+        more = f" and {len(without) - MAX_REPORTED_NAMES} more" if len(without) > MAX_REPORTED_NAMES else ""
+        shown = ", ".join(without[:MAX_REPORTED_NAMES]) + more
+        logger.warning(f"Left out {len(without)} of {len(captions)} videos, which have no caption: {shown}.")
+    return [name for name in captions if captions[name]]

@@ -1,0 +1,1 @@
+"""Embedding a data set of pairs and measuring retrieval in both directions."""

@@ -1,0 +1,207 @@
+"""Retrieval as the field measures it: recall at K, median and mean rank, in both directions, ties counted against us.
+
+Equal ids belong together, so an image may have several captions and a caption several images. A query's rank is that
+of its best-placed relevant candidate among the irrelevant ones, as is usual for Flickr30k and COCO; `COTSRetrieval`
+is the same as an `evaluate.Metric`, loaded from this very file: `evaluate.load("path/to/retrieval_metrics.py")`.
+"""
+
+from collections.abc import Iterator
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+RECALL_AT = (1, 5, 10)
+
+# Number of images or videos, and of their captions, that a result under this name must have been measured on.
+PROTOCOLS = {
+    "flickr8k-1k": (1_000, 5_000),
+    "flickr30k-1k": (1_000, 5_000),
+    "coco-5k": (5_000, 25_010),
+    "coco-1k": (5_000, 25_010),  # the mean over 5 folds of 1,000 images each
+    "msrvtt-full": (2_990, 59_800),
+    "msrvtt-1ka": (1_000, 1_000),
+}
+COCO_NUM_FOLDS = 5
+
+# Equal candidates may score differently in the last bits, by where they stand in a matrix product. Scores of
+# unit-length embeddings that are closer than this are ties, or a collapsed model would win by rounding.
+TIE_TOLERANCE = 1e-6
+
+
+def best_positive_ranks(
+    query_embeds: torch.Tensor,
+    candidate_embeds: torch.Tensor,
+    query_ids: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    *,
+    chunk_size: int = 4096,
+) -> torch.Tensor:
+    """
+    Rank of the best relevant candidate of every query: 1 + the irrelevant candidates that score at least as high
+    (to within `TIE_TOLERANCE`).
+
+    Args:
+        query_embeds: (Q, d), unit length, any floating type; scores are dot products in float32.
+        candidate_embeds: (C, d), on the same device.
+        query_ids: (Q,) int64.
+        candidate_ids: (C,) int64; a candidate is relevant to the queries with its id.
+        chunk_size: Scores of `chunk_size` queries and as many candidates are held at a time, so that the peak is
+            5 * `chunk_size`^2 bytes (84 MB by default) beside the embeddings, the ranks and, of embeddings that are
+            not float32, float32 copies of two chunks. It does not grow with C, nor otherwise with Q.
+
+    Returns (Q,) int64 ranks from 1, on that device. Raises `ValueError` for no queries, for embeddings without an id
+    each, for embeddings that are not finite, which compare with nothing, and for a query without a relevant candidate.
+    """
+    _check_embeds("query", query_embeds, query_ids, chunk_size)
+    _check_embeds("candidate", candidate_embeds, candidate_ids, chunk_size)
+    if len(query_embeds) == 0:
+        raise ValueError("There are no queries, so there is nothing to rank.")
+    # Under autocast products would lose the digits that tell a tie from a difference.
+    with torch.autocast(query_embeds.device.type, enabled=False):
+        ranks = [
+            _ranks_of_chunk(query_embeds[rows].float(), candidate_embeds, query_ids[rows], candidate_ids, chunk_size)
+            for rows in _chunks(len(query_embeds), chunk_size)
+        ]
+    return torch.cat(ranks)
+
+
+def _ranks_of_chunk(
+    queries: torch.Tensor,
+    candidate_embeds: torch.Tensor,
+    query_ids: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    chunk_size: int,
+) -> torch.Tensor:
+    query_ids = query_ids.unsqueeze(1)
+    best = torch.full((len(queries), 1), -torch.inf, device=queries.device)
+    for columns in _chunks(len(candidate_embeds), chunk_size):
+        scores = _scores_without(query_ids != candidate_ids[columns], queries, candidate_embeds[columns])
+        best = torch.maximum(best, scores.amax(dim=1, keepdim=True))
+        del scores  # or it would live until the next ones are there, and the peak be nearly twice as high
+    if torch.isinf(best).any():
+        raise ValueError("A query has no relevant candidate: its id is not among the candidates' ids.")
+    ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
+    for columns in _chunks(len(candidate_embeds), chunk_size):
+        scores = _scores_without(query_ids == candidate_ids[columns], queries, candidate_embeds[columns])
+        # In place to zeros and ones: summing booleans would copy them to int64 first.
+        ranks += scores.ge_(best - TIE_TOLERANCE).sum(dim=1).long()
+        del scores
+    return ranks
+
+
+def _scores_without(left_out: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """(q, c) float32 dot products, -inf where `left_out` (q, c) says so."""
+    return (queries @ candidates.float().t()).masked_fill_(left_out, -torch.inf)
+
+
+def _check_embeds(name: str, embeds: torch.Tensor, ids: torch.Tensor, chunk_size: int) -> None:
+    if len(embeds) != len(ids):
+        raise ValueError(f"Every {name} needs an id: got {len(embeds)} {name} embeddings and {len(ids)} ids.")
+    if not all(torch.isfinite(embeds[rows]).all() for rows in _chunks(len(embeds), chunk_size)):
+        raise ValueError(f"The {name} embeddings are not finite: the model that made them has diverged.")
+
+
+def _chunks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def rank_statistics(ranks: torch.Tensor) -> dict[str, float]:
+    """Recall at 1, 5, 10 in percent, median rank (of an even number the mean of the middle two) and mean rank."""
+    ranks = ranks.cpu().numpy()
+    statistics = {f"recall_at_{k}": 100.0 * float((ranks <= k).mean()) for k in RECALL_AT}
+    return statistics | {"median_rank": float(np.median(ranks)), "mean_rank": float(ranks.mean())}
+
+
+def retrieval_metrics(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_ids: torch.Tensor,
+    text_ids: torch.Tensor,
+    *,
+    protocol: str | None = None,
+    chunk_size: int = 4096,
+) -> dict[str, float]:
+    """
+    Image-to-text (`i2t_...`) and text-to-image (`t2i_...`) retrieval; videos take the place of images unchanged.
+
+    Args:
+        image_embeds: (N, d).
+        text_embeds: (C, d).
+        image_ids: (N,) int64.
+        text_ids: (C,) int64, the id of the image that a caption describes.
+        protocol: One of `PROTOCOLS`, or None for a data set without a name.
+        chunk_size: See `best_positive_ranks`.
+
+    Returns `{i2t,t2i}_recall_at_{1,5,10}` in percent, `{i2t,t2i}_{median,mean}_rank`, and `recall_sum`, the sum of the
+    six recalls. Raises `ValueError` where the counts are not those of the protocol.
+    """
+    if protocol is not None:
+        check_protocol(protocol, len(image_embeds), len(text_embeds))
+    if protocol == "coco-1k":
+        folds = _coco_folds(image_ids, text_ids)
+        results = [
+            retrieval_metrics(image_embeds[i], text_embeds[t], image_ids[i], text_ids[t], chunk_size=chunk_size)
+            for i, t in folds
+        ]
+        return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+    i2t = best_positive_ranks(image_embeds, text_embeds, image_ids, text_ids, chunk_size=chunk_size)
+    t2i = best_positive_ranks(text_embeds, image_embeds, text_ids, image_ids, chunk_size=chunk_size)
+    metrics = {f"i2t_{name}": value for name, value in rank_statistics(i2t).items()}
+    metrics |= {f"t2i_{name}": value for name, value in rank_statistics(t2i).items()}
+    metrics["recall_sum"] = sum(metrics[f"{side}_recall_at_{k}"] for side in ("i2t", "t2i") for k in RECALL_AT)
+    return metrics
+
+
+def chance_recall(k: int, num_candidates: int, num_relevant: int = 1) -> float:
+    """Recall at k, in percent, of a random order of candidates of which `num_relevant` are relevant."""
+    miss = 1.0
+    for drawn in range(min(k, num_candidates)):
+        miss *= max(0, num_candidates - num_relevant - drawn) / (num_candidates - drawn)
+    return 100.0 * (1 - miss)
+
+
+def check_protocol(protocol: str, num_images: int, num_texts: int) -> None:
+    """Raise `ValueError` for a name that is none of `PROTOCOLS`, and for other counts than it has."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"No protocol is called {protocol!r}; there are {', '.join(PROTOCOLS)}.")
+    if (num_images, num_texts) != PROTOCOLS[protocol]:
+        expected = "{:,} images or videos and {:,} captions".format(*PROTOCOLS[protocol])
+        raise ValueError(f"{protocol} has {expected}, got {num_images:,} and {num_texts:,}: this is another test set.")
+
+
+def _coco_folds(image_ids: torch.Tensor, text_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Positions of the images and captions of each fold: consecutive runs of 1,000 images, as the field does."""
+    folds = []
+    for positions in torch.arange(len(image_ids), device=image_ids.device).chunk(COCO_NUM_FOLDS):
+        folds.append((positions, torch.isin(text_ids, image_ids[positions]).nonzero().squeeze(1)))
+    return folds
+
+
+class COTSRetrieval(evaluate.Metric):
+    """
+    The same numbers through `evaluate`: add batches of images, with all captions of an image in its row.
+
+    ```python
+    >>> metric = evaluate.load("modeling_cots/evaluation/retrieval_metrics.py")
+    >>> metric.add_batch(predictions=image_embeds, references=caption_embeds)  # (B, d), and per image (captions, d)
+    >>> metric.compute()
+    ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        vector = datasets.Sequence(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description="Recall at K, median and mean rank of image-text retrieval in both directions.",
+            citation="Lu et al., COTS: Collaborative Two-Stream Vision-Language Pre-Training, CVPR 2022.",
+            inputs_description="predictions: image embeddings; references: the embeddings of each image's captions.",
+            features=datasets.Features({"predictions": vector, "references": datasets.Sequence(vector)}),
+        )
+
+    def _compute(self, predictions, references, protocol: str | None = None) -> dict[str, float]:
+        image_ids = torch.arange(len(predictions))
+        text_ids = image_ids.repeat_interleave(torch.tensor([len(captions) for captions in references]))
+        texts = torch.tensor(np.array([embed for captions in references for embed in captions]), dtype=torch.float32)
+        images = torch.tensor(np.array(predictions), dtype=torch.float32)
+        return retrieval_metrics(images, texts, image_ids, text_ids, protocol=protocol)

@@ -1,0 +1,36 @@
+"""Adaptive momentum filter (COTS, CVPR 2022, section 5 of the supplement): which pairs of a batch look like noise.
+
+The similarity of a pair's two momentum embeddings scores it; the last N_Q scores model what is usual. Not here: the
+queue of scores (`feature_queue.py`) and what leaving a pair out means for the losses (`losses.py`).
+"""
+
+import torch
+
+
+def filter_threshold(queue_scores: torch.Tensor, num_std: float) -> torch.Tensor:
+    """mean - `num_std` * (population) standard deviation of the (N_Q,) scores of a full queue; () float32."""
+    scores = queue_scores.float()
+    # Relative to one of them: equal scores (a collapsed model) must give exactly that score, not a rounding above it.
+    centred = scores - scores[0]
+    return scores[0] + (centred.mean() - num_std * centred.std(correction=0))
+
+
+def adaptive_momentum_filter(
+    scores: torch.Tensor, queue_scores: torch.Tensor | None, num_std: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the pairs that do not score below the threshold.
+
+    Args:
+        scores: (B,), momentum similarity g_i^v . g_i^l of every pair.
+        queue_scores: (N_Q,) earlier scores, or None while the queue is not full: then every pair is kept.
+        num_std: k, how many standard deviations below the mean noise begins.
+
+    Returns:
+        keep (B,) bool, and the threshold () float32, which is -inf while the filter is idle.
+    """
+    if queue_scores is None:
+        threshold = torch.full((), float("-inf"), device=scores.device)
+    else:
+        threshold = filter_threshold(queue_scores, num_std)
+    # Not `>=`: a score that is NaN is kept, so that a model that has diverged shows in the loss and does not read 0.
+    return ~(scores.float() < threshold), threshold

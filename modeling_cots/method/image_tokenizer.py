@@ -1,0 +1,123 @@
+"""`ImageTokenizer`: pictures to visual tokens on the patch grid, the targets of masked vision modelling (CMVM).
+
+COTS (CVPR 2022, supplement): the raw image is average-pooled 384 -> 192, and the encoder of DALL-E's discrete VAE,
+which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 pixels a patch. The
+dVAE is transformers' `FlavaImageCodebook`; it is frozen, and no part of the trained model.
+"""
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+PIXELS_PER_TOKEN = 8  # the dVAE's down-sampling
+LAPLACE_EPSILON = 0.1  # the dVAE expects pixels in [0, 1] mapped by x -> (1 - 2e) x + e
+
+
+class ImageTokenizer(nn.Module):
+    """
+    Visual tokens of raw or normalised pixels.
+
+    Args:
+        codebook (`FlavaImageCodebook`): The encoder of the discrete VAE; it is frozen.
+        image_mean (`list[float]`): Per channel, what the processor subtracted.
+        image_std (`list[float]`): Per channel, what it then divided by.
+    """
+
+    def __init__(self, codebook: FlavaImageCodebook, image_mean: list[float], image_std: list[float]):
+        super().__init__()
+        # Frozen again after loading: `from_pretrained` turns the gradients back on. Channels last convolve faster.
+        self.codebook = codebook.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1))
+        self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, image_mean: list[float], image_std: list[float]) -> "ImageTokenizer":
+        """Load the codebook from a Hub id (the paper's: `facebook/flava-image-codebook`) or a folder."""
+        return cls(FlavaImageCodebook.from_pretrained(name_or_path), image_mean, image_std)
+
+    @classmethod
+    def random(
+        cls, vocab_size: int, image_mean: list[float], image_std: list[float], *, seed: int = 0, hidden_size: int = 8
+    ) -> "ImageTokenizer":
+        """
+        A small codebook with random weights, used as a random-projection quantiser (BEST-RQ, Chiu et al., 2022).
+
+        Its tokens mean nothing in particular, but equal patches have equal tokens, so predicting them from the rest
+        of the picture is a task. For tests and for places that no model hub reaches.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the accelerator for good
+            codebook = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=hidden_size, vocab_size=vocab_size))
+            _spread_codes(codebook)
+        return cls(codebook, image_mean, image_std)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return self.codebook.config.vocab_size
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides about the tokens of a raw picture of given size and patches."""
+        return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
+
+    def train(self, mode: bool = True) -> "ImageTokenizer":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+        """
+        Tokens (B, H / patch height * W / patch width) int64, row by row.
+
+        Args:
+            pixel_values: (B, 3, H, W), raw (uint8) or normalised (floats).
+            patch_size: Height and width of a patch.
+        """
+        grid = [side // patch_side for side, patch_side in zip(pixel_values.shape[-2:], patch_size, strict=True)]
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            if pixel_values.dtype == torch.uint8:
+                pixels = pixel_values.float() / 255
+            else:
+                pixels = (pixel_values.float() * self.image_std + self.image_mean).clamp(0, 1)
+            pixels = F.adaptive_avg_pool2d(pixels, [PIXELS_PER_TOKEN * side for side in grid])
+            pixels = (1 - 2 * LAPLACE_EPSILON) * pixels + LAPLACE_EPSILON
+            return self.codebook.get_codebook_indices(pixels).flatten(1)
+
+
+def _spread_codes(codebook: FlavaImageCodebook) -> None:
+    """Make the random codebook use its whole vocabulary.
+
+    With the library's initialisation (standard deviation 0.02 through 25 convolutions) the features all but vanish
+    and a handful of ids, those with the largest bias, win everywhere: 8 of 512 on photographs. So the convolutions
+    keep the scale of their input (He et al., 2015), and the codes are random directions in features that are
+    whitened over smooth random pictures, folded into the weights of the last convolution.
+    """
+    for module in codebook.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    side = 6 * PIXELS_PER_TOKEN
+    pictures = F.interpolate(torch.rand(64, codebook.input_channels, 12, 12), size=side, mode="bilinear")
+    features = F.relu(codebook.blocks[:-1](pictures))
+    features = features.transpose(0, 1).flatten(1)
+    variances, axes = torch.linalg.eigh(torch.cov(features))
+    variances = variances.clamp(min=1e-3 * variances.max())  # directions that hardly vary are noise
+    last = codebook.blocks.output.conv
+    directions = F.normalize(torch.randn(last.out_channels, last.in_channels), dim=1)
+    codes = directions @ (axes * variances.rsqrt()) @ axes.T
+    with torch.no_grad():
+        last.weight.copy_(codes[:, :, None, None])
+        last.bias.copy_(-codes @ features.mean(dim=1))
+
+
+def digest_codebook(codebook, **mapping) -> str:
+    """A digest of a module's weights, equal on every device, and of how pixels are mapped for it."""
+    digest = hashlib.blake2b(json.dumps(mapping, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(codebook.state_dict().items()):
+        values = tensor.detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""`MomentumEncoder`: the frozen slow copy of the two streams (COTS, CVPR 2022, instance level; as in MoCo)."""
+
+import copy
+import os
+import weakref
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from .feature_queue import PairQueue
+
+MOMENTUM_STATE_NAME = "momentum_state.safetensors"
+
+
+class MomentumEncoder(nn.Module):
+    """
+    A copy of `model` whose weights follow it slowly: theta_m <- m * theta_m + (1 - m) * theta.
+
+    The copy never gets a gradient and always runs in evaluation mode, so that an embedding that waits in the queue
+    does not carry the noise of one drop-out mask. It is kept in float32: a step of 1 - m = 0.01 vanishes in bfloat16.
+
+    Args:
+        model (`nn.Module`): The online model; it is copied, not kept.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
+        self._paired_with: weakref.ref | None = None
+        self._pairs: _Pairs | None = None
+
+    def train(self, mode: bool = True) -> "MomentumEncoder":
+        return super().train(False)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_paired_with": None, "_pairs": None}  # a copy has tensors of its own
+
+    @torch.no_grad()
+    def update_(self, model: nn.Module, momentum: float) -> None:
+        """
+        Move towards `model`, in place and in float32; buffers are copied.
+
+        The tensors of the two are paired at the first call with a model, as walking over all modules takes longer than
+        moving them does on a GPU. Raises `ValueError` for a momentum outside [0, 1].
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"The momentum must be between 0 and 1, got {momentum}.")
+        if self._paired_with is None or self._paired_with() is not model:
+            self._pairs, self._paired_with = _Pairs(self.model, model), weakref.ref(model)
+        parameters, online_parameters = self._pairs.parameters()
+        # `float` copies nothing that is float32 already.
+        torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
+        for buffer, online_buffer in self._pairs.buffers():
+            buffer.copy_(online_buffer)
+
+
+class _Pairs:
+    """
+    Where the tensors of two models of the same structure stand, the frozen one's first.
+
+    Places are kept and not tensors: whatever stands there now is moved, after `.to(device)` and `load_state_dict` too.
+    """
+
+    def __init__(self, slow: nn.Module, online: nn.Module):
+        self._parameters, self._buffers = (_pair(slow, online, kind) for kind in ("_parameters", "_buffers"))
+
+    def parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        slow = [owner[name] for (owner, name), _ in self._parameters]
+        return slow, [owner[name] for _, (owner, name) in self._parameters]
+
+    def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(slow[name], online[online_name]) for (slow, name), (online, online_name) in self._buffers]
+
+
+def _pair(slow: nn.Module, online: nn.Module, kind: str) -> list[tuple[tuple[dict, str], tuple[dict, str]]]:
+    places = _places(slow, kind), _places(online, kind)
+    names = [[name for _, name in found] for found in places]
+    assert names[0] == names[1], "the momentum copy and the model differ in structure"
+    return list(zip(*places, strict=True))
+
+
+def _places(model: nn.Module, kind: str) -> list[tuple[dict, str]]:
+    """The dictionary and the name of every tensor of a model; one that several modules share counts once."""
+    seen, places = set(), []
+    for module in model.modules():
+        owner = getattr(module, kind)
+        for name, tensor in owner.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                places.append((owner, name))
+    return places
+
+
+class MomentumState(nn.Module):
+    """
+    The momentum encoders and the paired queues.
+
+    Args:
+        model (`COTSModel`): The online model that the momentum encoders copy.
+        queue_size (`int`): N_Q.
+    """
+
+    def __init__(self, model: nn.Module, queue_size: int):
+        super().__init__()
+        self.encoder = MomentumEncoder(model)
+        self.queue = PairQueue(queue_size, model.config.projection_dim)
+
+    def save(self, folder: str) -> None:
+        """Write `momentum_state.safetensors` into a checkpoint folder."""
+        # Not `save_file`, which refuses tensors that share memory: encoders may tie parameters.
+        safetensors.torch.save_model(self, os.path.join(folder, MOMENTUM_STATE_NAME))
+
+    def load(self, folder: str) -> None:
+        """Restore it. Raises `ValueError` where the file is missing, damaged, or of another model or queue."""
+        path = os.path.join(folder, MOMENTUM_STATE_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{folder} has no {MOMENTUM_STATE_NAME}: without the momentum encoders and the queues training would "
+                "not go on where it stopped. Resume from a checkpoint of COTSTrainer, or start a new run with this "
+                "one as its model."
+            )
+        saved_size = _saved_queue_size(path)
+        if saved_size != self.queue.size:
+            raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
+        try:
+            safetensors.torch.load_model(self, path)
+        except RuntimeError as error:
+            raise ValueError(f"{path} was saved with another model than this one. {error}") from error
+
+
+def _saved_queue_size(path: str) -> int:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_slice("queue.scores").get_shape()[0]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or holds no momentum state: {error}.") from error

@@ -1,0 +1,311 @@
+"""What training costs before anything is trained: parameters, floating-point operations and memory of a configuration.
+
+Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
+contents, so the counts are those of the real modules, whatever the encoders are. Counted: the clean and the masked
+pass of both streams forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
+positions, and the contrast against the queues. Not counted: decoding pictures, the optimiser's arithmetic (a share of
+about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
+2 FLOP. Of videos a pair is all frames of one video and a caption.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+from transformers.initialization import no_init_weights
+
+from ..configuration_cots import COTSConfig
+from ..method.image_tokenizer import PIXELS_PER_TOKEN
+from ..method.losses import queue_logits, task_kl_loss
+from ..modeling_cots import unit_length
+from ..modeling_cots_pretraining import COTSForPreTraining
+from ..training.arguments import COTSTrainingArguments
+
+# float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
+BYTES_PER_PARAMETER = 4 + 4 + 8
+BYTES_PER_MOMENTUM_PARAMETER = 4
+BYTES_PER_CAST_PARAMETER = 2
+MEASURED_BATCH_SIZES = 2, 4  # memory is linear in the batch: a line through two points
+
+
+def _attention_flop(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+    """Two matrix products for each head: scores, and their use."""
+    batch_size, num_heads, num_queries, width = query
+    return 2 * batch_size * num_heads * num_queries * key[-2] * (width + value[-1])
+
+
+def _attention_backward_flop(gradient: torch.Size, query, key, value, *args, **kwargs) -> int:
+    return 2 * _attention_flop(query, key, value)
+
+
+# The CPU's fused attention, which fake tensors run; torch 2.14 counts nothing for it (tests/test_training_cost.py).
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+
+
+@dataclass
+class TrainingCost:
+    """
+    The cost of one optimiser step, by the pair.
+
+    Args:
+        num_parameters (`dict[str, int]`): By part: streams, projections, heads.
+        flop_per_pair (`dict[str, float]`): Forward and backward, by part; see `total_flop`.
+        fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimiser, momentum copy, queues.
+        bytes_per_pair (`int`): Device memory of what the backward pass needs of one pair.
+    """
+
+    num_parameters: dict[str, int]
+    flop_per_pair: dict[str, float]
+    fixed_bytes: int
+    bytes_per_pair: int
+
+    @property
+    def total_flop(self) -> float:
+        """FLOP of one pair."""
+        return sum(self.flop_per_pair.values())
+
+    def pairs_per_second(self, flop_per_second: float) -> float:
+        """Pairs a second of a device that reaches `flop_per_second`."""
+        return flop_per_second / self.total_flop
+
+    def largest_batch(self, device_bytes: int) -> int:
+        """Pairs of one device of `device_bytes` of memory; 0 where not even the weights fit."""
+        return max(0, (device_bytes - self.fixed_bytes) // self.bytes_per_pair)
+
+
+def estimate_training_cost(
+    config: COTSConfig,
+    args: COTSTrainingArguments,
+    *,
+    text_length: int = 32,
+    num_frames: int | None = None,
+    image_tokenizer_hidden_size: int | None = 256,
+) -> TrainingCost:
+    """
+    Estimate the cost of training a model of `config` with `args`.
+
+    Args:
+        config ([`COTSConfig`]): The architecture.
+        args ([`COTSTrainingArguments`]): Says which losses are on, the mask ratios, the queue and the precision.
+        text_length (`int`, defaults to 32): Word pieces of a caption, padding included.
+        num_frames (`int`, *optional*): Frames of a video; without it pairs are of pictures.
+        image_tokenizer_hidden_size (`int`, *optional*, defaults to 256): Width of the dVAE; 256 is DALL-E's. `None`:
+            the data bring their image tokens along.
+
+    Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
+    and for videos with the masked losses, which are of pictures.
+    """
+    if text_length < 3:
+        raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+        if args.cmvm_weight > 0 or args.cmlm_weight > 0:
+            raise ValueError("Videos train without masked losses: set cmvm_weight and cmlm_weight to 0.")
+    with FakeTensorMode(), no_init_weights():
+        model = COTSForPreTraining(config).train()
+        model.tie_weights()  # which transformers does after initialising, and that was left out
+        step = _FakeStep(model, args, text_length, num_frames)
+        per_pair = step.bytes_per_pair()
+        flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
+        parameters = _count_parameters(step.model)
+    trained = sum(parameters.values())
+    momentum = trained - parameters["heads"]
+    queue = args.queue_size * (2 * config.projection_dim + 1) * 4 + args.queue_size * 8
+    fixed = trained * BYTES_PER_PARAMETER + momentum * BYTES_PER_MOMENTUM_PARAMETER + queue
+    if args.bf16 or args.fp16:
+        fixed += trained * BYTES_PER_CAST_PARAMETER
+    return TrainingCost(parameters, flop_per_pair, fixed, per_pair)
+
+
+def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
+    cots = model.cots
+    parts = {
+        "text stream": [cots.text_model],
+        "vision stream": [cots.vision_model],
+        "projections": [cots.text_projection, cots.vision_projection],
+        "heads": [model],
+    }
+    seen, counts = set(), {}
+    for name, modules in parts.items():
+        new = {id(p): p.numel() for module in modules for p in module.parameters() if id(p) not in seen}
+        seen.update(new)
+        counts[name] = sum(new.values())
+    return counts
+
+
+class _FakeStep:
+    """The pieces of one training step, on fake tensors; used under `FakeTensorMode`."""
+
+    def __init__(
+        self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int | None
+    ):
+        self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
+        self._images: dict[int, torch.Tensor] = {}
+        height, width = model.config.image_size
+        patch_height, patch_width = model.config.patch_size
+        self.image_size = height, width
+        self.grid = height // patch_height, width // patch_width
+        self.masked_patches = max(1, round(args.image_mask_ratio * self.grid[0] * self.grid[1]))
+        self.masked_words = max(1, round(args.text_mask_ratio * (text_length - 2)))
+
+    def autocast(self):
+        if not (self.args.bf16 or self.args.fp16):
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def images(self, batch_size: int) -> torch.Tensor:
+        if batch_size not in self._images:  # the clean and the masked pass see the same tensor, kept once
+            self._images[batch_size] = torch.zeros(batch_size, 3, *self.image_size)
+        return self._images[batch_size]
+
+    def texts(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, self.text_length, dtype=torch.long)
+
+    # Each of these returns something to go backward from. No attention mask: what it holds costs nothing.
+
+    def embed_images(self, batch_size: int) -> torch.Tensor:
+        if self.num_frames is None:
+            return self.model.cots.encode_image(self.images(batch_size))
+        return self.model.cots.encode_video(self.images(batch_size * self.num_frames).unflatten(0, (batch_size, -1)))
+
+    def embed_texts(self, batch_size: int) -> torch.Tensor:
+        return self.model.cots.encode_text(self.texts(batch_size))
+
+    def masked_images(self, batch_size: int) -> torch.Tensor:
+        return self.model.cots.run_vision_model(self.images(batch_size)).last_hidden_state
+
+    def masked_texts(self, batch_size: int) -> torch.Tensor:
+        return self.model.cots.run_text_model(self.texts(batch_size)).last_hidden_state
+
+    def contrast(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        batch_size, num_candidates = len(image_embeds), self.args.queue_size
+        if self.args.batch_candidates:
+            num_candidates += batch_size
+        candidates = torch.zeros(num_candidates, image_embeds.shape[1])
+        excluded = torch.zeros(batch_size, num_candidates, dtype=torch.bool)
+        rows = [
+            queue_logits(query, candidates[:1].expand_as(query), candidates, excluded, self.model.config.temperature)
+            for query in (image_embeds, text_embeds)
+        ]
+        losses = [F.log_softmax(row, dim=1)[:, 0].sum() for row in rows]
+        return sum(losses) + task_kl_loss(*rows, torch.ones(batch_size, dtype=torch.bool), float(batch_size))
+
+    def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the masked `tokens` (B, M, H), each helped by the other stream's `feature` (B, H')."""
+        logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1)).float()
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
+    def predict_patches(self, patches: torch.Tensor, text_feature: torch.Tensor) -> torch.Tensor:
+        masked = patches[:, -self.masked_patches :]
+        return self.predict(self.model.cmvm_head, self.model.text_to_image, masked, text_feature)
+
+    def predict_words(self, words: torch.Tensor, image_feature: torch.Tensor) -> torch.Tensor:
+        masked = words[:, -self.masked_words :]
+        return self.predict(self.model.cmlm_head, self.model.image_to_text, masked, image_feature)
+
+    def count_flop(self, image_tokenizer_hidden_size: int | None) -> dict[str, float]:
+        """FLOP of one pair by part; parts whose loss has weight 0 are absent."""
+        args, batch_size, config = self.args, 2, self.model.config
+        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+
+        def leaf(*shape: int) -> torch.Tensor:
+            return torch.zeros(batch_size, *shape, requires_grad=True)
+
+        parts = {
+            "vision, clean": lambda: self.embed_images(batch_size),
+            "text, clean": lambda: self.embed_texts(batch_size),
+            "contrast and KL": lambda: self.contrast(leaf(config.projection_dim), leaf(config.projection_dim)),
+        }
+        if args.cmvm_weight > 0:
+            parts["vision, masked"] = lambda: self.masked_images(batch_size)
+            parts["patch head"] = lambda: self.predict_patches(leaf(self.masked_patches, vision_size), leaf(text_size))
+        if args.cmlm_weight > 0:
+            parts["text, masked"] = lambda: self.masked_texts(batch_size)
+            parts["word head"] = lambda: self.predict_words(leaf(self.masked_words, text_size), leaf(vision_size))
+        counts = {name: _count(part, backward=True) for name, part in parts.items()}
+        with torch.no_grad():
+            counts["vision, momentum"] = _count(lambda: self.embed_images(batch_size))
+            counts["text, momentum"] = _count(lambda: self.embed_texts(batch_size))
+            if args.cmvm_weight > 0 and image_tokenizer_hidden_size is not None:
+                codebook = FlavaImageCodebook(
+                    FlavaImageCodebookConfig(
+                        hidden_size=image_tokenizer_hidden_size, vocab_size=config.image_vocab_size
+                    )
+                )
+                pooled = torch.zeros(batch_size, 3, *(PIXELS_PER_TOKEN * side for side in self.grid))
+                counts["image tokenizer"] = _count(lambda: codebook.get_codebook_indices(pooled))
+        return {name: count / batch_size for name, count in counts.items()}
+
+    def bytes_per_pair(self) -> int:
+        """Bytes that autograd keeps of one pair between forward and backward pass.
+
+        With activation checkpointing: that, and the one layer of the vision encoder that is being recomputed.
+        """
+        if not self.args.gradient_checkpointing:
+            return self._per_pair(self.losses)
+        pictures = 1 if self.num_frames is None else self.num_frames
+        layer = pictures * self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
+        self.model.gradient_checkpointing_enable()
+        return layer + self._per_pair(self.losses)
+
+    def _per_pair(self, run: Callable[[int], object]) -> int:
+        few, many = MEASURED_BATCH_SIZES
+        return (self.activation_bytes(run, many) - self.activation_bytes(run, few)) // (many - few)
+
+    def activation_bytes(self, run: Callable[[int], object], batch_size: int) -> int:
+        """Bytes that autograd keeps of `run(batch_size)`, weights excluded."""
+        with self.autocast():
+            return kept_bytes(lambda: run(batch_size), self.model)
+
+    def losses(self, batch_size: int) -> list[torch.Tensor]:
+        """Every loss that is switched on, from one run of everything the trained model does for a batch."""
+        cots = self.model.cots
+        if self.num_frames is not None:
+            return [self.contrast(self.embed_images(batch_size), self.embed_texts(batch_size))]
+        vision = cots.run_vision_model(self.images(batch_size)).pooler_output
+        text = cots.run_text_model(self.texts(batch_size)).pooler_output
+        embeds = unit_length(cots.vision_projection(vision)), unit_length(cots.text_projection(text))
+        losses = [self.contrast(*embeds)]
+        if self.args.cmvm_weight > 0:
+            losses.append(self.predict_patches(self.masked_images(batch_size), text))
+        if self.args.cmlm_weight > 0:
+            losses.append(self.predict_words(self.masked_texts(batch_size), vision))
+        return losses
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context whose `get_total_flops()` counts what runs in it, the CPU's fused attention as well."""
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+def kept_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps between the forward pass `run` and its backward pass, weights of `model` excluded."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no later one gets the same number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
+
+
+def _count(part: Callable[[], torch.Tensor], backward: bool = False) -> int:
+    """FLOP of `part`, and with `backward` of the backward pass from its sum."""
+    with flop_counter() as counter:
+        result = part()
+        if backward:
+            result.sum().backward()
+    return counter.get_total_flops()

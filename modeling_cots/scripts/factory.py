@@ -1,0 +1,212 @@
+"""Putting a model, its tokenizer, its image tokenizer and its processor together so that their sizes agree.
+
+Used by the training scripts before any work is done: what is fresh follows what is given, and two given parts that
+do not fit are refused with both numbers.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    ViTImageProcessor,
+)
+from transformers.image_utils import PILImageResampling
+from transformers.utils import logging
+
+from ..configuration_cots import COTSConfig
+from ..encoders_cots import build_text_encoder, build_vision_encoder
+from ..method.image_tokenizer import ImageTokenizer
+from ..modeling_cots import COTSModel
+from ..modeling_cots_pretraining import COTSForPreTraining
+from ..processing_cots import COTSProcessor
+from ..video_processing_cots import COTSVideoProcessor
+from .timm_weights import load_timm_vit
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_VOCAB_SIZE = 30_522  # BERT's
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_ALPHABET = 1000
+RANDOM_IMAGE_TOKENIZER = "random"
+
+
+def build_config(
+    model: str | None, model_config: str | None, text_model: str | None, vision_model: str | None
+) -> COTSConfig:
+    """The configuration of a COTS checkpoint; or of a JSON file (default: the paper) with the given encoders in it."""
+    if model is not None:
+        return COTSConfig.from_pretrained(model)
+    config = COTSConfig() if model_config is None else COTSConfig.from_json_file(model_config)
+    if text_model is not None:
+        config.text_config = AutoConfig.from_pretrained(text_model)
+    if vision_model is not None and not _is_timm(vision_model):
+        config.vision_config = AutoConfig.from_pretrained(vision_model)
+    return config
+
+
+def _is_timm(vision_model: str) -> bool:
+    return vision_model.startswith("timm/")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> BertTokenizer:
+    """
+    A WordPiece tokenizer in BERT's format, of at most `vocab_size` pieces, each seen at least twice in `captions`.
+
+    The same captions give the same tokenizer, on every process and in every run.
+    """
+    captions = list(captions)
+    blank = BertTokenizer().backend_tokenizer
+    letters = Counter(letter for caption in captions for letter in blank.normalizer.normalize_str(caption))
+    alphabet = sorted(letter for letter, _ in letters.most_common(MAX_ALPHABET) if not letter.isspace())
+    # The library numbers the letters inside words in the order of a hash table that is seeded anew every time, and
+    # breaks ties between merges by those numbers. Handed over as special tokens, they are numbered beforehand.
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in alphabet)],
+        limit_alphabet=MAX_ALPHABET,
+        show_progress=False,
+    )
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    tokenizer.train_from_iterator(captions, trainer)
+    return BertTokenizer(vocab=tokenizer.get_vocab())
+
+
+def build_tokenizer(
+    tokenizer: str | None, text_model: str | None, captions: Iterable[str], max_text_length: int, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given by id or folder; else that of the pre-trained text encoder; else one trained on `captions`.
+
+    Raises `ValueError` for one without padding or mask token.
+    """
+    source = text_model if tokenizer is None else tokenizer
+    if source is None:
+        built = train_tokenizer(captions, vocab_size)
+        logger.warning(f"Trained a WordPiece tokenizer of {len(built)} pieces on the training captions.")
+    else:
+        built = AutoTokenizer.from_pretrained(source)
+    for role in ("pad_token", "mask_token"):
+        if getattr(built, role) is None:
+            raise ValueError(f"The tokenizer {source} has no {role}, which padding and masked modelling need.")
+    # Kept in the tokenizer, so that `truncation=True` cuts alike wherever the model is used.
+    built.model_max_length = max_text_length
+    return built
+
+
+def build_model(
+    *,
+    model: str | None,
+    text_model: str | None,
+    vision_model: str | None,
+    config: COTSConfig,
+    num_word_pieces: int,
+    num_image_tokens: int,
+    max_text_length: int,
+    with_heads: bool = True,
+) -> COTSForPreTraining:
+    """
+    The model to train: a COTS checkpoint to go on from, a pair of pre-trained encoders, or fresh weights.
+
+    A stream without a pre-trained encoder is built from `config`, whose vocabularies then follow the tokenizers. Of a
+    checkpoint the heads of masked modelling are loaded only `with_heads`: what people share has none.
+    Raises `ValueError` where a given stream and a given tokenizer do not fit.
+    """
+    if model is not None:
+        built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_streams(model)
+    elif text_model is None and vision_model is None:
+        config.text_config.vocab_size = num_word_pieces
+        config.image_vocab_size = num_image_tokens
+        built = COTSForPreTraining(config)
+    else:
+        built = _from_encoders(text_model, vision_model, config, num_word_pieces, num_image_tokens)
+        if config._attn_implementation is not None:  # of the configuration file; encoders come with their own
+            built.set_attn_implementation(config._attn_implementation)
+    vocab_size = built.config.text_config.vocab_size
+    if num_word_pieces > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_word_pieces} word pieces and the text encoder only {vocab_size} embeddings: "
+            "give the tokenizer that the encoder was trained with."
+        )
+    if built.config.image_vocab_size != num_image_tokens:
+        raise ValueError(
+            f"The image tokenizer has {num_image_tokens} tokens and the model's masked-image head "
+            f"{built.config.image_vocab_size}: give the image tokenizer that the model was trained with."
+        )
+    max_positions = built.base_model.max_text_length
+    if max_positions is not None and max_text_length > max_positions:
+        raise ValueError(
+            f"max_text_length is {max_text_length} and the text encoder has only {max_positions} positions."
+        )
+    return built
+
+
+def _load_streams(model: str) -> COTSForPreTraining:
+    """The streams of a checkpoint under fresh heads, without the loader's report of the heads that it lacks."""
+    streams = COTSModel.from_pretrained(model)
+    built = COTSForPreTraining(streams.config)
+    missing, _ = built.cots.load_state_dict(streams.state_dict(), strict=False)
+    assert all(name.endswith("mask_token") for name in missing), missing
+    return built
+
+
+def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces: int, num_image_tokens: int):
+    """A stream for which no pre-trained encoder is given is built from `config`."""
+    if text_model is None:
+        config.text_config.vocab_size = num_word_pieces
+        text_model = build_text_encoder(config.text_config)
+    if vision_model is None:
+        vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
+    elif _is_timm(vision_model):
+        vision_model = load_timm_vit(vision_model, image_size=config.image_size[0])
+    return COTSForPreTraining.from_encoders(
+        text_model,
+        vision_model,
+        projection_dim=config.projection_dim,
+        temperature=config.temperature,
+        image_vocab_size=num_image_tokens,
+    )
+
+
+def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, vision_model: str | None) -> COTSProcessor:
+    """The processor of a model: pictures at the size of its vision encoder, any mode, normalised as that expects."""
+    height, width = config.image_size
+    size = {"height": height, "width": width}
+    normalisation = {}
+    if vision_model is not None and not _is_timm(vision_model):
+        given = AutoImageProcessor.from_pretrained(vision_model)
+        normalisation = {"image_mean": given.image_mean, "image_std": given.image_std}
+    image_processor = ViTImageProcessor(
+        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalisation
+    )
+    video_processor = COTSVideoProcessor(
+        size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
+    )
+    return COTSProcessor(image_processor, tokenizer, video_processor)
+
+
+def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
+    """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
+    settings = processor.image_processor
+    return load_image_tokenizer(name_or_path, settings.image_mean, settings.image_std, vocab_size)
+
+
+def load_image_tokenizer(
+    name_or_path: str, image_mean: list[float], image_std: list[float], vocab_size: int
+) -> ImageTokenizer:
+    """`build_image_tokenizer` where there is no processor, as for raw pixels, whose tokens need no mean and std."""
+    if name_or_path != RANDOM_IMAGE_TOKENIZER:
+        return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
+    logger.warning(
+        f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantiser: its tokens "
+        "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
+    )
+    return ImageTokenizer.random(vocab_size, image_mean, image_std)

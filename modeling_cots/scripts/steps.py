@@ -1,0 +1,276 @@
+"""What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
+
+import os
+from dataclasses import dataclass, field
+
+from torch.utils.data import Dataset
+
+from ..configuration_cots import COTSConfig
+from ..data.image_reading import check_readable
+from ..data.opening import open_dataset
+from ..data.streaming.dataset import StreamingPairs, open_stream
+from ..evaluation.report import format_report
+from ..evaluation.results import stated_zero_shot_protocol, write_results
+from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS, PROTOCOLS
+from ..hub.model_card import write_card_of_measured
+from ..method.image_tokenizer import ImageTokenizer
+from ..modeling_cots_pretraining import COTSForPreTraining
+from ..processing_cots import COTSProcessor
+from ..training.arguments import COTSTrainingArguments
+from ..training.trainer import COTSTrainer
+from .factory import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+
+
+@dataclass
+class DataArguments:
+    """Which pairs, and how they are found in their files."""
+
+    dataset: str = field(
+        metadata={
+            "help": "`scenes` (built in), a Hub id, a folder of images with metadata.jsonl or metadata.csv, .parquet, "
+            ".jsonl, .csv or WebDataset .tar files, or dataset_flickr30k.json or dataset_coco.json of Karpathy."
+        }
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; of dataset_coco.json `train` takes in `restval`."}
+    )
+    eval_split: str | None = field(
+        default="validation", metadata={"help": "Split to measure retrieval on; `none` to measure nothing."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Images of a Karpathy file, if they are not beside it."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions, one or a list for each image; found if not given."}
+    )
+
+
+@dataclass
+class StreamArguments:
+    """Whether pairs are read as they come, and what they are evaluated on then."""
+
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read .tar or .parquet shards (paths, https:// or s3:// addresses, with {000..009}) or a Hub id "
+            "as they come; needs max_steps. Evaluation data is always opened whole."
+        },
+    )
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={"help": "With streaming: samples of each worker that wait to be drawn from, 1000 if not given."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Where eval_split is, if not in the data set that is trained on."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Where the streams start from, and with which tokenizers."""
+
+    model: str | None = field(default=None, metadata={"help": "A COTS checkpoint to go on from (Hub id or folder)."})
+    text_model: str | None = field(default=None, metadata={"help": "A pre-trained text encoder (Hub id or folder)."})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "A pre-trained vision encoder (Hub id, folder, or timm/NAME)."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "A JSON file of COTSConfig fields for what is not pre-trained."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder; by default the text model's, or one trained on the captions."},
+    )
+    image_tokenizer: str = field(
+        default="facebook/flava-image-codebook",
+        metadata={
+            "help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook, or `none` "
+            "to load none and trust the image tokens that the data set brings along."
+        },
+    )
+    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
+
+
+@dataclass
+class MeasuringArguments:
+    """By which rules a retrieval script measures, and how its numbers have to be read."""
+
+    protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{', '.join(f'`{name}`' for name in PROTOCOLS)}: the counts of `eval_split` must fit. Of MSR-VTT "
+            "it also says which split is meant."
+        },
+    )
+    zero_shot_protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a model that is only measured: `pretrained`, `fine-tuned-elsewhere`, or `none` if it was "
+            "fine-tuned on this data set."
+        },
+    )
+
+
+@dataclass
+class TrainingParts:
+    """A model with its processor and image tokenizer, made to agree; the last is `None` where none is needed."""
+
+    model: COTSForPreTraining
+    processor: COTSProcessor
+    image_tokenizer: ImageTokenizer | None
+
+
+def read_config(options: ModelArguments) -> COTSConfig:
+    """
+    The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
+
+    Raises `ValueError` for a checkpoint beside encoders or a configuration, which it would leave no room for.
+    """
+    if options.model is not None:
+        for name in ("text_model", "vision_model", "model_config"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
+    return build_config(options.model, options.model_config, options.text_model, options.vision_model)
+
+
+def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:
+    """A split of the data, of which the first images could be read; `None` for no split."""
+    if split in (None, "none"):
+        return None
+    opened = open_dataset(
+        options.dataset,
+        split,
+        image_folder=options.image_folder,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        image_size=image_size,
+        seed=seed,
+    )
+    check_readable(opened)
+    return opened
+
+
+def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
+    """
+    The training split as a stream; `options` are all three kinds of arguments in one.
+
+    Raises `ValueError` without `max_steps` or a tokenizer, and for options that a stream has no use for.
+    """
+    if options.dataset == "scenes":
+        raise ValueError("The scenes are drawn, not read: leave out --streaming.")
+    if options.image_folder is not None:
+        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave one of both out.")
+    if args.max_steps <= 0:
+        raise ValueError("A stream has no end to count epochs by: give --max_steps.")
+    if (options.tokenizer or options.text_model or options.model) is None:
+        raise ValueError(
+            "With --streaming give --tokenizer, --text_model or --model: the captions of a stream are not all at hand "
+            "to train a tokenizer on, and every process and every resumed run needs the same one."
+        )
+    return open_stream(
+        options.dataset,
+        options.train_split,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        seed=args.data_seed,
+        **({} if options.shuffle_buffer is None else {"shuffle_buffer": options.shuffle_buffer}),
+    )
+
+
+def build_parts(
+    options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
+) -> TrainingParts:
+    """Tokenizers, processor and model; a tokenizer is trained on the captions of `train_dataset` if none is given."""
+    tokenizer = build_tokenizer(
+        options.tokenizer or options.model,
+        options.text_model,
+        train_dataset.iter_captions(),
+        options.max_text_length,
+        config.text_config.vocab_size,
+    )
+    if options.model is None:
+        processor = build_processor(config, tokenizer, options.vision_model)
+    else:  # pictures must be normalised as the checkpoint has learnt them
+        processor = COTSProcessor.from_pretrained(options.model)
+        processor.tokenizer = tokenizer
+    image_tokenizer = None
+    if args.cmvm_weight > 0 and options.image_tokenizer != "none":
+        image_tokenizer = build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size)
+    model = build_model(
+        model=options.model,
+        text_model=options.text_model,
+        vision_model=options.vision_model,
+        config=config,
+        num_word_pieces=len(tokenizer),
+        num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
+        max_text_length=options.max_text_length,
+        with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
+    )
+    return TrainingParts(model, processor, image_tokenizer)
+
+
+def check_measuring(options, args: COTSTrainingArguments) -> str:
+    """
+    How far the numbers of a retrieval script will be zero-shot (see [`stated_zero_shot_protocol`]).
+
+    Raises `ValueError` where there is nothing to measure, or nothing to push.
+    """
+    trains = options.train_split != "none"
+    zero_shot_protocol = stated_zero_shot_protocol(options.zero_shot_protocol, trains)
+    if not trains and options.model is None:
+        raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
+    if options.eval_split in (None, "none"):
+        raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+    if not trains and args.push_to_hub:
+        raise ValueError("push_to_hub pushes what was trained, and this run only measures: use push_to_hub.py.")
+    return zero_shot_protocol
+
+
+def finish_retrieval(
+    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, unit: str = "image", **facts
+) -> None:
+    """
+    The last step of a retrieval script: measure, write `results.json` and the model with its card, and tell.
+
+    Args:
+        options: The script's, [`ModelArguments`] and [`MeasuringArguments`] among them.
+        trained_on: The data set and split; `None` if the model is only measured, whose card is written then.
+        unit: What the captions tell of, an "image" or a "video".
+        facts: What else `results.json` has to say, by name.
+    """
+    args, dataset = trainer.args, trainer.eval_dataset
+    metrics = trainer.evaluate()
+    if trained_on is not None:
+        trainer.export_model(args.output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+    if not trainer.is_world_process_zero():
+        return
+    path = os.path.join(args.output_dir, "results.json")
+    named = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in metrics.items()}
+    results = write_results(
+        path,
+        named if unit == "video" else metrics,
+        protocol=options.protocol,
+        zero_shot_protocol=zero_shot_protocol,
+        measured_on=dataset.name,
+        **{f"num_{unit}s": len(dataset)},
+        num_captions=sum(1 for _ in dataset.iter_captions()),
+        **facts,
+        model=options.model,
+        trained_on=trained_on,
+        num_steps=trainer.state.global_step,
+    )
+    if trained_on is None:
+        write_card_of_measured(args.output_dir, options.model, results, unit=unit)
+    num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
+    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")
+    print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
+    print(f"The numbers are in {path}, and in the card beside it.")
+    if trained_on is not None:
+        print(told_where(args.output_dir))
+
+
+def told_where(output_dir: str) -> str:
+    return f"The model is in {output_dir}: load it with COTSModel.from_pretrained({output_dir!r})."

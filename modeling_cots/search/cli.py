@@ -1,0 +1,190 @@
+"""The command `cots-search`: index pictures, query them, add, delete.
+
+    cots-search index PHOTOS/ --model runs/quickstart --index IDX
+    cots-search query IDX "a dog in the snow" --top 12 --html out.html
+    cots-search query IDX --image like_this.jpg --where "year >= 2020"
+    cots-search add IDX MORE_PHOTOS/
+    cots-search delete IDX PHOTOS/blurred.jpg
+    cots-search rebuild IDX --engine hnsw
+
+IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in
+MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.search.cli index ...`.
+"""
+
+import argparse
+import os
+import sys
+
+from ..data.opening import open_dataset
+from ..modeling_cots import COTSModel
+from ..processing_cots import COTSProcessor
+from .embedding import THUMBNAIL_SIDE, PictureFolder, as_picture_folder
+from .index import SearchIndex, delete_entries, process_state
+from .page import results_page
+from .stores import open_store, store_exists
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="cots-search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="embed pictures; run again to go on, or to take up new ones")
+    index.add_argument(
+        "data", help="a folder of pictures, or any data set (see docs/training.md): Hub id, file, shards"
+    )
+    index.add_argument("--model", required=True, help="a COTS checkpoint: folder or Hub id")
+    index.add_argument("--index", required=True, help="the index to make or to go on with")
+    index.add_argument(
+        "--engine", help="exact (default), hnsw, ivfpq, int8, binary; of a new index, see docs/search.md"
+    )
+    add = commands.add_parser("add", help="embed more pictures, with the index's own model")
+    add.add_argument("index", help="the index")
+    add.add_argument("data", help="as for `index`")
+    for command in (index, add):
+        command.add_argument("--split", default="train", help="split of a data set (train)")
+        command.add_argument("--image_column", help="column of the images; found if not given")
+        command.add_argument("--caption_column", help="column of the captions; found if not given")
+        command.add_argument("--batch_size", type=int, default=32, help="pictures a forward pass (32)")
+        command.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (0)")
+        command.add_argument(
+            "--thumbnails", type=int, default=THUMBNAIL_SIDE, help=f"pixels a side, 0 for none ({THUMBNAIL_SIDE})"
+        )
+    query = commands.add_parser("query", help="find pictures")
+    query.add_argument("index", help="the index")
+    query.add_argument("text", nargs="?", help="what to look for")
+    query.add_argument("--image", help="a picture to look for the like of, alone or with the text")
+    query.add_argument("--image_weight", type=float, default=0.5, help="of the picture beside the text, 0 to 1 (0.5)")
+    query.add_argument("--top", type=int, default=12, help="how many (12)")
+    query.add_argument("--html", help="write a page of thumbnails to this file")
+    delete = commands.add_parser("delete", help="take pictures out")
+    delete.add_argument("index", help="the index")
+    delete.add_argument("names", nargs="*", help="their paths, or their names as `query` prints them")
+    for command in (query, delete):
+        command.add_argument(
+            "--where", action="append", metavar="CONDITION", help="'year >= 2020'; may be given several times"
+        )
+    rebuild = commands.add_parser("rebuild", help="change the engine, free what was deleted; embeds nothing")
+    rebuild.add_argument("index", help="the index")
+    rebuild.add_argument("--engine", help="by default the one it has")
+    for command in (add, query):
+        command.add_argument("--model", help="where to load the index's model from, if it has moved")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; what a user can mend is told in one line."""
+    args = build_parser().parse_args(argv)
+    try:
+        {"index": run_index, "add": run_add, "query": run_query, "delete": run_delete, "rebuild": run_rebuild}[
+            args.command
+        ](args)
+    except ValueError as error:
+        sys.exit(f"cots-search: {error}")
+
+
+def run_index(args: argparse.Namespace) -> None:
+    """Make the index, or go on with it."""
+    dataset, source = open_pictures(args)
+    model, processor = load_model(args.model)
+    state = process_state()
+    if state.is_main_process and not store_exists(args.index):
+        SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
+    state.wait_for_everyone()
+    index = SearchIndex(args.index, model, processor)
+    if args.engine not in (None, index.store.info["engine"]):
+        raise ValueError(
+            f"{args.index!r} has the engine {index.store.info['engine']!r}: change it with `cots-search rebuild "
+            f"{args.index} --engine {args.engine}`."
+        )
+    add_pictures(index, dataset, source, args)
+
+
+def run_add(args: argparse.Namespace) -> None:
+    """Embed more pictures into an index that is there."""
+    dataset, source = open_pictures(args)
+    add_pictures(open_index(args), dataset, source, args)
+
+
+def run_query(args: argparse.Namespace) -> None:
+    """Print what fits, and write the page."""
+    index = open_index(args)
+    hits = index.search(args.text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
+    for place, hit in enumerate(hits, start=1):
+        caption = f'  "{hit["captions"][0]}"' if hit["captions"] else ""
+        print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}")
+    if not hits:
+        print("Nothing fits.")
+    if args.html:
+        asked = " and ".join(([f"“{args.text}”"] if args.text else []) + ([f"{args.image}"] if args.image else []))
+        note = f"{len(hits)} of {len(index):,} pictures" + (
+            f", where {' and '.join(args.where)}" if args.where else ""
+        )
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(results_page(f"Pictures for {asked}", hits, note))
+        print(f"The page is in {args.html}.")
+    index.close()
+
+
+def run_delete(args: argparse.Namespace) -> None:
+    """Take pictures out; the model is not needed for it."""
+    store = open_store(args.index)
+    names = [os.path.realpath(name) if os.path.exists(name) else name for name in args.names]
+    print(f"Deleted {delete_entries(store, names, args.where):,} pictures; {len(store):,} are left.")
+    store.close()
+
+
+def run_rebuild(args: argparse.Namespace) -> None:
+    """Change the engine; the model is not needed for it."""
+    store = open_store(args.index)
+    store.rebuild(args.engine or store.info["engine"])
+    print(f"{args.index} has the engine {store.info['engine']!r} and {len(store):,} pictures.")
+    store.close()
+
+
+def open_pictures(args: argparse.Namespace):
+    """The data set that `data` names, and what its entries say they are from."""
+    if as_picture_folder(args.data) is not None:
+        dataset = PictureFolder(args.data)
+        return dataset, dataset.name
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    dataset = open_dataset(args.data, args.split, **columns, keep_uncaptioned=True)
+    place = os.path.realpath(args.data) if os.path.exists(args.data) else args.data
+    return dataset, f"{place}[{args.split}]"
+
+
+def add_pictures(index: SearchIndex, dataset, source: str, args: argparse.Namespace) -> None:
+    """Embed what is new, and say how much that was."""
+    num_added = index.add(
+        dataset,
+        source=source,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        thumbnail_side=args.thumbnails,
+    )
+    if process_state().is_main_process:
+        print(f"Added {num_added:,} pictures; {args.index} has {len(index):,}.")
+    index.close()
+    process_state().destroy_process_group()  # or gloo's threads may abort one of several processes on its way out
+
+
+def open_index(args: argparse.Namespace) -> SearchIndex:
+    """The index with its model, from where it was or from `--model`."""
+    store = open_store(args.index)
+    name = args.model or store.info["model"]
+    store.close()
+    return SearchIndex(args.index, *load_model(name))
+
+
+def load_model(name: str):
+    """Model and processor, on this process's device."""
+    try:
+        model, processor = COTSModel.from_pretrained(name), COTSProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no COTS model in {name!r}; name one with --model. ({error})") from error
+    return model.to(process_state().device), processor
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Pictures to entries of a search index: what is there to embed, the model's identity, embeddings in parts.
+
+A source is a data set of pairs or a folder of pictures; each of its pictures has a name that stays the same from run
+to run, and the hash of it is the entry's id. That is what makes a second run go on where the first was killed.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
+
+from ..data.image_reading import UnreadableImageError, read_image
+from .rows import FIXED_COLUMNS, fixed_features
+
+logger = logging.get_logger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
+MAX_REPORTED = 10
+
+
+class PictureFolder(Dataset):
+    """
+    The pictures in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
+
+    Hidden files and folders, and links that lead elsewhere, are left out. Raises `ValueError` for a folder that is not
+    there or has no picture.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        root = os.path.realpath(folder)
+        if not os.path.isdir(root):
+            raise ValueError(f"There is no folder {str(folder)!r}.")
+        self.paths = []
+        for place, folders, names in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                path = os.path.join(place, name)
+                is_picture = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+                if is_picture and os.path.realpath(path) == path:
+                    self.paths.append(path)
+        if not self.paths:
+            raise ValueError(f"The folder {str(folder)!r} has no picture ({', '.join(IMAGE_SUFFIXES)}).")
+        self.name = root
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.paths[index]
+        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": path}
+
+    def names(self) -> list[str]:
+        """All paths, without opening a file."""
+        return self.paths
+
+
+def entry_names(dataset, source: str) -> list[str]:
+    """A name for each item that no other item has and that is the same in every run.
+
+    The path of a file, or "source: name" of a picture inside something; a second one of a name gets a number.
+    """
+    names = dataset.names() if hasattr(dataset, "names") else [f"row {index}" for index in range(len(dataset))]
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        name = name if os.path.isabs(name) else f"{source}: {name}"
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
+
+
+def row_ids_of(names: list[str]) -> np.ndarray:
+    """(n,) int64 from 0 to 2**63: a hash of each name, so that processes and engines agree on ids without asking."""
+    digests = b"".join(
+        hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names
+    )
+    return (np.frombuffer(digests, dtype=np.uint64) >> np.uint64(1)).astype(np.int64)
+
+
+def model_identity(model, processor) -> str:
+    """
+    A digest of the weights and of all that turns pictures and texts into their inputs.
+
+    Weights count as rounded to bfloat16, so that a model is itself in float32 and in bfloat16.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    images = json.loads(processor.image_processor.to_json_string())
+    for name in ("image_processor_type", "processor_class", "transformers_version", "_processor_class"):
+        images.pop(name, None)
+    digest.update(json.dumps(images, sort_keys=True).encode())
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None  # left behind by the last call
+        digest.update(json.dumps(rules, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class _Collator:
+    """Items to pixels, thumbnails and what else is stored; runs in the data loader's workers."""
+
+    def __init__(self, image_processor, thumbnail_side: int):
+        self.image_processor, self.thumbnail_side = image_processor, thumbnail_side
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = {
+            "pixel_values": None,
+            "positions": [],
+            "captions": [],
+            "thumbnails": [],
+            "metadata": [],
+            "skipped": [],
+        }
+        pictures = []
+        for item in items:
+            try:
+                picture = read_image(item["image"])
+            except UnreadableImageError as error:
+                batch["skipped"].append((item["name"], str(error)))
+                continue
+            pictures.append(picture)
+            batch["positions"].append(item["pair_id"])
+            batch["captions"].append(item["captions"])
+            batch["thumbnails"].append(make_thumbnail(picture, self.thumbnail_side))
+            batch["metadata"].append(item.get("metadata") or {})
+        if pictures:
+            batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+class _WithMetadata(Dataset):
+    """Chosen items of a data set, each with its number and its metadata, if it has such."""
+
+    def __init__(self, dataset, positions: np.ndarray):
+        self.dataset, self.positions = dataset, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        position = int(self.positions[index])
+        metadata = self.dataset.metadata(position) if hasattr(self.dataset, "metadata") else {}
+        metadata = {name: _plain(value) for name, value in metadata.items()}
+        return {**self.dataset[position], "pair_id": position, "metadata": metadata}
+
+
+def _plain(value):
+    """Numbers, texts and booleans as they are; dates as ISO text, which sorts alike."""
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def make_thumbnail(picture, side: int) -> dict | None:
+    """A JPEG of an RGB picture, at most `side` pixels wide and high; `None` for a side of 0."""
+    if side == 0:
+        return None
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(file, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+class Embedder:
+    """
+    Turns chosen items of a data set into tables of entries with a [`COTSModel`].
+
+    Args:
+        model, processor: The model, on its device, and its processor.
+        batch_size: Pictures a forward pass.
+        num_workers: Processes that decode pictures beside this one.
+        thumbnail_side: Pixels of the stored thumbnails, 0 for none.
+    """
+
+    def __init__(self, model, processor, *, batch_size: int, num_workers: int, thumbnail_side: int):
+        self.model, self.processor = model.eval(), processor
+        self.batch_size, self.num_workers, self.thumbnail_side = batch_size, num_workers, thumbnail_side
+        self.skipped: list[tuple[str, str]] = []
+
+    @torch.no_grad()
+    def tables(self, dataset, positions: np.ndarray, names: list[str], source: str, progress) -> Iterator[pa.Table]:
+        """A table for each batch of the items at `positions`; unreadable pictures go to `skipped` instead."""
+        loader = DataLoader(
+            _WithMetadata(dataset, positions),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_Collator(self.processor.image_processor, self.thumbnail_side),
+        )
+        # A data loader draws a seed; that is none of the caller's business.
+        with torch.random.fork_rng(devices=[]):
+            for batch in loader:
+                self.skipped.extend(batch["skipped"])
+                if batch["positions"]:
+                    embeds = self.model.encode_image(batch["pixel_values"].to(self.model.device)).cpu().numpy()
+                    yield _table(batch, embeds, [names[position] for position in batch["positions"]], source)
+                progress.update(len(batch["positions"]) + len(batch["skipped"]))
+
+    def report_skipped(self) -> None:
+        """Name what could not be read."""
+        if self.skipped:
+            shown = ", ".join(f"{name} ({error})" for name, error in self.skipped[:MAX_REPORTED])
+            more = f" and {len(self.skipped) - MAX_REPORTED} more" if len(self.skipped) > MAX_REPORTED else ""
+            logger.warning(f"Left out {len(self.skipped)} pictures that cannot be read: {shown}{more}.")
+
+
+def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
+    fixed = {
+        "row_id": row_ids_of(names).tolist(),
+        "name": names,
+        "source": [source] * len(names),
+        "captions": batch["captions"],
+        "thumbnail": batch["thumbnails"],
+    }
+    schema = fixed_features(embeds.shape[1]).arrow_schema
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1), pa.float32()), embeds.shape[1])
+    columns = {
+        **{name: pa.array(values, schema.field(name).type) for name, values in fixed.items()},
+        "embedding": embedding,
+    }
+    for name in sorted({name for row in batch["metadata"] for name in row}):
+        stored = f"{name}_" if name in FIXED_COLUMNS else name
+        columns[stored] = pa.array([row.get(name) for row in batch["metadata"]])
+    return pa.table(columns)
+
+
+def as_picture_folder(dataset: str) -> Path | None:
+    """The path if `dataset` names a folder of plain pictures: one that no data set's files lie in."""
+    path = Path(dataset).expanduser()
+    if not path.is_dir():
+        return None
+    for _, _, names in os.walk(path):
+        if any(name.endswith((".parquet", ".tar", ".jsonl", ".csv", ".arrow")) for name in names):
+            return None
+    return path

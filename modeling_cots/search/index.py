@@ -1,0 +1,232 @@
+"""`SearchIndex`: embed pictures once, then find them by text, by picture or by both.
+
+An index is a folder (FAISS) or a collection of Milvus, by its name; `vector_stores.py` has that choice. It knows the
+model that it was made with and refuses any other, whose embeddings would be compared without meaning anything.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..data.image_reading import read_image
+from .conditions import Condition, as_conditions
+from .embedding import THUMBNAIL_SIDE, Embedder, entry_names, model_identity, row_ids_of
+from .stores import create_store, open_store
+
+FORMAT = 1
+ITEMS_PER_PART = 1_024  # what a killed run loses at most, in each process
+
+
+class SearchIndex:
+    """
+    An index of pictures, with the model that embeds queries.
+
+    Args:
+        index: A folder, a Milvus Lite file (`photos.db`) or a Milvus server (`http://host:19530#photos`).
+        model ([`COTSModel`]): The model that the index was made with.
+        processor ([`COTSProcessor`]): Its processor.
+
+    Raises `ValueError` where there is no index, and for another model or processor.
+    """
+
+    def __init__(self, index: str | os.PathLike, model, processor):
+        self.store = open_store(index)
+        self.model, self.processor = model.eval(), processor
+        identity = model_identity(model, processor)
+        if self.store.info["model_identity"] != identity:
+            self.store.close()
+            raise ValueError(
+                f"The index {os.fspath(index)!r} was made with the model {self.store.info['model']!r} "
+                f"({self.store.info['model_identity'][:12]}); this is another one, or one with another processor "
+                f"({identity[:12]}): its embeddings cannot be compared with those."
+            )
+
+    @classmethod
+    def create(cls, index, model, processor, *, engine: str = "exact", model_name: str | None = None) -> "SearchIndex":
+        """
+        Make an empty index.
+
+        Args:
+            index, model, processor: See the class.
+            engine: "exact", "hnsw", "ivfpq", "int8", or (FAISS alone) "binary"; docs/search.md says when to use which.
+            model_name: Where to load the model from, for `cots-search`; by default where it was loaded from.
+
+        Raises `ValueError` for an engine that does not exist and for a place that is taken.
+        """
+        name = model.name_or_path if model_name is None else model_name
+        info = {
+            "format": FORMAT,
+            "model": os.path.abspath(name) if os.path.isdir(name) else name,
+            "model_identity": model_identity(model, processor),
+            "dim": model.config.projection_dim,
+        }
+        create_store(index, info, engine).close()
+        return cls(index, model, processor)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def add(
+        self,
+        dataset,
+        *,
+        source: str | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        thumbnail_side: int = THUMBNAIL_SIDE,
+        progress: bool = True,
+    ) -> int:
+        """
+        Embed the pictures of a data set that are not in the index yet; a run that was killed goes on here.
+
+        Under `torchrun` or `accelerate launch` the processes share the pictures, each with its own copy of the model.
+
+        Args:
+            dataset: Items as `open_dataset` or `PictureFolder` give them.
+            source: What entries say they are from; by default the data set's `name`.
+            batch_size: Pictures a forward pass.
+            num_workers: Processes that decode pictures, for each process that embeds.
+            thumbnail_side: Pixels of the thumbnails that are stored, 0 for none.
+            progress: Whether to show a bar.
+
+        Returns how many entries were added, by all processes together.
+        """
+        state = process_state()
+        source = getattr(dataset, "name", "data") if source is None else source
+        names = entry_names(dataset, source)
+        if state.is_main_process:
+            self.store.begin()
+        state.wait_for_everyone()
+        self.store.refresh()
+        num_before = len(self.store)
+        todo = np.flatnonzero(~self.store.has(row_ids_of(names)))
+        state.wait_for_everyone()  # nobody writes before everybody has seen what there is
+        parts = [todo[start : start + ITEMS_PER_PART] for start in range(0, len(todo), ITEMS_PER_PART)]
+        mine = _share(parts, todo, state)
+        embedder = Embedder(
+            self.model,
+            self.processor,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            thumbnail_side=thumbnail_side,
+        )
+        total = sum(len(part) for part in mine)
+        with tqdm(
+            total=total, desc="Embedding", unit="picture", disable=not (progress and state.is_main_process)
+        ) as bar:
+            if len(todo) < len(names) and state.is_main_process:
+                bar.write(f"{len(names) - len(todo):,} of {len(names):,} pictures are in the index already.")
+            for part in mine:
+                self._add_part(embedder.tables(dataset, part, names, source, bar))
+        embedder.report_skipped()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.store.finish()
+        state.wait_for_everyone()
+        self.store.refresh()
+        return len(self.store) - num_before
+
+    def _add_part(self, tables) -> None:
+        tables = list(tables)
+        if tables:
+            self.store.add(pa.concat_tables(tables, promote_options="permissive"))
+
+    @torch.no_grad()
+    def embed_query(self, text: str | None = None, image: Any = None, image_weight: float = 0.5) -> np.ndarray:
+        """
+        The unit-length embedding (d,) of a query.
+
+        Args:
+            text: What to look for.
+            image: A path, bytes or PIL image to look for the like of.
+            image_weight: Of the image where both are given: the query is (1 - w) text + w image, at unit length, so
+                that pictures are ranked by that mean of their similarities with the two.
+
+        Raises `ValueError` without either, for an unreadable image, and for a weight outside 0 to 1.
+        """
+        if text is None and image is None:
+            raise ValueError("Search for a text, an image or both: got neither.")
+        if text is not None and not text.strip():
+            raise ValueError("The text to search for is empty.")
+        if not 0 <= image_weight <= 1:
+            raise ValueError(f"`image_weight` lies between 0 (the text alone) and 1; got {image_weight}.")
+        parts = []
+        if text is not None:
+            inputs = self.processor(text=[text], truncation=True, return_tensors="pt").to(self.model.device)
+            weight = 1.0 if image is None else 1 - image_weight
+            parts.append(weight * self.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0])
+        if image is not None:
+            pixels = self.processor.image_processor([read_image(image)], return_tensors="pt")["pixel_values"]
+            weight = 1.0 if text is None else image_weight
+            parts.append(weight * self.model.encode_image(pixels.to(self.model.device))[0])
+        return torch.nn.functional.normalize(sum(parts), dim=0).cpu().numpy()
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        *,
+        image_weight: float = 0.5,
+        top: int = 12,
+        where: str | Condition | Sequence[str | Condition] | None = None,
+    ) -> list[dict]:
+        """
+        The entries that fit a query best, best first.
+
+        Args:
+            text, image, image_weight: See `embed_query`.
+            top: How many at most.
+            where: Conditions on metadata, all of which must hold: "year >= 2020", ["place == Oslo", "year in [1, 2]"].
+
+        Returns dictionaries with `name`, `source`, `captions`, `thumbnail`, the metadata, and `score`, the cosine.
+        Raises `ValueError` for a query or a condition that makes no sense.
+        """
+        if top < 1:
+            raise ValueError(f"`top` must be at least 1, got {top}.")
+        query = self.embed_query(text, image, image_weight)
+        return self.store.search(query[None], top, as_conditions(where))[0]
+
+    def delete(self, names: Sequence[str] | None = None, where=None) -> int:
+        """
+        Take entries out of all results, by their names or by conditions; returns how many there were.
+
+        Raises `ValueError` unless exactly one of both is given.
+        """
+        return delete_entries(self.store, names, where)
+
+    def rebuild(self, engine: str) -> None:
+        """Change to another engine, and free what was deleted; nothing is embedded again."""
+        self.store.rebuild(engine)
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self.store.close()
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def delete_entries(store, names: Sequence[str] | None = None, where=None) -> int:
+    """`SearchIndex.delete` without a model."""
+    conditions = as_conditions(where)
+    if bool(names) == bool(conditions):
+        raise ValueError("Say what to delete: names, or conditions on the metadata, and not both.")
+    return store.delete(row_ids_of(list(names)) if names else store.find(conditions))
+
+
+def _share(parts: list[np.ndarray], todo: np.ndarray, state: PartialState) -> list[np.ndarray]:
+    """The parts of this process: every n-th, or, where there are fewer than two for each, an equal slice of all."""
+    if state.num_processes == 1:
+        return parts
+    if len(parts) < 2 * state.num_processes:
+        mine = np.array_split(todo, state.num_processes)[state.process_index]
+        return [mine] if len(mine) else []
+    return parts[state.process_index :: state.num_processes]

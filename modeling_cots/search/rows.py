@@ -1,0 +1,210 @@
+"""What a local search index knows of its pictures: an append-only `datasets` folder, one entry a row.
+
+`datasets.load_from_disk(folder)` opens it. A part (data-*.arrow) comes into being by renaming a finished file, so that
+a killed run leaves whole parts or none, and several processes can write at once; the next writer lists new parts in
+state.json. Metadata, whose columns may differ from source to source, lies beside in metadata/*.parquet. Deleting
+writes positions to deleted.parquet; the bytes go when the index is rebuilt. The vectors' own index is not here.
+"""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# What every entry has; any other column of a table is metadata.
+FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
+STATE, DELETED, METADATA = "state.json", "deleted.parquet", "metadata"
+
+
+def fixed_features(dim: int) -> datasets.Features:
+    """The columns of every entry: identity, where it is from, captions, a small JPEG and the embedding."""
+    return datasets.Features(
+        {
+            "row_id": datasets.Value("int64"),
+            "name": datasets.Value("string"),
+            "source": datasets.Value("string"),
+            "captions": datasets.List(datasets.Value("string")),
+            "thumbnail": datasets.Image(decode=False),
+            "embedding": datasets.List(datasets.Value("float32"), length=dim),
+        }
+    )
+
+
+class RowFolder:
+    """
+    The rows of an index of embeddings of `dim` numbers.
+
+    Args:
+        folder: Made by `create`.
+    """
+
+    def __init__(self, folder: str | os.PathLike, dim: int):
+        self.folder, self.dim = Path(folder), dim
+        self.reload()
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike, dim: int) -> "RowFolder":
+        """Make an empty folder of rows; `datasets` itself writes its frame."""
+        empty = pa.Table.from_pylist([], schema=fixed_features(dim).arrow_schema)
+        with _quiet():
+            datasets.Dataset(empty).save_to_disk(folder)
+        (Path(folder) / METADATA).mkdir()
+        # A folder without any file is one that `datasets` cannot open.
+        first = "data-00000.arrow"
+        with pa.OSFile(str(Path(folder) / first), "wb") as file, pa.ipc.new_stream(file, empty.schema) as writer:
+            writer.write_table(empty)
+        state = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+        write_atomically(Path(folder) / STATE, json.dumps({**state, "_data_files": [{"filename": first}]}).encode())
+        return cls(folder, dim)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def append(self, rows: pa.Table) -> None:
+        """Write one part. Processes may do so at once, and be killed; `adopt` makes it part of the index."""
+        features = fixed_features(self.dim)
+        schema = features.arrow_schema
+        part = f"data-{time.time_ns():020d}-{os.getpid():07d}"
+        extra = rows.drop_columns(list(FIXED_COLUMNS))
+        if extra.num_columns:
+            partial = self.folder / METADATA / f"{part}.partial"
+            pq.write_table(extra, partial)
+            os.replace(partial, partial.with_suffix(".parquet"))
+        fixed = pa.table([rows[name].cast(schema.field(name).type) for name in FIXED_COLUMNS], schema=schema)
+        partial = self.folder / f"{part}.partial"
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(fixed)
+        _sync(partial)
+        os.replace(partial, partial.with_suffix(".arrow"))
+
+    def adopt(self) -> int:
+        """List parts that are not listed yet, as the one writer; returns how many there were."""
+        state = self._state()
+        listed = [entry["filename"] for entry in state["_data_files"]]
+        new = sorted(path.name for path in self.folder.glob("data-*.arrow") if path.name not in set(listed))
+        if new:
+            files = [*listed, *new]
+            state["_data_files"] = [{"filename": name} for name in files]
+            state["_fingerprint"] = hashlib.blake2b("/".join(files).encode(), digest_size=8).hexdigest()
+            write_atomically(self.folder / STATE, json.dumps(state, indent=2).encode())
+        self.reload()
+        return len(new)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed writer left half-written, as the one writer."""
+        for path in (*self.folder.glob("*.partial"), *self.folder.glob(f"{METADATA}/*.partial")):
+            path.unlink()
+
+    def reload(self) -> None:
+        """Read what is listed: rows memory-mapped, ids and metadata in memory."""
+        self.rows = datasets.load_from_disk(str(self.folder)).with_format("arrow")
+        self.row_ids = self.rows.data.column("row_id").to_numpy() if len(self.rows) else np.zeros(0, np.int64)
+        self.metadata = self._load_metadata()
+        self.is_alive = np.ones(len(self), dtype=bool)
+        if (self.folder / DELETED).exists():
+            self.is_alive[pq.read_table(self.folder / DELETED)["position"].to_numpy()] = False
+
+    def positions_of(self, row_ids: np.ndarray) -> np.ndarray:
+        """Where living rows with these ids stand."""
+        return np.flatnonzero(np.isin(self.row_ids, row_ids) & self.is_alive)
+
+    def embeddings(self, positions: np.ndarray | slice) -> np.ndarray:
+        """(n, dim) float32, copied from the mapped file."""
+        rows = self.rows.data.column("embedding")
+        if isinstance(positions, slice):
+            start, stop, _ = positions.indices(len(self))
+            values = rows.slice(start, stop - start).combine_chunks()
+        else:
+            values = rows.take(pa.array(positions)).combine_chunks()
+        return values.flatten().to_numpy().reshape(-1, self.dim)
+
+    def take(self, positions: np.ndarray, columns: list[str] | None = None) -> list[dict]:
+        """Rows as dictionaries, metadata included."""
+        columns = [name for name in FIXED_COLUMNS if name != "embedding"] if columns is None else columns
+        # row by row: `Table.take` would join the chunks of all columns
+        rows = [self.rows.data.table.select(columns).slice(int(position), 1).to_pylist()[0] for position in positions]
+        extra = self.metadata.take(pa.array(positions)).to_pylist() if self.metadata.num_columns else [{}] * len(rows)
+        return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
+
+    def filterable(self) -> pa.Table:
+        """Name, source and metadata of all rows."""
+        columns = {name: self.rows.data.column(name) for name in ("name", "source")}
+        return pa.table({**columns, **{name: self.metadata[name] for name in self.metadata.column_names}})
+
+    def delete(self, positions: np.ndarray) -> None:
+        """Take rows out of every result from now on."""
+        self.is_alive[positions] = False
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), sink)
+        write_atomically(self.folder / DELETED, sink.getvalue())
+
+    def living_tables(self, rows_per_table: int = 4096):
+        """All living rows as tables, metadata included, for writing them anew."""
+        table = self.rows.data.table
+        for name in self.metadata.column_names:
+            table = table.append_column(name, self.metadata[name])
+        for start in range(0, len(self), rows_per_table):
+            alive = self.is_alive[start : start + rows_per_table]
+            if alive.any():
+                yield table.slice(start, rows_per_table).filter(pa.array(alive))
+
+    def check_metadata(self, schema: pa.Schema) -> None:
+        """Raise `ValueError` if the metadata of new rows has another type than what is here under the same name."""
+        for field in schema:
+            if field.name in FIXED_COLUMNS or field.name not in self.metadata.column_names:
+                continue
+            present = self.metadata.schema.field(field.name)
+            try:
+                pa.unify_schemas([pa.schema([present]), pa.schema([field])], promote_options="permissive")
+            except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+                raise ValueError(
+                    f"The metadata {field.name!r} holds {present.type} in this index and {field.type} in what is to "
+                    f"be added: rename one of them, or keep an index for each."
+                ) from error
+
+    def _state(self) -> dict:
+        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+
+    def _load_metadata(self) -> pa.Table:
+        tables = []
+        for entry in self._state()["_data_files"]:
+            path = self.folder / METADATA / Path(entry["filename"]).with_suffix(".parquet").name
+            if path.exists():
+                tables.append(pq.read_table(path))
+            else:  # only a count: the empty first part, and sources without metadata
+                with pa.memory_map(str(self.folder / entry["filename"])) as source:
+                    num_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+                tables.append(pa.table({"": pa.nulls(num_rows)}))
+        joined = pa.concat_tables(tables, promote_options="permissive")
+        return joined.drop_columns([""]) if "" in joined.column_names else joined
+
+
+def write_atomically(path: Path, content) -> None:
+    """Replace a file's content as a whole: a reader, or a crash, sees the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+class _quiet:
+    """No progress bar of `datasets` for a file of no rows."""
+
+    def __enter__(self):
+        self._was_on = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_):
+        if self._was_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""The training loop: the objective, the trainer, checkpoints and recovery, logs."""

@@ -1,0 +1,164 @@
+"""`COTSTrainingArguments`: what training COTS needs beside the model, on top of transformers' own arguments.
+
+Defaults are those of image-text pre-training in the paper (Lu et al., CVPR 2022, and its supplement). What the weights
+need (temperature, embedding size) is in `COTSConfig`; paths and columns belong to the scripts.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class COTSTrainingArguments(TrainingArguments):
+    """Arguments of [`COTSTrainer`]; every field of `transformers.TrainingArguments` works as documented there.
+
+    Raises `ValueError` at construction for a value that no run could use, before any work is done.
+    """
+
+    # Supplement: "learning rate 5e-5", "weight decay 0.02".
+    learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of AdamW."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Number of passes over the images."})
+    lr_hold_epochs: float = field(
+        default=5.0,
+        metadata={
+            "help": "Epochs at the full learning rate (after any warm-up), before it decays linearly to zero. "
+            "The paper: 5 in pre-training, 1 in fine-tuning. Only with lr_scheduler_type=linear."
+        },
+    )
+
+    momentum: float = field(
+        default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
+    )
+    queue_size: int = field(
+        default=12_800, metadata={"help": "N_Q, the number of pairs in the two paired queues (1,444 in fine-tuning)."}
+    )
+    batch_candidates: bool = field(
+        default=False,
+        metadata={
+            "help": "Also contrast against the momentum embeddings of the current batch, which are fresher than the "
+            "queue. Not in the paper; helps models trained from scratch."
+        },
+    )
+
+    mcl_weight: float = field(default=1.0, metadata={"help": "Weight of momentum contrastive learning."})
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL alignment; the loss is logged with weight 0 too."}
+    )
+    kl_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps over which the weight of the KL alignment grows linearly from 0. From scratch, KL from the "
+            "first step can collapse the model; pre-trained encoders need no warm-up."
+        },
+    )
+    cmvm_weight: float = field(default=1.0, metadata={"help": "Weight of masked vision modelling."})
+    cmlm_weight: float = field(default=1.0, metadata={"help": "Weight of masked language modelling."})
+    image_mask_ratio: float = field(default=0.4, metadata={"help": "Share of patches masked, block-wise."})
+    text_mask_ratio: float = field(default=0.15, metadata={"help": "Share of word pieces masked."})
+
+    adaptive_filter: bool = field(
+        default=True,
+        metadata={"help": "Adaptive momentum filter: leave noisy pairs out of the losses once the queue is full."},
+    )
+    filter_num_std: float = field(
+        default=2.0,
+        metadata={"help": "k: pairs that score below mean - k * std of the queued momentum similarities are noise."},
+    )
+
+    filter_log: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder for the audit trail of the filter: parquet files with id, name, step, score and "
+            "threshold of every pair that it leaves out."
+        },
+    )
+    max_skipped_fraction: float = field(
+        default=0.2,
+        metadata={
+            "help": "Stop when more than this share of the last 1,000 or more pictures cannot be read: rotten data, "
+            "or storage that is gone. 1 never stops."
+        },
+    )
+
+    min_crop_scale: float = field(
+        default=0.5, metadata={"help": "Smallest share of the picture that a random resized crop keeps; 1 = no crop."}
+    )
+    horizontal_flip: float = field(
+        default=0.0,
+        metadata={"help": "Probability of mirroring a picture. It makes captions with 'left' and 'right' untrue."},
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "A policy of timm, such as 'rand-m5-n2-mstd0.5', on top of crop and flip."}
+    )
+
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the layers of the encoders, those of the momentum copy too. Pays on a GPU, in runs long "
+            "enough for the minutes that the first steps take; needs a C++ compiler and Triton."
+        },
+    )
+
+    # What this trainer needs of the base class, see `COTSTrainer`.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log; COTSTrainer stops at them."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Must stay False."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_ranges()
+        self._check_base_arguments()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the data must not depend on what else draws random numbers
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
+
+    def _check_ranges(self) -> None:
+        if self.queue_size < 1:
+            raise ValueError(
+                f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
+            )
+        for name in ("max_skipped_fraction", "momentum", "image_mask_ratio", "text_mask_ratio", "horizontal_flip"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"min_crop_scale must be above 0 and at most 1, got {self.min_crop_scale}.")
+        not_negative = (
+            "mcl_weight",
+            "kl_weight",
+            "cmvm_weight",
+            "cmlm_weight",
+            "kl_warmup_steps",
+            "lr_hold_epochs",
+            "filter_num_std",
+        )
+        for name in not_negative:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not any((self.mcl_weight, self.kl_weight, self.cmvm_weight, self.cmlm_weight)):
+            raise ValueError("All four loss weights are 0: there is nothing to train.")
+        for weight, ratio in (("cmvm_weight", "image_mask_ratio"), ("cmlm_weight", "text_mask_ratio")):
+            if getattr(self, weight) > 0 and getattr(self, ratio) == 0:
+                raise ValueError(f"{ratio} is 0, so there is nothing to predict: set {weight} to 0 as well.")
+
+    def _check_base_arguments(self) -> None:
+        if self.compile_layers and self.torch_compile:
+            raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
+        if self.filter_log is not None and not self.adaptive_filter:
+            raise ValueError(
+                "filter_log has nothing to tell without the filter: set adaptive_filter, or leave the log out."
+            )
+        if self.lr_hold_epochs > 0 and self.lr_scheduler_type != "linear":
+            raise ValueError(
+                f"lr_hold_epochs belongs to lr_scheduler_type=linear, got {self.lr_scheduler_type}: "
+                "set lr_hold_epochs to 0 to use another schedule."
+            )
+        for name in ("remove_unused_columns", "ddp_broadcast_buffers", "ddp_find_unused_parameters"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must stay False: COTSTrainer's batches and momentum state rely on it.")

@@ -1,0 +1,162 @@
+"""Checkpoints that are whole or none: a manifest, written last, lists every file with its size and checksum.
+
+A folder without one, or whose files do not agree with it, was not written to its end and is never resumed from. What
+stands in a checkpoint is the trainer's business.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from pathlib import Path
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+CHUNK_BYTES = 1 << 22
+
+
+def seal_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
+    """Declare a folder whole, once all of its files are written: they are on the disk before the manifest is."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+        _flush_to_disk(path)
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path)]
+    manifest = {"written": time.time(), "num_processes": num_processes, "files": files}
+    unfinished = folder / f"{MANIFEST_NAME}.tmp"
+    unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _flush_to_disk(unfinished)
+    os.replace(unfinished, folder / MANIFEST_NAME)
+    _flush_to_disk(folder)
+    _flush_to_disk(folder.parent)
+
+
+def unseal_checkpoint(folder: str | os.PathLike) -> None:
+    """Take the manifest away, before anything in the folder is changed; nothing happens where there is none."""
+    (Path(folder) / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def check_checkpoint(folder: str | os.PathLike) -> dict:
+    """The manifest of a whole checkpoint. Raises `ValueError`, with the reason, for anything else."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint {folder}.")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {MANIFEST_NAME}, which is written last: the run was stopped while it saved this "
+            "checkpoint, or it is none of COTSTrainer."
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST_NAME} is damaged: {error!r}.") from error
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {name}, which belongs to this checkpoint.")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} is damaged: it has {path.stat().st_size:,} bytes and was saved with {size:,}.")
+        if _checksum(path) != checksum:
+            raise ValueError(f"{path} is damaged: its bytes are not those that were saved.")
+    return manifest
+
+
+def latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint of a run that was written last, or `None`; those that are not whole are named and left."""
+    candidates = sorted(_checkpoints(output_dir), key=_written, reverse=True)
+    for folder in candidates:
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            logger.warning(f"Passed over a checkpoint that is not whole. {error}")
+        else:
+            return str(folder)
+    return None
+
+
+def choose_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
+    """
+    What to resume from.
+
+    Args:
+        wanted: A checkpoint folder; "latest": the newest whole one of `output_dir`, or `None` where there is none;
+            `True`: the same, but there must be one; `None` or `False`: nothing.
+        output_dir: Of the run.
+
+    Raises `ValueError` for a folder that is not a whole checkpoint.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True or wanted == "latest":
+        found = latest_checkpoint(output_dir)
+        if found is None and wanted is True:
+            raise ValueError(f"There is no whole checkpoint in {output_dir} to resume from.")
+        return found
+    try:
+        check_checkpoint(wanted)
+    except ValueError as error:
+        other = latest_checkpoint(os.path.dirname(os.path.abspath(wanted)))
+        hint = "There is no whole one beside it." if other is None else f"The newest whole one beside it is {other}."
+        raise ValueError(f"{error} {hint}") from error
+    return str(wanted)
+
+
+def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; never the one written last, nor `best`.
+
+    Only whole ones count, so that one which was not written to its end cannot push out the only one to resume from.
+    """
+    if limit is None or limit <= 0:
+        return
+    folders = sorted(_checkpoints(output_dir), key=_written)
+    whole = [folder for folder in folders if (folder / MANIFEST_NAME).is_file()]
+    if not whole:
+        return
+    best = None if best is None else os.path.abspath(best)
+    kept = {whole[-1]} | {folder for folder in whole if os.path.abspath(folder) == best}
+    for folder in reversed(whole):
+        if len(kept) < limit:
+            kept.add(folder)
+    for folder in folders:
+        if folder not in kept:
+            unseal_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    if not os.path.isdir(output_dir):
+        return []
+    return [
+        path for path in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
+
+
+def _written(folder: Path) -> tuple[float, int]:
+    """Sorts checkpoints by age: by the manifest's own clock, which survives copying. Those without one are oldest."""
+    step = int(folder.name.rpartition("-")[2])
+    try:
+        return float(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["written"]), step
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0, step
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""Drawing what the filter sees (`pair_scores.py`): pairs with their scores from low to high, and the histogram."""
+
+import math
+import textwrap
+
+import torch
+
+from .figures import new_figure, shorten
+
+NUM_COLUMNS = 6
+NUM_BINS = 60
+BANDS = ("lowest", "middle", "highest")
+
+
+def band_positions(num_pairs: int, num_columns: int = NUM_COLUMNS) -> dict[str, list[int]]:
+    """Places in the ranking (0 is the lowest score) that the contact sheet shows, of `num_pairs` pairs."""
+    num_columns = min(num_columns, num_pairs)
+    middle = (num_pairs - num_columns) // 2
+    starts = (0, middle, num_pairs - num_columns)
+    return {band: list(range(start, start + num_columns)) for band, start in zip(BANDS, starts, strict=True)}
+
+
+def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
+    """
+    Figure 2 of the supplement: for each band of scores a row of pictures with score and caption.
+
+    Args:
+        rows: For each band (image, caption, score) triples; images are PIL.
+        threshold: Pairs below it are framed in red.
+
+    Returns a matplotlib figure.
+    """
+    num_columns = max(len(row) for row in rows.values())
+    figure = new_figure(2.3 * num_columns, 3.5 * len(rows))
+    for band_figure, (band, row) in zip(
+        figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
+    ):
+        band_figure.suptitle(f"{band} scores", fontsize=11, x=0.01, ha="left", weight="bold")
+        for axes, triple in zip(band_figure.subplots(1, num_columns, squeeze=False)[0], row, strict=False):
+            _draw_pair(axes, *triple, is_dropped=triple[2] < threshold)
+    return figure
+
+
+def _draw_pair(axes, image, caption: str, score: float, is_dropped: bool) -> None:
+    axes.imshow(image)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(color="#c62828" if is_dropped else "#9e9e9e", linewidth=2.5 if is_dropped else 0.8)
+    axes.set_title(f"{score:.3f}" + ("  dropped" if is_dropped else ""), fontsize=10)
+    lines = textwrap.wrap(shorten(" ".join(caption.split()), 90), 32)
+    axes.set_xlabel("\n".join(lines + [""] * (4 - len(lines))), fontsize=8)
+
+
+def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
+    """The distribution of (C,) scores with the threshold of the filter; a matplotlib figure."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    counts, edges, bars = axes.hist(scores.numpy(), bins=_edges(scores, threshold), color="#4a6fa5")
+    for bar, edge in zip(bars, edges[1:], strict=True):
+        if edge <= threshold:
+            bar.set_color("#c62828")
+    num_dropped = int((scores < threshold).sum())
+    label = f"threshold {threshold:.3f}: mean − {num_std:g} std\n{num_dropped:,} of {len(scores):,} pairs below"
+    axes.axvline(threshold, color="#c62828", label=label)
+    axes.axvline(scores.mean().item(), color="#333333", linestyle=":", label=f"mean {scores.mean().item():.3f}")
+    axes.set_xlabel("similarity of the two embeddings of a pair")
+    axes.set_ylabel("pairs")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def _edges(scores: torch.Tensor, threshold: float) -> list[float]:
+    """Of equal bins over all scores, one of which begins at the threshold, so that none is half above it."""
+    low, high = scores.min().item(), scores.max().item()
+    width = (high - low) / NUM_BINS or 1.0
+    first = math.floor((low - threshold) / width)
+    return [threshold + width * number for number in range(first, first + NUM_BINS + 2)]

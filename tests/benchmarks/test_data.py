@@ -1,0 +1,33 @@
+"""The data benchmark at toy size: it runs, and its rows are what the table is made of."""
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+import data as data_benchmark
+import run_all
+
+
+def test_every_row_is_measured():
+    rows = data_benchmark.measure("cpu", quick=True)
+    assert [entry["id"] for entry in rows] == [*["8"] * 6, "9", "bytes"]
+    assert all(set(entry) == run_all.FIELDS for entry in rows)
+    assert all(entry["ratio"] > 0 for entry in rows)
+    assert rows[-1]["ratio"] == 4.0
+
+
+def test_decoding_has_one_thread_and_gives_the_others_back():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with data_benchmark.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_pictures_have_the_grain_of_photographs():
+    jpeg = data_benchmark.draw_jpeg(500, 0)
+    assert 1.5 < 8 * len(jpeg) / (500 * 375) < 3

@@ -1,0 +1,140 @@
+"""Damaged pictures, odd captions and odd tables: a batch or a clear error, and no file left open."""
+
+import json
+import os
+
+import datasets
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from collator_items import SIZE, collator, encode, item, picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pair_writers import png
+
+from modeling_cots.data.image_collators import COTSEvaluationCollator
+from modeling_cots.data.pairs import open_pairs
+from modeling_cots.data.streaming.dataset import open_stream
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+SOUND = [encode(picture(0, 24, 20), format) for format in FORMATS]
+CHANGES = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=0, max_size=8)), max_size=6)
+LENIENT = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+)
+
+
+def mutate(content: bytes, changes: list[tuple[float, bytes]], keep: float) -> bytes:
+    mutated = bytearray(content)
+    for place, written in changes:
+        start = int(place * len(mutated))
+        mutated[start : start + len(written)] = written
+    return bytes(mutated[: int(keep * len(mutated))])
+
+
+MUTATED = st.builds(mutate, st.sampled_from(SOUND), CHANGES, st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.1, 0.0]))
+# Any text at all: lone surrogates come out of JSON escapes, control characters out of everything.
+CAPTION = st.text(st.characters(), max_size=40) | st.sampled_from(
+    ["", "\0", "[MASK]", "\ud800", "a" * 5000, "é" * 300]
+)
+
+
+@LENIENT
+@given(pictures=st.lists(st.tuples(MUTATED, CAPTION), min_size=1, max_size=6))
+def test_mutated_pictures_and_captions_make_a_batch(tiny_processor, tmp_path, pictures):
+    """As bytes and as files; one sound picture stays what it was among them."""
+    (tmp_path / "odd").write_bytes(pictures[0][0])
+    items = [
+        item(i, [caption], image={"bytes": content, "path": None}) for i, (content, caption) in enumerate(pictures)
+    ]
+    items.append(item(97, [pictures[0][1]], image={"bytes": None, "path": str(tmp_path / "odd")}))
+    items.append(item(98))
+    train = collator(tiny_processor)
+    evaluation = COTSEvaluationCollator(tiny_processor, max_text_length=24)
+    alone = train([item(98)])
+    before = psutil.Process().num_fds()
+    batches = train(items), evaluation(items)
+    assert psutil.Process().num_fds() == before
+    for batch in batches:
+        assert batch["pixel_values"].shape == (len(items), 3, SIZE, SIZE)
+        assert batch["pixel_values"].dtype == torch.uint8
+        assert batch["valid"][-1], "the sound one"
+        assert batch["valid"][0] == batch["valid"][-2], "the same picture as bytes and as a file"
+    assert torch.equal(batches[0]["valid"], batches[1]["valid"])
+    assert torch.equal(batches[0]["pixel_values"][-1], alone["pixel_values"][0])
+
+
+PICTURE = png(3)
+COLUMNS = st.sampled_from(["image", "file_name", "jpg", "caption", "captions", "text", "txt", "json", "other"])
+CELL = st.one_of(
+    st.none(),
+    st.integers(-5, 5),
+    st.booleans(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from([PICTURE, b"", b"no picture", "a.png", "../a.png", "/etc/passwd", ""]),
+    st.lists(st.text(max_size=5) | st.none(), max_size=3),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.fixed_dictionaries({"bytes": st.none() | st.just(PICTURE), "path": st.none() | st.just("a.png")}),
+    st.fixed_dictionaries({"caption": st.text(max_size=5)}),
+    st.just({}),
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@LENIENT
+@given(data=st.data())
+def test_any_table_opens_or_is_refused(cache, tmp_path, data):
+    """One kind of value a column, as a parquet file has it; whole and as a stream, with the same captions."""
+    num_rows = data.draw(st.integers(0, 3))
+    columns = {}
+    for name in data.draw(st.lists(COLUMNS, max_size=4, unique=True) | st.just(["image", "caption"])):
+        cells = (
+            [data.draw(CELL)] * num_rows if data.draw(st.booleans()) else [data.draw(CELL) for _ in range(num_rows)]
+        )
+        if name == "image" and data.draw(st.booleans()):
+            cells = [{"bytes": PICTURE, "path": "a.png"}] * num_rows
+        try:
+            columns[name] = pa.array(cells)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # values of several kinds are no column
+            columns[name] = pa.array([cells[0]] * num_rows)
+    path = tmp_path / f"{os.urandom(6).hex()}.parquet"  # a name twice would be read from the cache
+    try:
+        pq.write_table(pa.table(columns), path)
+    except pa.ArrowNotImplementedError:  # parquet knows no struct without fields
+        return
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    for opener in (open_pairs, open_stream):
+        try:
+            pairs = opener(str(path), "train")
+        except ValueError as error:
+            assert str(error)
+            continue
+        items = list(pairs)
+        assert items and all(item["captions"] and item["image"] is not None for item in items) or opener is open_pairs
+        assert all(isinstance(caption, str) for item in items for caption in item["captions"])
+
+
+@LENIENT
+@given(rows=st.lists(st.dictionaries(COLUMNS, CELL | st.lists(CELL, max_size=2)), max_size=3))
+def test_any_json_lines_open_or_are_refused(cache, tmp_path, rows):
+    def encodable(value):
+        return value.hex() if isinstance(value, bytes) else str(value)
+
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    path = tmp_path / f"{os.urandom(6).hex()}.jsonl"
+    path.write_text("".join(json.dumps(row, default=encodable) + "\n" for row in rows))
+    try:
+        items = list(open_pairs(str(path), "train"))
+    except ValueError as error:
+        assert str(error)
+        return
+    assert all(isinstance(caption, str) for item in items for caption in item["captions"])

@@ -1,0 +1,75 @@
+"""From a row to a picture and its captions."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modeling_cots.data.rows import BadRowError, read_row, wanted_columns
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=5) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["caption", "bytes", "x"]), inner),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"jpg": b"i", "txt": b"one"}, (), ["one"]),
+        ({"image": {"bytes": b"i", "path": "a"}, "caption": "one"}, (), ["one"]),
+        ({"png": b"i", "json": b'{"captions": ["one", null, "two"], "text": "no"}'}, (), ["one", "two"]),
+        ({"png": b"i", "txt": b"no", "json": b'{"alt": "one"}'}, (None, "json.alt"), ["one"]),
+        ({"png": b"no", "photo": b"i", "meta": {"alt": "one"}}, ("photo", "meta.alt"), ["one"]),
+        ({"png": b"i", "jpg": None, "text": ""}, (), [""]),
+        ({"png": b"i", "json": b'["one", "two"]'}, (), ["one", "two"]),
+        ({"png": b"i", "a.b": "one"}, (None, "a.b"), ["one"]),
+    ],
+)
+def test_pictures_and_captions(row, columns, expected):
+    assert read_row(row, *columns) == (b"i", expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"txt": b"x"}, "no picture in one of image, .*; there is txt"),
+        ({"__key__": "a"}, "there is nothing"),
+        ({"image": {"bytes": None, "path": "/etc/passwd"}, "txt": b"x"}, "no picture inside, only the name of a file"),
+        ({"image": "/etc/passwd", "txt": b"x"}, "no picture inside"),
+        ({"png": b"i"}, "no caption in one of"),
+        ({"png": b"i", "caption": []}, "has no caption"),
+        ({"png": b"i", "json": b"{}"}, "has no caption"),
+        ({"png": b"i", "json": b"{"}, "damaged: JSONDecodeError"),
+        ({"png": b"i", "txt": b"\xff"}, "damaged: UnicodeDecodeError"),
+        ({"png": b"i", "json": b"[" * 100_000}, "damaged: RecursionError"),
+        ({"png": b"i", "txt": b"x" * (2**20 + 1)}, "1,048,577 bytes, more than"),
+        ({"png": b"i", "caption": 5}, "neither a string nor"),
+        ({"png": b"i", "caption": [["x"]]}, "neither a string nor"),
+    ],
+)
+def test_bad_rows_say_why(row, message):
+    with pytest.raises(BadRowError, match=message):
+        read_row(row)
+
+
+def test_a_field_of_what_is_no_object_is_refused():
+    with pytest.raises(BadRowError, match="'txt' has no field 'alt'"):
+        read_row({"png": b"i", "txt": ["x"]}, None, "txt.alt")
+
+
+@given(st.dictionaries(st.sampled_from(["image", "png", "caption", "text", "txt", "json"]), VALUES))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_row_gives_a_pair_or_a_reason(row):
+    try:
+        image, captions = read_row(row)
+    except BadRowError:
+        return
+    assert isinstance(image, bytes) and captions and all(isinstance(caption, str) for caption in captions)
+
+
+def test_wanted_columns_cover_what_is_looked_at():
+    assert {"png", "txt", "json"} <= wanted_columns(None, None)
+    assert {"photo", "json.alt", "json"} <= wanted_columns("photo", "json.alt") and "png" not in wanted_columns(
+        "x", None
+    )

@@ -1,0 +1,22 @@
+"""Counts of what a stream leaves out."""
+
+from modeling_cots.data import skip_report
+from modeling_cots.data.skip_report import MAX_REPORTED_NAMES, StreamReport
+
+
+def test_everything_counts_and_is_named_once_up_to_a_hundred(monkeypatch):
+    messages = []
+    monkeypatch.setattr(skip_report.logger, "warning", messages.append)
+    report = StreamReport()
+    for _ in range(2):
+        report.add_shard("a.tar", OSError("gone"), 5)
+        report.add_sample("b.tar/1", "it has no caption")
+    assert (report.skipped_shards, report.skipped_samples) == (2, 2)
+    assert messages == [
+        "Skipped the shard a.tar after 5 samples: OSError: gone.",
+        "Skipped b.tar/1: it has no caption.",
+    ]
+    for number in range(200):
+        report.add_sample(f"c/{number}", "x")
+    assert len(messages) == MAX_REPORTED_NAMES + 1 and "no longer named" in messages[-1]
+    assert report.skipped_samples == 202

@@ -1,0 +1,82 @@
+"""The estimate script as a user starts it."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def estimate(monkeypatch, capsys):
+    """A function that runs the script on a configuration with further options and returns what it prints."""
+
+    def run(*options: str, config: str = "quickstart") -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))
+        monkeypatch.setattr(sys, "argv", ["estimate.py", f"examples/configs/{config}.yaml", *options])
+        runpy.run_path("examples/estimate.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def number(printed: str, title: str) -> float:
+    return float(re.search(rf"^{title} +([\d.]+)", printed, flags=re.MULTILINE).group(1))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_has_a_cost(estimate, tmp_path, config):
+    """Shapes of the real recipes; the text encoder's configuration, which is on the Hub, is a folder here."""
+    options = ["--num_pairs", "1000000", "--gpu_tflops", "100"]
+    if "text_model:" in config.read_text():
+        BertConfig().save_pretrained(tmp_path)
+        options += ["--text_model", str(tmp_path)]
+    printed = estimate(*options, config=config.stem)
+    assert 2 < number(printed, "parameters") < 210
+    assert number(printed, "largest batch of a device") >= 48
+    flop, per_second = number(printed, "GFLOP a pair"), number(printed, "pairs a second")
+    assert per_second == pytest.approx(100e12 / (flop * 1e9), rel=0.05)  # FLOP are printed with two digits
+    assert number(printed, "memory a pair") > 0.5
+    assert "hours" in printed
+
+
+def test_a_video_costs_its_frames(estimate):
+    costs = [number(estimate("--num_frames", n, config="moving_scenes"), "  vision, momentum") for n in ("8", "80")]
+    assert costs[1] == pytest.approx(10 * costs[0], rel=0.05)
+
+
+def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
+    assert "image tokenizer" in estimate()
+    assert "image tokenizer" not in estimate("--image_tokenizer", "none")
+
+
+def test_timm_names_say_the_size(estimate, tmp_path):
+    model = ["--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
+    assert number(estimate(*model), "  vision stream") == pytest.approx(21.6, abs=0.1)
+    with pytest.raises(ValueError, match="timm cannot build timm/nothing"):
+        estimate("--vision_model", "timm/nothing")
+
+
+def test_hours_follow_from_pairs_rate_and_devices(estimate):
+    printed = {}
+    for num_gpus in (1, 4):
+        options = ["--num_pairs", "100000000", "--num_gpus", str(num_gpus), "--gpu_tflops", "1"]
+        line = next(line for line in estimate(*options).splitlines() if line.startswith("hours"))
+        printed[num_gpus] = float(line.split()[1])
+    assert printed[1] > 10
+    assert printed[4] == pytest.approx(printed[1] / 4, abs=0.06)
+
+
+def test_a_batch_that_will_not_fit_is_said(estimate):
+    assert "will not fit" not in estimate()
+    assert "will not fit" in estimate("--gpu_memory_gib", "0.2", "--per_device_train_batch_size", "512")
+
+
+def test_without_the_number_of_pairs_there_are_no_hours(estimate):
+    assert "hours: give --num_pairs" in estimate()

@@ -1,0 +1,207 @@
+"""Clients of a model hub for the tests: Python processes of their own, in which huggingface_hub knows that hub only.
+
+huggingface_hub reads `HF_ENDPOINT`, `HF_HOME` and the rest of its environment when it is imported, so clients cannot
+live in the process of the tests, which is offline. For each token one process is started with the right environment;
+it imports what the calls need once and forks for each, so that no call sees what another one left behind.
+
+    def upload(folder, repo_id):  # at the top of a test file: the client imports it by name
+        return HfApi().upload_folder(folder_path=folder, repo_id=repo_id).oid
+
+    def test_upload(hub, tmp_path):
+        commit_id = hub.run(upload, str(tmp_path), hub.new_repo_id())
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import traceback
+import uuid
+from collections.abc import Callable
+from functools import cached_property
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from types import ModuleType
+
+from hub_server import USER, HubServer
+
+# What pytest's `pythonpath` makes importable, for clients too.
+IMPORTABLE = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
+FOREIGN_SETTINGS = ("HF_", "HUGGING", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_")
+OWN_TOKEN = object()
+
+
+class ClientError(Exception):
+    """An exception in a client: the name of its class and its message; `traceback` is the client's."""
+
+    def __init__(self, message: str, traceback: str = ""):
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class HubForTests:
+    """
+    A hub and an account that may write.
+
+    Args:
+        url, token: What clients get as `HF_ENDPOINT` and `HF_TOKEN`.
+        home: Folder for each token's `HF_HOME`, and so for its cache of downloads.
+        server: The loopback server, `None` where the environment gave another.
+    """
+
+    def __init__(self, url: str, token: str, home: Path, server: HubServer | None = None):
+        self.url, self.token, self.home, self.server = url, token, home, server
+        self.repo_ids: list[str] = []
+        self._clients: dict[str | None, ClientProcess] = {}
+
+    def environment(self, token=OWN_TOKEN) -> dict[str, str]:
+        """
+        Environment for a client's process: this hub and nothing of the Hugging Face settings around it.
+
+        Args:
+            token: Another token than that of the account; `None` for none at all.
+        """
+        token = self.token if token is OWN_TOKEN else token
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_SETTINGS)}
+        return {
+            **kept,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.home / str(token)),
+            "HF_HUB_DISABLE_XET": "1",  # the one upload path that a server of a few pages can speak is basic LFS
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join([*IMPORTABLE, kept.get("PYTHONPATH", "")]),
+            **({} if self.server is None else {"NO_PROXY": "127.0.0.1"}),
+            **({} if token is None else {"HF_TOKEN": token}),
+        }
+
+    def start(self, function: Callable, *args, token=OWN_TOKEN, **kwargs) -> "Call":
+        """Begin what [`run`] does, and return at once something with a `result()`."""
+        token = self.token if token is OWN_TOKEN else token
+        if token not in self._clients:
+            self._clients[token] = ClientProcess(self.environment(token))
+        return self._clients[token].start(function, *args, **kwargs)
+
+    def run(self, function: Callable, *args, token=OWN_TOKEN, **kwargs):
+        """
+        The result of a function of a test file, called in a client of this hub.
+
+        Args:
+            token: Another token than that of the account; `None` for none at all.
+
+        Raises [`ClientError`] for any exception in it.
+        """
+        return self.start(function, *args, token=token, **kwargs).result()
+
+    @cached_property
+    def user(self) -> str:
+        return USER if self.server is not None else self.run(_whoami)
+
+    def new_repo_id(self) -> str:
+        """An id under which there is nothing yet; what is created there is deleted after the test."""
+        self.repo_ids.append(f"{self.user}/test-{uuid.uuid4().hex[:12]}")
+        return self.repo_ids[-1]
+
+    def reset_(self) -> None:
+        """Mend the network and forget the requests of the loopback server; delete what a test left on any other."""
+        if self.server is not None:
+            self.server.network.reset_()
+        elif self.repo_ids:
+            self.run(_delete, self.repo_ids)
+        self.repo_ids.clear()
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+
+class ClientProcess:
+    """A process with an environment of its own, that forks for every call."""
+
+    def __init__(self, environment: dict[str, str]):
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self._address = self._process.stdout.readline().strip()
+        if not self._address:
+            raise ClientError("The client's process did not start")
+
+    def start(self, function: Callable, *args, **kwargs) -> "Call":
+        connection = Client(self._address)
+        connection.send((function.__code__.co_filename, function.__name__, args, kwargs))
+        return Call(connection)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+
+class Call:
+    """A call under way in a client."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+
+    def result(self):
+        with self._connection:
+            try:
+                result, error = self._connection.recv()
+            except EOFError:
+                error = ("The client died", "")
+        if error is not None:
+            raise ClientError(*error)
+        return result
+
+
+def _whoami() -> str:
+    from huggingface_hub import HfApi
+
+    return HfApi().whoami()["name"]
+
+
+def _delete(repo_ids: list[str]) -> None:
+    from huggingface_hub import HfApi
+
+    for repo_id in repo_ids:
+        HfApi().delete_repo(repo_id, missing_ok=True)
+
+
+def load(path: str) -> ModuleType:
+    """The module of a file: pytest gives test files names by which nobody else could import them."""
+    if path not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path, path)
+        sys.modules[path] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path])
+    return sys.modules[path]
+
+
+def answer(path: str, name: str, args: tuple, kwargs: dict) -> tuple:
+    try:
+        return getattr(load(path), name)(*args, **kwargs), None
+    except Exception as error:
+        return None, (f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def serve_calls() -> None:
+    import huggingface_hub.hf_api  # noqa: F401  once for all calls
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    parent = os.getppid()
+    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == parent or os._exit(1))  # the tests were killed
+    signal.setitimer(signal.ITIMER_REAL, 5, 5)
+    with Listener(family="AF_UNIX") as listener:
+        print(listener.address, flush=True)
+        while True:
+            with listener.accept() as connection:
+                call = connection.recv()
+                with contextlib.suppress(Exception):  # here for all forks; what is wrong with it, the fork will say
+                    load(call[0])
+                if os.fork() == 0:
+                    connection.send(answer(*call))
+                    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve_calls()

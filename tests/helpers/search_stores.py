@@ -1,0 +1,46 @@
+"""Entries for the tests of search engines: clustered unit vectors with metadata."""
+
+import numpy as np
+import pyarrow as pa
+
+from modeling_cots.search.embedding import row_ids_of
+from modeling_cots.search.rows import fixed_features
+
+DIM = 16
+INFO = {"dim": DIM, "model": "m", "model_identity": "i"}
+
+
+def make_vectors(num: int, seed: int = 0) -> np.ndarray:
+    """(num, 16) unit vectors around eight centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(7).standard_normal((8, DIM))
+    vectors = centres[rng.integers(0, 8, num)] + 0.5 * rng.standard_normal((num, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def make_rows(vectors: np.ndarray, first: int = 0, **metadata) -> pa.Table:
+    """A table of entries "pic0", "pic1", ... with these vectors."""
+    names = [f"pic{first + number}" for number in range(len(vectors))]
+    schema = fixed_features(vectors.shape[1]).arrow_schema
+    columns = {
+        "row_id": row_ids_of(names).tolist(),
+        "name": names,
+        "source": ["test"] * len(names),
+        "captions": [[f"caption of {name}", "b"] for name in names],
+        "thumbnail": [{"bytes": b"jpeg", "path": None}] * len(names),
+        "embedding": vectors.tolist(),
+    }
+    fixed = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
+    return pa.table({**fixed, **{name: pa.array(values) for name, values in metadata.items()}})
+
+
+def fill(store, rows: pa.Table) -> None:
+    """Add rows as `SearchIndex.add` does."""
+    store.begin()
+    store.add(rows)
+    store.finish()
+
+
+def names(hits: list[dict]) -> list[str]:
+    """Names of the entries found."""
+    return [hit["name"] for hit in hits]

@@ -1,0 +1,119 @@
+"""Momentum copy and queues on disk: what comes back is what was saved, and nothing else is taken for it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_cots.method.momentum import MOMENTUM_STATE_NAME, MomentumState
+
+QUEUE_SIZE = 5
+
+
+class TwoStreams(nn.Module):
+    """As much of a model as the state needs to know: parameters, a buffer and the embedding size."""
+
+    def __init__(self, embed_dim: int = 4, seed: int = 0):
+        super().__init__()
+        self.config = SimpleNamespace(projection_dim=embed_dim)
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(3, embed_dim, generator=generator))
+        self.register_buffer("position", torch.arange(3))
+
+
+def push(state: MomentumState, first: int, count: int) -> None:
+    numbers = torch.arange(first, first + count)
+    embeds = numbers.float().unsqueeze(1).expand(count, 4)
+    state.queue.push(embeds, -embeds, numbers.float() / 10, numbers)
+
+
+@pytest.fixture
+def trained() -> MomentumState:
+    """A copy that has followed another model half way, and a queue past its first lap."""
+    state = MomentumState(TwoStreams(), QUEUE_SIZE)
+    state.encoder.update_(TwoStreams(seed=1), 0.5)
+    push(state, 0, 7)
+    return state
+
+
+def test_comes_back_exactly_and_goes_on_alike(trained, tmp_path):
+    trained.save(str(tmp_path))
+    restored = MomentumState(TwoStreams(seed=2), QUEUE_SIZE)
+    restored.load(str(tmp_path))
+    for state in (trained, restored):
+        state.encoder.update_(TwoStreams(seed=3), 0.9)
+        push(state, 7, 2)
+    expected, got = trained.state_dict(), restored.state_dict()
+    assert expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
+    assert sorted(restored.queue.pair_ids.tolist()) == [4, 5, 6, 7, 8]
+
+
+def test_a_partly_filled_queue_stays_partly_filled(tmp_path):
+    state = MomentumState(TwoStreams(), QUEUE_SIZE)
+    push(state, 0, 2)
+    state.save(str(tmp_path))
+    restored = MomentumState(TwoStreams(), QUEUE_SIZE)
+    push(restored, 0, 20)
+    restored.load(str(tmp_path))
+    assert restored.queue.filled.tolist() == [True, True, False, False, False]
+
+
+def test_the_copy_is_still_frozen_after_loading(trained, tmp_path):
+    trained.save(str(tmp_path))
+    trained.load(str(tmp_path))
+    trained.train()
+    assert not any(parameter.requires_grad for parameter in trained.parameters())
+    assert not any(module.training for module in trained.encoder.modules())
+
+
+def test_tied_parameters_come_back_tied(tmp_path):
+    def tied(seed: int) -> TwoStreams:
+        model = TwoStreams(seed=seed)
+        model.same_weight = model.weight
+        return model
+
+    state = MomentumState(tied(0), QUEUE_SIZE)
+    state.encoder.update_(tied(1), 0.5)
+    state.save(str(tmp_path))
+    restored = MomentumState(tied(2), QUEUE_SIZE)
+    restored.load(str(tmp_path))
+    assert torch.equal(restored.encoder.model.weight, state.encoder.model.weight)
+    restored.encoder.update_(tied(3), 0.9)
+    assert torch.equal(restored.encoder.model.same_weight, restored.encoder.model.weight)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a safetensors file", None])
+def test_a_damaged_file_is_an_error(trained, tmp_path, damage):
+    trained.save(str(tmp_path))
+    path = tmp_path / MOMENTUM_STATE_NAME
+    path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
+    with pytest.raises(ValueError, match="is damaged"):
+        trained.load(str(tmp_path))
+
+
+def test_a_missing_file_is_an_error(trained, tmp_path):
+    with pytest.raises(ValueError, match=f"has no {MOMENTUM_STATE_NAME}"):
+        trained.load(str(tmp_path))
+
+
+def test_a_queue_of_another_size_is_an_error(trained, tmp_path):
+    trained.save(str(tmp_path))
+    with pytest.raises(ValueError, match="queue of 5 pairs, and queue_size is 6"):
+        MomentumState(TwoStreams(), 6).load(str(tmp_path))
+
+
+def test_a_model_of_another_width_is_an_error(trained, tmp_path):
+    trained.save(str(tmp_path))
+    with pytest.raises(ValueError, match="(?s)another model.*encoder.model.weight"):
+        MomentumState(TwoStreams(embed_dim=8), QUEUE_SIZE).load(str(tmp_path))
+
+
+def test_a_model_with_a_further_layer_is_an_error(trained, tmp_path):
+    deeper = TwoStreams()
+    deeper.layer = nn.Linear(4, 4)
+    trained.save(str(tmp_path))
+    with pytest.raises(ValueError, match="(?s)another model.*encoder.model.layer.weight"):
+        MomentumState(deeper, QUEUE_SIZE).load(str(tmp_path))

@@ -1,0 +1,136 @@
+"""The cost model beside what one real training step counts, and beside the closed formula of a transformer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
+from modeling_cots.scripts.cost import estimate_training_cost, flop_counter, kept_bytes
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def build(**options) -> COTSTrainingArguments:
+        return COTSTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    return build
+
+
+def real_batch(trainer) -> dict:
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def test_flop_are_those_of_a_real_training_step(make_trainer, arguments, tiny_config):
+    trainer = make_trainer()
+    batch = real_batch(trainer)
+    with flop_counter() as counter:
+        trainer.compute_loss(trainer.model, batch).backward()
+    measured = counter.get_total_flops() / len(batch["valid"])
+    text_length = batch["input_ids"].shape[1]
+    cost = estimate_training_cost(
+        tiny_config, arguments(queue_size=20), text_length=text_length, image_tokenizer_hidden_size=8
+    )
+    # The numbers of masked words and patches are drawn; their heads are small.
+    assert cost.total_flop == pytest.approx(measured, rel=0.05)
+
+
+def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config):
+    trainer = make_trainer()
+    batch = real_batch(trainer)
+    half = {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()}
+    whole_size, half_size = (
+        kept_bytes(lambda part=part: trainer.compute_loss(trainer.model, part), trainer.model)
+        for part in (batch, half)
+    )
+    measured = (whole_size - half_size) / (len(batch["valid"]) - len(half["valid"]))
+    cost = estimate_training_cost(tiny_config, arguments(queue_size=20), text_length=batch["input_ids"].shape[1])
+    assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a peak of memory needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_a_gpu_allocates(monkeypatch, checkpointing):
+    """The base model's pair, as the slope between two batches: to a tenth, as the estimate promises."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from memory import estimate, peak_bytes
+
+    options = {"gradient_checkpointing": True} if checkpointing else {}
+    few, many = (peak_bytes(COTSConfig(), batch_size, **options) for batch_size in (16, 32))
+    assert estimate(COTSConfig(), bf16=True, **options).bytes_per_pair == pytest.approx((many - few) / 16, rel=0.1)
+
+
+def test_the_papers_model_meets_the_closed_formula(arguments):
+    cost = estimate_training_cost(COTSConfig(), arguments(bf16=True))
+    width, layers = 768, 12
+
+    def encoder(tokens: int) -> float:
+        # Query, key, value, output: 4 matrices of width^2; the MLP: 8; scores and their use: 2 tokens^2 width.
+        return layers * 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    patches = 24 * 24
+    projection = 2 * width * 256
+    vision = encoder(1 + patches) + 2 * patches * (16 * 16 * 3) * width + projection
+    assert cost.flop_per_pair["vision, momentum"] == pytest.approx(vision, rel=1e-6)
+    assert cost.flop_per_pair["text, momentum"] == pytest.approx(encoder(32) + projection, rel=1e-6)
+    assert cost.num_parameters["projections"] == 2 * (width * 256 + 256)
+
+
+def test_the_papers_pair_costs_what_the_documentation_says(arguments):
+    """docs/performance.md: 976 GFLOP at 32 word pieces and a queue of 16,384, and 823 with cached image tokens."""
+    args = arguments(bf16=True, queue_size=16_384)
+    cost = estimate_training_cost(COTSConfig(), args)
+    assert cost.total_flop == pytest.approx(976e9, rel=1e-3)
+    cached = estimate_training_cost(COTSConfig(), args, image_tokenizer_hidden_size=None)
+    assert cached.total_flop == pytest.approx(823e9, rel=1e-3)
+    assert cost.flop_per_pair["vision, masked"] == pytest.approx(332.2e9, rel=1e-3)
+
+
+def test_videos_cost_a_picture_for_each_frame(arguments, tiny_config):
+    args = arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0)
+    pictures = estimate_training_cost(tiny_config, args)
+    videos = estimate_training_cost(tiny_config, args, num_frames=4)
+    assert videos.flop_per_pair["vision, clean"] == 4 * pictures.flop_per_pair["vision, clean"]
+    assert videos.flop_per_pair["text, clean"] == pictures.flop_per_pair["text, clean"]
+    assert pictures.bytes_per_pair < videos.bytes_per_pair < 4 * pictures.bytes_per_pair
+    with pytest.raises(ValueError, match="without masked losses"):
+        estimate_training_cost(tiny_config, arguments(), num_frames=4)
+    with pytest.raises(ValueError, match="num_frames must be at least 1"):
+        estimate_training_cost(tiny_config, args, num_frames=0)
+
+
+def test_parameters_are_those_of_the_model(arguments, tiny_config):
+    cost = estimate_training_cost(tiny_config, arguments())
+    assert sum(cost.num_parameters.values()) == COTSForPreTraining(tiny_config).num_parameters()
+
+
+def test_a_loss_that_is_off_costs_nothing(arguments, tiny_config):
+    everything = estimate_training_cost(tiny_config, arguments(queue_size=20))
+    contrast_only = estimate_training_cost(tiny_config, arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0))
+    assert set(everything.flop_per_pair) - set(contrast_only.flop_per_pair) == {
+        "vision, masked",
+        "text, masked",
+        "patch head",
+        "word head",
+        "image tokenizer",
+    }
+    assert contrast_only.bytes_per_pair < 0.7 * everything.bytes_per_pair
+
+
+def test_checkpointing_trades_memory_for_flop(arguments, tiny_config):
+    plain = estimate_training_cost(tiny_config, arguments(queue_size=20))
+    checkpointed = estimate_training_cost(tiny_config, arguments(queue_size=20, gradient_checkpointing=True))
+    assert checkpointed.bytes_per_pair < plain.bytes_per_pair
+    assert checkpointed.total_flop > plain.total_flop
+
+
+def test_batch_and_rate_follow_from_the_counts(arguments, tiny_config):
+    cost = estimate_training_cost(tiny_config, arguments(queue_size=20))
+    assert cost.largest_batch(cost.fixed_bytes - 1) == 0
+    assert cost.largest_batch(cost.fixed_bytes + 7 * cost.bytes_per_pair) == 7
+    assert cost.pairs_per_second(10 * cost.total_flop) == 10
+
+
+def test_a_text_without_a_word_is_refused(arguments, tiny_config):
+    with pytest.raises(ValueError, match="text_length must be at least 3"):
+        estimate_training_cost(tiny_config, arguments(), text_length=2)

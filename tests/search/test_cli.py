@@ -1,0 +1,129 @@
+"""`cots-search` from the first picture to the page, in this process."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from programs import TORCHRUN, run_python
+
+from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.search.cli import main
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture
+def folder(tiny_config, tiny_processor, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    COTSModel(tiny_config).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for item in ScenesDataset("train", 6, 32):
+        item["image"].save(tmp_path / "photos" / f"{item['name']}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_index_query_add_delete_rebuild(folder, capsys):
+    main("index photos --model model --index IDX --batch_size 4".split())
+    assert "Added 6 pictures; IDX has 6." in capsys.readouterr().out
+    main(["query", "IDX", "a red circle", "--top", "3", "--html", "out.html"])
+    printed = capsys.readouterr().out
+    assert printed.count("train-0000") == 3 and "The page is in out.html" in printed
+    assert "“a red circle”" in (folder / "out.html").read_text(encoding="utf-8")
+    main("query IDX --image photos/train-00004.png --top 1".split())
+    assert "1.  1.000" in (printed := capsys.readouterr().out) and "train-00004.png" in printed
+
+    # a folder with captions and metadata, added to the same index
+    (folder / "more").mkdir()
+    rows = []
+    for item in ScenesDataset("validation", 4, 32):
+        item["image"].save(folder / "more" / f"{item['name']}.png")
+        rows.append({"file_name": f"{item['name']}.png", "text": item["captions"], "year": 2020 + item["pair_id"]})
+    rows[1]["text"] = []  # a picture without a caption is a picture
+    (folder / "more" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    main("add IDX more".split())
+    assert "Added 4 pictures; IDX has 10." in capsys.readouterr().out
+    main(["query", "IDX", "a red circle", "--where", "year >= 2021", "--where", "year != 2023"])
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(line.split("/")[-1][:16] for line in printed) == ["validation-00001", "validation-00002"]
+
+    main(["delete", "IDX", "photos/train-00004.png"])
+    main(["delete", "IDX", "--where", "year == 2021"])
+    assert "Deleted 1 pictures; 8 are left." in capsys.readouterr().out
+    main("rebuild IDX --engine hnsw".split())
+    assert "engine 'hnsw' and 8 pictures" in capsys.readouterr().out
+    main("query IDX --image photos/train-00004.png --top 20".split())
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    main("index photos --model model --index IDX".split())  # the deleted file is still in the folder
+    assert "Added 1 pictures; IDX has 9." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("query nowhere dog", "no index in 'nowhere'"),
+        ("index nothing/ --model model --index I", "does not exist"),
+        ("index photos --model nothing --index I", "no COTS model in 'nothing'"),
+        ("index photos --model model --index I --engine magic", "must be one of exact"),
+        ("index photos --model model --index photos", "no index: name a new folder"),
+        ("delete nowhere x", "no index"),
+    ],
+)
+def test_says_what_is_wrong_in_one_line(folder, command, message):
+    with pytest.raises(SystemExit, match=message):
+        main(command.split())
+
+
+def test_refuses_another_model_and_engine(folder, tiny_config, tiny_processor):
+    main("index photos --model model --index IDX".split())
+    torch.manual_seed(5)
+    COTSModel(tiny_config).save_pretrained(folder / "other")
+    tiny_processor.save_pretrained(folder / "other")
+    with pytest.raises(SystemExit, match="another one"):
+        main("query IDX dog --model other".split())
+    with pytest.raises(SystemExit, match="rebuild IDX --engine hnsw"):
+        main("index photos --model model --index IDX --engine hnsw".split())
+
+
+def test_indexes_shards_and_tables(folder, capsys):
+    import io
+    import tarfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def encoded(seed: int) -> bytes:
+        file = io.BytesIO()
+        Image.effect_noise((32, 32), 20 + seed).convert("RGB").save(file, "PNG")
+        return file.getvalue()
+
+    for shard in range(2):
+        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
+            for number in range(3):
+                for suffix, content in (("png", encoded(number)), ("txt", b"a caption")):
+                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    main(["index", "train-*.tar", "--model", "model", "--index", "IDX"])
+    assert "Added 6 pictures" in capsys.readouterr().out
+    table = {
+        "image": [{"bytes": encoded(9), "path": None}, {"bytes": b"broken", "path": "b.png"}],
+        "place": ["Oslo"] * 2,
+    }
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    main(["add", "IDX", "train.parquet"])  # without captions
+    assert "Added 1 pictures; IDX has 7." in capsys.readouterr().out
+    main(["query", "IDX", "x", "--where", "place == Oslo"])
+    assert "row 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_make_one_index(folder, capsys):
+    command = "modeling_cots.search.cli index photos --model model --index IDX".split()
+    said = run_python("-m", *TORCHRUN, "2", "-m", *command).stdout
+    assert said.count("Added 6 pictures; IDX has 6.") == 1
+    main("query IDX --image photos/train-00004.png --top 20".split())
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == 6 and "1.  1.000" in found[0] and "train-00004.png" in found[0]

@@ -1,0 +1,107 @@
+"""From pictures to entries: folders, names that last, the model's identity."""
+
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.search.embedding import (
+    Embedder,
+    PictureFolder,
+    as_picture_folder,
+    entry_names,
+    model_identity,
+    row_ids_of,
+)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("b.JPG", "a.png", "sub/c.webp", ".hidden/x.png", "sub/.y.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), "red").save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (9, 9)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    return folder
+
+
+def test_a_folder_gives_its_own_visible_pictures(photos, tmp_path):
+    folder = PictureFolder(photos)
+    assert [os.path.relpath(path, photos) for path in folder.names()] == ["a.png", "b.JPG", "sub/c.webp"]
+    assert folder[1]["image"]["path"] == str(photos / "b.JPG")
+    assert entry_names(folder, "any") == folder.names()
+    assert as_picture_folder(str(photos)) == photos
+    (photos / "metadata.jsonl").write_text("{}")
+    assert as_picture_folder(str(photos)) is None and as_picture_folder("scenes") is None
+    with pytest.raises(ValueError, match="no folder"):
+        PictureFolder(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no picture"):
+        PictureFolder(tmp_path / "empty")
+
+
+def test_names_are_unique_and_ids_are_hashes_of_them():
+    class Data:
+        def names(self):
+            return ["0.jpg", "1.jpg", "0.jpg"]
+
+    assert entry_names(Data(), "shards") == ["shards: 0.jpg", "shards: 1.jpg", "shards: 0.jpg (2)"]
+    ids = row_ids_of(["a", "b", "\udcff.png"])
+    assert ids.dtype == np.int64 and (ids >= 0).all() and len(set(ids.tolist())) == 3
+    assert row_ids_of(["b"])[0] == ids[1]
+
+
+def test_identity_is_that_of_weights_and_processing(tiny_config, tiny_processor, tmp_path):
+    torch.manual_seed(0)
+    model = COTSModel(tiny_config)
+    identity = model_identity(model, tiny_processor)
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    loaded, processor = COTSModel.from_pretrained(tmp_path), type(tiny_processor).from_pretrained(tmp_path)
+    assert model_identity(loaded, processor) == identity
+    processor(text=["a", "b c"], padding=True, truncation=True)  # leaves its settings in the tokenizer
+    assert model_identity(COTSModel.from_pretrained(tmp_path, dtype="bfloat16"), processor) == identity
+    other = copy.deepcopy(processor)
+    other.image_processor.image_mean = [0.1, 0.1, 0.1]
+    assert model_identity(loaded, other) != identity
+    with torch.no_grad():
+        loaded.text_projection.bias[3] += 0.01
+    assert model_identity(loaded, processor) != identity
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tiny_processor, num_workers, caplog):
+    class Data(ScenesDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {**item, "image": b"no picture"} if index == 2 else item
+
+        def metadata(self, index):
+            return {"number": index, "name": "taken", "date": None}
+
+    model, scenes = COTSModel(tiny_config), Data("train", 6, 32)
+    embedder = Embedder(model, tiny_processor, batch_size=2, num_workers=num_workers, thumbnail_side=16)
+
+    class Progress:
+        total = 0
+
+        def update(self, number):
+            self.total += number
+
+    progress, names = Progress(), [f"n{index}" for index in range(6)]
+    tables = list(embedder.tables(scenes, np.array([1, 2, 3, 5]), names, "s", progress))
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["name"] for row in rows] == ["n1", "n3", "n5"] and progress.total == 4
+    assert [row["number"] for row in rows] == [1, 3, 5] and rows[0]["name_"] == "taken"
+    assert rows[1]["captions"] == scenes[3]["captions"]
+    pixels = tiny_processor.image_processor([scenes[5]["image"]], return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(rows[2]["embedding"], model.encode_image(pixels)[0].detach().numpy(), atol=1e-5)
+    assert rows[0]["thumbnail"]["bytes"][:2] == b"\xff\xd8"
+    assert [name for name, _ in embedder.skipped] == ["train-00002"]

@@ -1,0 +1,145 @@
+"""`SearchIndex` with a real (tiny) model: queries, identity, and runs that are killed or shared."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from programs import TORCHRUN, run_python
+
+from modeling_cots import COTSModel, ScenesDataset, SearchIndex
+
+pytest.importorskip("faiss")
+
+RUN = """
+import os, sys, time
+import torch
+torch.set_num_threads(1)
+import modeling_cots.search.index as search_index
+from modeling_cots import COTSModel, COTSProcessor, ScenesDataset, SearchIndex
+search_index.ITEMS_PER_PART = 8
+class Slow(ScenesDataset):
+    name = "scenes"
+    def __getitem__(self, index):
+        if index == 50 and "stop" in sys.argv:
+            print("reached", flush=True)
+            time.sleep(600)  # until it is killed
+        return super().__getitem__(index)
+    def names(self):
+        return [f"scene {index}" for index in range(len(self))]
+model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
+index = SearchIndex(sys.argv[2], model, processor)
+added = index.add(Slow("train", 70, 32), batch_size=4)
+# A file for each process: what several of them print may run into each other.
+with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.txt", "w") as file:
+    file.write(f"added {added} of {len(index)}")
+search_index.process_state().destroy_process_group()
+"""
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    return COTSModel(tiny_config).eval()
+
+
+@pytest.fixture
+def index(model, tiny_processor, tmp_path):
+    index = SearchIndex.create(tmp_path / "index", model, tiny_processor)
+    assert index.add(ScenesDataset("train", 30, 32), source="scenes", progress=False) == 30
+    return index
+
+
+def test_finds_by_text_image_and_both(index, model, tiny_processor):
+    picture = ScenesDataset("train", 30, 32)[11]["image"]
+    assert index.search(image=picture, top=1)[0]["name"] == "scenes: row 11"
+    text = tiny_processor(text=["a red circle"], return_tensors="pt")
+    pixels = tiny_processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        text_embed = model.encode_text(text["input_ids"], text["attention_mask"])[0].numpy()
+        image_embed = model.encode_image(pixels)[0].numpy()
+    np.testing.assert_allclose(index.embed_query("a red circle"), text_embed, atol=1e-6)
+    # By both: ranked by the weighted mean of the two similarities.
+    stored = index.store._rows.embeddings(slice(0, 30))
+    mean = 0.75 * stored @ text_embed + 0.25 * stored @ image_embed
+    found = index.search("a red circle", picture, image_weight=0.25, top=30)
+    assert [hit["name"] for hit in found] == [f"scenes: row {row}" for row in np.argsort(-mean)]
+    for weight, alone in ((0, text_embed), (1, image_embed)):
+        np.testing.assert_allclose(index.embed_query("a red circle", picture, weight), alone, atol=1e-6)
+
+
+def test_refuses_questions_without_sense(index):
+    for arguments, message in [
+        ({}, "neither"),
+        ({"text": "  "}, "empty"),
+        ({"text": "a", "top": 0}, "at least 1"),
+        ({"text": "a", "image_weight": 2}, "between 0"),
+        ({"image": b"no picture"}, "UnidentifiedImageError"),
+        ({"text": "a", "where": "colour == red"}, "no metadata 'colour'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.search(**arguments)
+    for arguments in ({}, {"names": ["a"], "where": "a == 1"}):
+        with pytest.raises(ValueError, match="what to delete"):
+            index.delete(**arguments)
+
+
+def test_refuses_another_model(index, tiny_config, tiny_processor, tmp_path):
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="another one"):
+        SearchIndex(tmp_path / "index", COTSModel(tiny_config), tiny_processor)
+    tiny_processor.image_processor.do_normalize = False
+    with pytest.raises(ValueError, match="another one"):
+        SearchIndex(tmp_path / "index", index.model, tiny_processor)
+
+
+def test_adds_what_is_new_and_deletes(index):
+    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 5
+    assert index.delete(["scenes: row 3", "never there"]) == 1
+    assert index.delete(where=["source == scenes", "name in ['scenes: row 4', 'scenes: row 5']"]) == 2
+    assert len(index) == 32
+    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 3
+    index.rebuild("hnsw")
+    assert len(index) == 35 and index.store.info["engine"] == "hnsw"
+
+
+@pytest.mark.parametrize("place", ["index", pytest.param("index.db", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
+    if place.endswith(".db"):
+        pytest.importorskip("milvus_lite")
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    SearchIndex.create(tmp_path / place, model, tiny_processor).close()
+    command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / place)]
+    killed = subprocess.Popen([*command, "stop"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout.readline() == "reached\n"
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    result = run_python(*command[1:])
+    # 48 of 50 lay in parts of 8 that were written before the end.
+    assert "48 of 70 pictures are in the index already" in result.stderr + result.stdout
+    assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70"
+    index = SearchIndex(tmp_path / place, model, tiny_processor)
+    scenes = ScenesDataset("train", 70, 32)
+    for number in (0, 47, 48, 69):
+        assert index.search(image=scenes[number]["image"], top=1)[0]["name"] == f"scenes: scene {number}"
+    index.close()
+
+
+@pytest.mark.slow
+def test_processes_share_the_pictures(model, tiny_processor, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    SearchIndex.create(tmp_path / "index", model, tiny_processor).close()
+    (tmp_path / "run.py").write_text(RUN)
+    run_python("-m", *TORCHRUN, "2", tmp_path / "run.py", tmp_path / "model", tmp_path / "index")
+    assert [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)] == ["added 70 of 70"] * 2
+    assert len(list((tmp_path / "index").glob("data-*-*.arrow"))) == 9  # parts of eight, none written twice
+    index = SearchIndex(tmp_path / "index", model, tiny_processor)
+    assert len(index) == 70 and len(set(index.store._rows.row_ids.tolist())) == 70
+    for number in (0, 35, 69):
+        found = index.search(image=ScenesDataset("train", 70, 32)[number]["image"], top=1)
+        assert found[0]["name"] == f"scenes: scene {number}"

@@ -1,0 +1,70 @@
+"""What is Milvus' own: names of indexes, the token, several collections in one file. The contract is elsewhere."""
+
+import pytest
+from search_stores import INFO, fill, make_rows, make_vectors, names
+
+pytest.importorskip("milvus_lite")
+
+from modeling_cots.search.milvus_store import MilvusStore, connect, is_milvus_uri
+
+
+def test_tells_milvus_by_the_name():
+    assert is_milvus_uri("http://localhost:19530") and is_milvus_uri("https://host:19530#photos")
+    assert is_milvus_uri("photos.db") and is_milvus_uri("photos.db#cats")
+    assert not is_milvus_uri("photos") and not is_milvus_uri("photos.dbx")
+
+
+def test_collections_share_a_file(tmp_path):
+    first = MilvusStore.create(f"{tmp_path}/a.db#first", INFO, "exact")
+    second = MilvusStore.create(f"{tmp_path}/a.db#second", {**INFO, "model": "other"}, "exact")
+    fill(first, make_rows(make_vectors(4)))
+    fill(second, make_rows(make_vectors(2), first=50))
+    assert len(first) == 4 and len(second) == 2 and second.info["model"] == "other"
+    assert names(second.search(make_vectors(1), 9, [])[0])[0] == "pic50"
+    with pytest.raises(ValueError, match="no collection 'third'"):
+        MilvusStore(f"{tmp_path}/a.db#third")
+    first.close()
+    second.close()
+
+
+def test_binary_codes_are_not_offered(tmp_path):
+    with pytest.raises(ValueError, match="exact, hnsw, ivfpq, int8; got 'binary'"):
+        MilvusStore.create(f"{tmp_path}/a.db", INFO, "binary")
+
+
+def test_the_embedded_file_has_no_product_quantisation(tmp_path):
+    with pytest.raises(ValueError, match="Milvus Lite"):
+        MilvusStore.create(f"{tmp_path}/a.db", INFO, "ivfpq")
+    store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
+    with pytest.raises(ValueError, match="Milvus Lite"):
+        store.rebuild("ivfpq")
+    store.close()
+
+
+def test_long_texts_are_cut_to_what_fits(tmp_path):
+    store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
+    rows = make_rows(make_vectors(1)).to_pylist()[0]
+    rows["captions"] = ["x" * 40_000, "y" * 40_000]
+    fill(store, make_rows(make_vectors(1)).from_pylist([rows], schema=make_rows(make_vectors(1)).schema))
+    assert store.search(make_vectors(1), 1, [])[0][0]["captions"] == ["x" * 40_000]
+    store.close()
+
+
+def test_the_token_is_in_no_message(monkeypatch):
+    monkeypatch.setenv("MILVUS_TOKEN", "root:very-secret")
+
+    class Client:
+        def __init__(self, uri, token):
+            assert token == "root:very-secret"  # where it belongs
+            raise RuntimeError(f"refused {token}")
+
+    monkeypatch.setattr("pymilvus.MilvusClient", Client)
+    with pytest.raises(ValueError, match="No Milvus answers") as caught:
+        connect("http://localhost:1")
+    assert "very-secret" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_password_in_the_address_is_refused():
+    with pytest.raises(ValueError, match="MILVUS_TOKEN") as caught:
+        connect("http://root:hidden@localhost:19530")
+    assert "hidden" not in str(caught.value)

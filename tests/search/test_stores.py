@@ -1,0 +1,128 @@
+"""One contract for all engines: FAISS in a folder, and Milvus (Lite) through the client that also talks to servers."""
+
+import os
+
+import numpy as np
+import pytest
+from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
+
+from modeling_cots.search.conditions import as_conditions
+from modeling_cots.search.embedding import row_ids_of
+from modeling_cots.search.stores import create_store, open_store, store_exists
+
+NUM = 1200
+ENGINES = [("faiss", name) for name in ("exact", "hnsw", "ivfpq", "int8", "binary")]
+ENGINES += [("milvus", name) for name in ("exact", "hnsw", "int8")]
+YEARS = [number % 7 if number % 3 else None for number in range(NUM)]
+PLACES = [("Oslo", "O'\"Hare")[number % 2] for number in range(NUM)]
+
+
+@pytest.fixture(params=ENGINES, ids="-".join)
+def place_and_engine(request, tmp_path):
+    kind, engine = request.param
+    pytest.importorskip("faiss" if kind == "faiss" else "milvus_lite", reason=f"{kind} is not installed")
+    return str(tmp_path / ("index" if kind == "faiss" else "index.db")), engine
+
+
+@pytest.fixture
+def filled(place_and_engine):
+    place, engine = place_and_engine
+    store = create_store(place, INFO, engine)
+    vectors = make_vectors(NUM)
+    fill(store, make_rows(vectors, year=YEARS, place=PLACES))
+    yield store, vectors, place
+    store.close()
+
+
+def test_add_search_delete(filled):
+    store, vectors, place = filled
+    assert len(store) == NUM
+    found = store.search(vectors[:20], 10, [])
+    exact = np.argsort(-(vectors[:20] @ vectors.T), axis=1)[:, :10]
+    hits = [len(set(names(row)) & {f"pic{p}" for p in true}) for row, true in zip(found, exact, strict=True)]
+    assert np.mean(hits) / 10 > 0.9  # 1.0 for exact; the others may miss a little
+    if store.info["engine"] == "exact":
+        assert np.mean(hits) == 10
+    first = found[3][0]
+    assert first["name"] == "pic3" and first["score"] == pytest.approx(1, abs=0.05)
+    assert first["captions"] == ["caption of pic3", "b"] and first["thumbnail"]["bytes"] == b"jpeg"
+    assert first["place"] == PLACES[3] and "embedding" not in first
+    assert [hit["score"] for hit in found[3]] == sorted((hit["score"] for hit in found[3]), reverse=True)
+
+    # Deleted entries are in no result, also after the store is opened again; the rest is.
+    ids = row_ids_of(["pic3", "pic4", "nothing"])
+    assert store.has(ids).tolist() == [True, True, False]
+    assert store.delete(ids) == 2 and len(store) == NUM - 2
+    store.close()
+    store = open_store(place)
+    assert store.has(ids).tolist() == [False, False, False] and store_exists(place)
+    assert not {"pic3", "pic4"} & set(names(store.search(vectors[3:4], 50, [])[0]))
+
+    # What was deleted can come back, and new entries are found without a rebuild.
+    fresh = make_vectors(30, seed=1)
+    fill(store, make_rows(fresh, first=NUM, year=[3] * 30))
+    fill(store, make_rows(vectors[3:4], first=3))
+    assert len(store) == NUM + 29
+    assert names(store.search(fresh[5:6], 1, [])[0]) == [f"pic{NUM + 5}"]
+    assert names(store.search(vectors[3:4], 1, [])[0]) == ["pic3"]
+    store.close()
+
+
+FILTERS = [
+    ("year >= 5", lambda number, year, place: year is not None and year >= 5),
+    ("year != 3", lambda number, year, place: year is not None and year != 3),
+    ('place == "O\'\\"Hare"', lambda number, year, place: place != "Oslo"),
+    (["year in [1, 2]", "place == Oslo"], lambda number, year, place: year in (1, 2) and place == "Oslo"),
+    ("name == pic9", lambda number, year, place: number == 9),
+]
+
+
+def test_filters(filled):
+    store, vectors, _ = filled
+    for where, holds in FILTERS:
+        allowed = [number for number in range(NUM) if holds(number, YEARS[number], PLACES[number])]
+        assert set(store.find(as_conditions(where))) == set(row_ids_of([f"pic{number}" for number in allowed]))
+        found = names(store.search(vectors[:1], 10, as_conditions(where))[0])
+        exact = np.array(allowed)[np.argsort(-(vectors[allowed] @ vectors[0]))[:10]]
+        assert len(found) == min(10, len(allowed))
+        assert {int(name[3:]) for name in found} <= set(allowed)
+        assert len(set(found) & {f"pic{number}" for number in exact}) >= 0.8 * len(found)
+
+
+def test_refusals_and_edges(filled):
+    store, vectors, place = filled
+    with pytest.raises(ValueError, match="no metadata 'colour'"):
+        store.search(vectors[:1], 3, as_conditions("colour == red"))
+    with pytest.raises(ValueError, match="there"):
+        create_store(place, INFO, "exact")
+    assert store.search(vectors[:1], 3, as_conditions("year == 77")) == [[]]
+    store.rebuild("exact")
+    assert store.info["engine"] == "exact" and len(store) == NUM
+    assert names(store.search(vectors[8:9], 1, [])[0]) == ["pic8"]
+
+
+def test_an_empty_index_finds_nothing(place_and_engine):
+    store = create_store(place_and_engine[0], INFO, place_and_engine[1])
+    assert len(store) == 0 and store.search(np.ones((2, DIM), np.float32), 3, []) == [[], []]
+    assert store.delete(row_ids_of(["x"])) == 0
+    store.close()
+    with pytest.raises(ValueError, match="engine must be one of"):
+        create_store(
+            os.path.join(os.path.dirname(place_and_engine[0]), "2" + os.path.basename(place_and_engine[0])),
+            INFO,
+            "magic",
+        )
+
+
+@pytest.mark.parametrize("place", ["nowhere", "nowhere.db"])
+def test_there_is_no_index(tmp_path, place):
+    assert not store_exists(tmp_path / place)
+    with pytest.raises(ValueError, match="no index"):
+        open_store(tmp_path / place)
+
+
+@pytest.mark.parametrize(("place", "extra"), [("index", "search"), ("index.db", "milvus")])
+def test_says_what_to_install(place, extra, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"pip install 'modeling_cots\[{extra}\]'"):
+        create_store(place, INFO, "exact")
