@@ -5,13 +5,13 @@
     python benchmarks/ablation_table.py benchmarks/ablation.json docs/results.md      # the tables, from the JSON
 
 FOLDER holds train.parquet, validation.parquet and test.parquet with columns `image` and `captions`. Every arm of
-`ARMS` is run with three seeds, on the same pictures, captions, tokenizer, augmentation, batches and precision, and
+`ARMS` is run with three seeds, on the same images, captions, tokenizer, augmentation, batches and precision, and
 with encoders of the same sizes; what they share is examples/configs/flickr8k_small.yaml.
 
 Equal steps: `--steps` for each. Equal compute: as many steps as take the floating-point operations of arm a's, counted
 on a real step of each arm, so that what else the machine does plays no part. Trials are measured on the validation
-pictures, and the best settings found are those of the recipe and of arm a; the arms are measured once, on the 1,000
-test pictures.
+images, and the best settings found are those of the recipe and of arm a; the arms are measured once, on the 1,000
+test images.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from modeling_cots.training.setup import build_training_collator
 
 EXAMPLES = Path(__file__).parents[1]
 RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"
-PROTOCOL = "flickr8k-1k"  # of the test pictures
+PROTOCOL = "flickr8k-1k"  # of the test images
 SEEDS = 0, 1, 2
-NOISE = 0.2  # share of the training captions that the arms e move to other pictures
+NOISE = 0.2  # share of the training captions that the arms e move to other images
 SLOW_KEYS = {"momentum": 0.95, "queue_size": 128}  # the filter's statistics need more than a few scores
 
 
@@ -96,7 +96,7 @@ TRIALS = {
 
 
 class DecodedPairs(Dataset):
-    """Pairs whose pictures are decoded once and kept: many runs over the same few small ones."""
+    """Pairs whose images are decoded once and kept: many runs over the same few small ones."""
 
     def __init__(self, folder: Path, split: str, seed: int = 0):
         self.pairs = open_pairs(str(folder), split, seed=seed)
@@ -257,7 +257,7 @@ def main() -> None:
         "--json", type=Path, required=True, help="where results are kept; what is there is not run again"
     )
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--trials", action="store_true", help="run the trials instead, on the validation pictures")
+    parser.add_argument("--trials", action="store_true", help="run the trials instead, on the validation images")
     args = parser.parse_args()
 
     results = {"flop_per_step": {}, "runs": [], "trials": []}

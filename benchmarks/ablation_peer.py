@@ -1,6 +1,6 @@
 """The peer of `ablation.py`: in-batch contrastive learning as transformers' VisionTextDualEncoderModel does it.
 
-Model and loss are that class's own: two encoders with their poolers, two projections, a learnt temperature. Here are
+Model and loss are that class's own: two encoders with their poolers, two projections, a learned temperature. Here are
 only the two things that it needs to stand beside COTS: batches from the same collator, and the same evaluation.
 """
 
@@ -20,7 +20,7 @@ MODEL_INPUTS = "input_ids", "attention_mask", "pixel_values"
 
 
 class PeerCollator:
-    """What the peer takes of a batch of COTS, with its pixels normalised as COTS's trainer does."""
+    """What the peer takes of a batch of COTS, with its pixels normalized as COTS's trainer does."""
 
     def __init__(self, collator, processor):
         self.collator, self.normalize_pixels = collator, PixelNormalizer(processor)
@@ -50,7 +50,7 @@ def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, colla
 
 @torch.no_grad()
 def embed_peer(model: VisionTextDualEncoderModel, dataset, processor, max_text_length: int) -> PairEmbeddings:
-    """All pictures and captions of `dataset`, as `embed_pairs` does for COTS."""
+    """All images and captions of `dataset`, as `embed_pairs` does for COTS."""
     model.eval()
     images, texts, image_ids, text_ids = [], [], [], []
     collator = COTSEvaluationCollator(processor, max_text_length=max_text_length)

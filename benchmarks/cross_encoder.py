@@ -3,11 +3,11 @@
     python benchmarks/cross_encoder.py                  # one pair at a time, base size
     python benchmarks/cross_encoder.py --device cuda
 
-The cross-encoder is transformers' `ViltModel` at BERT-base's size, over 577 patches and the caption's word pieces.
+The cross-encoder is transformers' `ViltModel` at BERT-base's size, over 577 patches and the caption's tokens.
 Candidates of the two streams are encoded beforehand, so a query is one text encoding and 5,000 dot products; the
 cross-encoder has nothing to keep but embedded patches, and runs all 5,000 pairs. Embedding patches is 1 % of its
-operations and not in its time, as transformers' ViLT then chooses among them picture by picture, in Python. The whole
-evaluation is COCO's, 5,000 pictures by 25,010 captions: every picture and caption encoded once and one matrix product,
+operations and not in its time, as transformers' ViLT then chooses among them image by image, in Python. The whole
+evaluation is COCO's, 5,000 images by 25,010 captions: every image and caption encoded once and one matrix product,
 against 125 million joint passes. Totals follow from timed batches: the time of a batch times their number.
 """
 
@@ -20,12 +20,12 @@ from transformers import ViltConfig, ViltModel
 from modeling_cots import COTSConfig, COTSModel
 
 QUICK_ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-NUM_IMAGES, NUM_TEXTS, TEXT_LENGTH = 5000, 25_010, 16  # 14.4 word pieces a caption, rounded up to a bucket
+NUM_IMAGES, NUM_TEXTS, TEXT_LENGTH = 5000, 25_010, 16  # 14.4 tokens a caption, rounded up to a bucket
 
 
 @dataclass
 class Sizes:
-    """Pairs, pictures and captions in a timed batch."""
+    """Pairs, images and captions in a timed batch."""
 
     encoder: dict
     image_size: int
@@ -72,8 +72,8 @@ def build_sides(device: str, sizes: Sizes) -> dict:
 
 def embed_patches(vilt: ViltModel, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """[CLS] and all patches of pixels (B, 3, H, W) with their places, as `ViltModel` takes them in place of pixels."""
-    is_picture = torch.ones(len(pixels), *pixels.shape[-2:], device=pixels.device)
-    patches = vilt.embeddings.visual_embed(pixels, is_picture, max_image_length=vilt.config.max_image_length)[0]
+    is_image = torch.ones(len(pixels), *pixels.shape[-2:], device=pixels.device)
+    patches = vilt.embeddings.visual_embed(pixels, is_image, max_image_length=vilt.config.max_image_length)[0]
     mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
     return {"image_embeds": patches, "pixel_mask": mask}
 
@@ -91,7 +91,7 @@ def measure(device: str, quick: bool) -> list[dict]:
     patches = (sizes.image_size // 16) ** 2
     note = (
         f"ViltModel over 1 + {patches} + {TEXT_LENGTH} tokens, extrapolated from batches of {sizes.pairs}; patches "
-        "embedded beforehand, as its choice among them loops over pictures in Python; its attention is not fused"
+        "embedded beforehand, as its choice among them loops over images in Python; its attention is not fused"
     )
     query_note = f"{note}; the query is one caption"
     if device != "cpu":

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/data.py --device cpu
     python benchmarks/data.py --device cuda    # the loader beside a step of the base model
 
-Pictures are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
-thread, all sides on the same pictures in turn; ratio 9 is of the clock, with the workers that this machine has cores
-for, and their head start does not count. Crops are drawn as in training, from half of the picture to all of it, the
+Images are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
+thread, all sides on the same images in turn; ratio 9 is of the clock, with the workers that this machine has cores
+for, and their head start does not count. Crops are drawn as in training, from half of the image to all of it, the
 same on both sides.
 """
 
@@ -39,7 +39,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 
 
 def draw_jpeg(width: int, seed: int) -> bytes:
-    """A picture of 4 : 3 with smooth shades, edges and grain."""
+    """An image of 4 : 3 with smooth shades, edges and grain."""
     height = width * 3 // 4
     rng = np.random.default_rng(seed)
     shades = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
@@ -56,20 +56,20 @@ def draw_jpeg(width: int, seed: int) -> bytes:
 # ---------------------------------------------------------------------------------------------- 8: decoding
 
 
-def over(pictures: list[bytes], transform):
-    """All pictures, with draws that are the same for every side."""
+def over(images: list[bytes], transform):
+    """All images, with draws that are the same for every side."""
 
     def run() -> None:
         random.seed(0)
         torch.manual_seed(0)
-        for picture in pictures:
-            transform(picture)
+        for image in images:
+            transform(image)
 
     return run
 
 
 def timm_transform(side: int, normalize: bool):
-    """The training transform of timm: PIL's crop and resize, to bytes or to normalised floats."""
+    """The training transform of timm: PIL's crop and resize, to bytes or to normalized floats."""
     return create_transform(
         (3, side, side),
         is_training=True,
@@ -98,33 +98,33 @@ def one_thread():
 def decoding_rows(side: int, quick: bool) -> list[dict]:
     rows = []
     for width in (50, 130) if quick else (500, 1280):
-        pictures = [draw_jpeg(width, seed) for seed in range(2 if quick else 16)]
+        images = [draw_jpeg(width, seed) for seed in range(2 if quick else 16)]
         fast = ImageTransform((side, side), MEAN)
-        with_pil, normalised = (timm_transform(side, normalize) for normalize in (False, True))
+        with_pil, normalized = (timm_transform(side, normalize) for normalize in (False, True))
         crop = with_pil.transforms[0]
 
-        def with_torchvision(picture: bytes, crop=crop) -> torch.Tensor:
-            pixels = decode_jpeg(torch.frombuffer(bytearray(picture), dtype=torch.uint8), ImageReadMode.RGB)
+        def with_torchvision(image: bytes, crop=crop) -> torch.Tensor:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)
             top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
             part = pixels[None, :, top : top + height, left : left + width]
             return F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
 
         sides = {
-            "ours": over(pictures, fast),
-            "PIL": over(pictures, lambda picture, transform=with_pil: transform(read_image(picture))),
-            "floats": over(pictures, lambda picture, transform=normalised: transform(read_image(picture))),
-            "torchvision": over(pictures, with_torchvision),
+            "ours": over(images, fast),
+            "PIL": over(images, lambda image, transform=with_pil: transform(read_image(image))),
+            "floats": over(images, lambda image, transform=normalized: transform(read_image(image))),
+            "torchvision": over(images, with_torchvision),
         }
         with warnings.catch_warnings():  # that torchvision's decoder will be removed
             warnings.simplefilter("ignore", DeprecationWarning)
             times = medians(sides, "cpu", 1 if quick else 7, timer=lambda function, _: thread_seconds(function))
-        bits = 8 * statistics.mean(map(len, pictures)) / (width * (width * 3 // 4))
-        note = f"random crops to {side} px, JPEGs of {bits:.1f} bits a pixel, {len(pictures)} pictures, one thread"
+        bits = 8 * statistics.mean(map(len, images)) / (width * (width * 3 // 4))
+        note = f"random crops to {side} px, JPEGs of {bits:.1f} bits a pixel, {len(images)} images, one thread"
         title = f"JPEG of {width} px to training pixels, images/s a core, ours"
         rows.append(row("8", f"{title} / PIL and timm", times["PIL"] / times["ours"], ">= 2.5", note))
-        note = "what the workers did before pixels were normalised on the device"
-        rows.append(row("8", f"{title} / the same, normalised", times["floats"] / times["ours"], "none", note))
-        note = "its decoder is deprecated since torchvision 0.29 and reads every picture in full"
+        note = "what the workers did before pixels were normalized on the device"
+        rows.append(row("8", f"{title} / the same, normalized", times["floats"] / times["ours"], "none", note))
+        note = "its decoder is deprecated since torchvision 0.29 and reads every image in full"
         rows.append(row("8", f"{title} / torchvision's decoder", times["torchvision"] / times["ours"], "none", note))
     return rows
 
@@ -139,16 +139,16 @@ def thread_seconds(function) -> float:
 
 
 class Pairs(Dataset):
-    """Encoded pictures in memory, over and over, with a caption each."""
+    """Encoded images in memory, over and over, with a caption each."""
 
-    def __init__(self, pictures: list[bytes], length: int):
-        self.pictures, self.length = pictures, length
+    def __init__(self, images: list[bytes], length: int):
+        self.images, self.length = images, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        image = {"bytes": self.pictures[index % len(self.pictures)], "path": None}
+        image = {"bytes": self.images[index % len(self.images)], "path": None}
         return {"image": image, "captions": [CAPTION], "pair_id": index, "name": str(index), "seed": index}
 
 
@@ -185,8 +185,8 @@ def build_trainer(device: str, quick: bool, dataset: Dataset, batch_size: int, f
 def loader_rows(device: str, quick: bool) -> list[dict]:
     batch_size = 2 if quick else 64 if device == "cuda" else 4
     num_workers = 0 if quick else min(16, os.cpu_count() or 1)
-    pictures = [draw_jpeg(80 if quick else 500, seed) for seed in range(4 if quick else 32)]
-    dataset = Pairs(pictures, batch_size * batches_to_time(num_workers))
+    images = [draw_jpeg(80 if quick else 500, seed) for seed in range(4 if quick else 32)]
+    dataset = Pairs(images, batch_size * batches_to_time(num_workers))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(device, quick, dataset, batch_size, folder)
         loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=trainer.data_collator)
@@ -209,7 +209,7 @@ def loader_rows(device: str, quick: bool) -> list[dict]:
     free(device)
     vision = trainer.model.config.vision_config
     layers = f"{vision.num_hidden_layers} layers of {vision.hidden_size}"
-    note = f"{layers}, batch {batch_size}, {num_workers} workers, pictures of {'80' if quick else '500'} px"
+    note = f"{layers}, batch {batch_size}, {num_workers} workers, images of {'80' if quick else '500'} px"
     if device == "cpu":
         note += "; the workers' cores are those of the step, and the base model's step needs a GPU"
     return [
@@ -219,7 +219,7 @@ def loader_rows(device: str, quick: bool) -> list[dict]:
             "bytes of pixels to the device, floats / ours",
             pixels.nbytes / batch["pixel_values"].nbytes,
             ">= 4",
-            f"{batch['pixel_values'].nbytes / batch_size / 1024:.0f} KiB a picture of {pixels.shape[-1]} px",
+            f"{batch['pixel_values'].nbytes / batch_size / 1024:.0f} KiB an image of {pixels.shape[-1]} px",
         ),
     ]
 

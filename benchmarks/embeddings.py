@@ -1,8 +1,8 @@
-"""A million embeddings that lie as a trained model's do: real ones of pictures and captions, enlarged.
+"""A million embeddings that lie as a trained model's do: real ones of images and captions, enlarged.
 
 A model is trained by the quick start's recipe, with 256 numbers an embedding, unless it is there already. It embeds
-50,000 generated pictures; their captions are never looked at. Every further vector lies between three real ones: a
-picture's embedding, moved by random shares towards two of its ten nearest neighbours, with noise of a twentieth of the
+50,000 generated images; their captions are never looked at. Every further vector lies between three real ones: a
+image's embedding, moved by random shares towards two of its ten nearest neighbors, with noise of a twentieth of the
 distance to the first, brought to unit length. Queries are embeddings of captions of the validation split, other scenes
 with combinations that training never saw: of another modality, and from outside the distribution.
 """
@@ -21,7 +21,7 @@ from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "runs" / "quickstart_256"
-NUM_PICTURES, NUM_NEIGHBOURS, NOISE, DIM = 50_000, 10, 0.05, 256
+NUM_IMAGES, NUM_NEIGHBOURS, NOISE, DIM = 50_000, 10, 0.05, 256
 
 
 def train_model(folder: Path, max_steps: int | None = None) -> None:
@@ -40,31 +40,31 @@ def train_model(folder: Path, max_steps: int | None = None) -> None:
 
 
 @torch.inference_mode()
-def embed_scenes(folder: Path, num_pictures: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """(num_pictures, d) embeddings of training pictures and (num_queries, d) of validation captions."""
+def embed_scenes(folder: Path, num_images: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """(num_images, d) embeddings of training images and (num_queries, d) of validation captions."""
     model, processor = COTSModel.from_pretrained(folder).eval(), COTSProcessor.from_pretrained(folder)
-    scenes = ScenesDataset("train", num_pictures, model.config.image_size[0])
-    pictures = []
-    for start in range(0, num_pictures, 250):
-        images = [scenes[index]["image"] for index in range(start, min(start + 250, num_pictures))]
+    scenes = ScenesDataset("train", num_images, model.config.image_size[0])
+    chunks = []
+    for start in range(0, num_images, 250):
+        images = [scenes[index]["image"] for index in range(start, min(start + 250, num_images))]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        pictures.append(model.encode_image(pixels))
+        chunks.append(model.encode_image(pixels))
     captions = list(ScenesDataset("validation").iter_captions())
     chosen = np.random.default_rng(0).permutation(len(captions))[:num_queries]
     texts = processor.tokenizer([captions[index] for index in chosen], padding=True, return_tensors="pt")
     queries = model.encode_text(texts["input_ids"], texts["attention_mask"])
-    return torch.cat(pictures).numpy(), queries.numpy()
+    return torch.cat(chunks).numpy(), queries.numpy()
 
 
 def enlarge(real: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, d) unit vectors, the real ones first; see the module's text."""
     vectors = np.empty((num, real.shape[1]), dtype=np.float32)
     vectors[: len(real)] = real[:num]
-    neighbours = _nearest(real)
+    neighbors = _nearest(real)
     for start in range(len(real), num, 50_000):
         part = vectors[start : start + 50_000]
         chosen = rng.integers(0, len(real), len(part))
-        picks = neighbours[chosen[:, None], rng.integers(0, neighbours.shape[1], (len(part), 2))]
+        picks = neighbors[chosen[:, None], rng.integers(0, neighbors.shape[1], (len(part), 2))]
         steps = real[picks] - real[chosen, None]
         shares = rng.random((len(part), 2, 1), dtype=np.float32)
         noise = rng.standard_normal(part.shape, dtype=np.float32)

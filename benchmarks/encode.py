@@ -1,6 +1,6 @@
-"""Encoding pictures and texts: ratios 1a, 1b, 1c and 2, and COTSModel beside the models people would use instead.
+"""Encoding images and texts: ratios 1a, 1b, 1c and 2, and COTSModel beside the models people would use instead.
 
-    python benchmarks/encode.py                  # ViT-B/16 at 384; on a CPU one picture at a time
+    python benchmarks/encode.py                  # ViT-B/16 at 384; on a CPU one image at a time
     python benchmarks/encode.py --device cuda    # batches of 256 in bfloat16, compiled layers too
 
 All weights are random and all sides get the same inputs, so this is about time alone. Texts have the lengths of
@@ -29,7 +29,7 @@ from transformers import (
 
 from modeling_cots import COTSConfig, COTSModel, compile_layers
 from modeling_cots.evaluation.text_encoding import encode_texts
-from modeling_cots.search.embedding import Embedder, PictureFolder
+from modeling_cots.search.embedding import Embedder, ImageFolder
 
 QUICK_ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 VOCAB_SIZE, FIRST_WORD = 30_522, 1000  # no special token above
@@ -65,7 +65,7 @@ def choose_sizes(device: str, quick: bool) -> Sizes:
 
 
 def caption_lengths(num: int) -> np.ndarray:
-    """(num,) word pieces a caption: log-normal with Flickr8k's figures: mean 14.4, 95 % below 22, at most 36."""
+    """(num,) tokens a caption: log-normal with Flickr8k's figures: mean 14.4, 95 % below 22, at most 36."""
     shares = (torch.arange(num, dtype=torch.float64) + 0.5) / num
     normal = torch.special.ndtri(shares).numpy()
     lengths = np.clip(np.rint(np.exp(2.627 + 0.283 * normal)), 5, 36).astype(int)
@@ -90,7 +90,7 @@ def encode_padded(bert: BertModel, captions: list[torch.Tensor], batch_size: int
 
 
 def build_image_peers(sizes: Sizes) -> dict[str, tuple]:
-    """By name: a function from pixels to embeddings, and the side of its pictures."""
+    """By name: a function from pixels to embeddings, and the side of its images."""
     size = sizes.image_size
     clip = CLIPModel(CLIPConfig(vision_config={**sizes.encoder, "image_size": size, "patch_size": 16, **_wide(sizes)}))
     vit = ViTConfig(**sizes.encoder, image_size=size, patch_size=16)
@@ -115,7 +115,7 @@ def _wide(sizes: Sizes) -> dict:
 
 
 def image_rows(device: str, sizes: Sizes, model: COTSModel) -> list[dict]:
-    """1a against timm, and the peers' image towers, each on pictures of its own size."""
+    """1a against timm, and the peers' image towers, each on images of its own size."""
     timm = optional("timm")
     quick = bool(sizes.encoder)
     pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)
@@ -159,7 +159,7 @@ def compiled_row(device: str, sizes: Sizes, model: COTSModel) -> dict:
 
 
 def write_jpegs(folder: str, num: int) -> None:
-    """`num` pictures of 500 x 375, smooth with some noise, as photographs compress."""
+    """`num` images of 500 x 375, smooth with some noise, as photographs compress."""
     rng = np.random.default_rng(0)
     for number in range(num):
         smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
@@ -177,15 +177,15 @@ def end_to_end_row(device: str, sizes: Sizes, model: COTSModel, num_workers: int
     processor = SimpleNamespace(image_processor=ViTImageProcessor(size=side))  # texts are none of its business
     embedder = Embedder(model, processor, batch_size=sizes.images, num_workers=num_workers, thumbnail_side=0)
     pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)
-    num_pictures = sizes.images * batches_to_time(num_workers)
+    num_images = sizes.images * batches_to_time(num_workers)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder, sizes.files)
-        pictures = PictureFolder(folder)
-        positions = np.resize(np.arange(len(pictures)), num_pictures)
+        images = ImageFolder(folder)
+        positions = np.resize(np.arange(len(images)), num_images)
         progress = SimpleNamespace(update=lambda count: None)
 
         def from_files():
-            return embedder.tables(pictures, positions, pictures.names(), "jpegs", progress), num_workers
+            return embedder.tables(images, positions, images.names(), "jpegs", progress), num_workers
 
         def on_device():
             return (model.encode_image(pixels) for _ in range(batches_to_time(0))), 0
@@ -194,7 +194,7 @@ def end_to_end_row(device: str, sizes: Sizes, model: COTSModel, num_workers: int
         ratio = speed(
             from_files, on_device, device, min(sizes.rounds, 5), lambda side, _: seconds_a_batch(*side(), device)
         )
-    note = f"{num_pictures:,} pictures from {sizes.files} JPEGs of 500 x 375, {num_workers} workers; {sizes.note}"
+    note = f"{num_images:,} images from {sizes.files} JPEGs of 500 x 375, {num_workers} workers; {sizes.note}"
     return row("1c", "images/s from JPEG files / from tensors on the device", ratio, ">= 0.95", note)
 
 
@@ -232,7 +232,7 @@ def sentence_transformers_row(device: str, sizes: Sizes, model: COTSModel) -> di
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertTokenizer
 
-    # A word for every id, so that a string has as many word pieces as words.
+    # A word for every id, so that a string has as many tokens as words.
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     names += [f"word{number}" for number in range(len(names), VOCAB_SIZE)]
     tokenizer = BertTokenizer(vocab={name: number for number, name in enumerate(names)})

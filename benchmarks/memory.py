@@ -33,7 +33,7 @@ GOALS = {"plain": 350, "checkpointed": 85}  # megabytes
 
 
 class LongCaptions(ScenesDataset):
-    """Scenes with all five captions in one, which is cut to `TEXT_LENGTH` word pieces: no batch is shorter."""
+    """Scenes with all five captions in one, which is cut to `TEXT_LENGTH` tokens: no batch is shorter."""
 
     def __getitem__(self, index: int) -> dict:
         item = super().__getitem__(index)
@@ -41,7 +41,7 @@ class LongCaptions(ScenesDataset):
 
 
 def build_trainer(config: COTSConfig, folder: str, batch_size: int, **options) -> COTSTrainer:
-    """The trainer of pre-training on generated pictures of the model's size; the width of its dVAE does not matter."""
+    """The trainer of pre-training on generated images of the model's size; the width of its dVAE does not matter."""
     scenes = LongCaptions("train", 4 * batch_size, config.image_size[0])
     tokenizer = train_tokenizer(scenes.iter_captions(), 300)
     size = {"height": config.image_size[0], "width": config.image_size[1]}
@@ -102,7 +102,7 @@ def estimate(config: COTSConfig, **options):
 
 
 def small_config(quick: bool) -> COTSConfig:
-    """A model whose real step a CPU takes; its word pieces are those of the tokenizer that `build_trainer` fits."""
+    """A model whose real step a CPU takes; its tokens are those of the tokenizer that `build_trainer` fits."""
     size = 32 if quick else 96
     text = {**SMALL_ENCODER, "vocab_size": 300, "max_position_embeddings": TEXT_LENGTH}
     return COTSConfig(
@@ -143,7 +143,7 @@ def measure(device: str, quick: bool) -> list[dict]:
         method = measured_on_cpu if device == "cpu" else measured_on_gpu
         pair, how = method(options, quick)
         title = f"peak memory of a pair in MB, {name}"
-        size = "a toy model" if quick else f"base model, bf16, {TEXT_LENGTH} word pieces, N_Q {QUEUE_SIZE:,}"
+        size = "a toy model" if quick else f"base model, bf16, {TEXT_LENGTH} tokens, N_Q {QUEUE_SIZE:,}"
         rows.append(row("5", title, pair, f"<= {megabytes} MB", f"{size}; {how}"))
     return rows
 

@@ -16,7 +16,7 @@ import torch
 
 from modeling_cots import COTSModel, COTSProcessor
 from modeling_cots.data.scenes.moving import (
-    COLOURS,
+    COLORS,
     SHAPES,
     MovingScene,
     sample_moving_scenes,
@@ -30,7 +30,7 @@ OTHER_KIND = {"left": "up", "right": "grow", "up": "shrink", "down": "left", "gr
 
 
 def with_other_actor(scene: MovingScene, place: int, values, rng: random.Random) -> MovingScene:
-    """Another colour (place 0) or shape (place 1) of the first actor, one that no actor has."""
+    """Another color (place 0) or shape (place 1) of the first actor, one that no actor has."""
     taken = {actor[place] for actor in scene.actors}
     actor = list(scene.actors[0])
     actor[place] = rng.choice([value for value in values if value not in taken])
@@ -54,7 +54,7 @@ def in_other_order(scene: MovingScene) -> MovingScene | None:
 
 
 CHANGES = {
-    "another colour": lambda scene, rng: with_other_actor(scene, 0, list(COLOURS), rng),
+    "another color": lambda scene, rng: with_other_actor(scene, 0, list(COLORS), rng),
     "another shape": lambda scene, rng: with_other_actor(scene, 1, SHAPES, rng),
     "another kind of action (left: up)": lambda scene, rng: with_other_action(scene, OTHER_KIND, None),
     "its opposite, in half the video": lambda scene, rng: with_other_action(scene, OPPOSITES, False),

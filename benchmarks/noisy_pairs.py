@@ -1,4 +1,4 @@
-"""How well the adaptive momentum filter finds captions that belong to other pictures.
+"""How well the adaptive momentum filter finds captions that belong to other images.
 
     python benchmarks/noisy_pairs.py shuffle FOLDER NOISY --share 0.2
     python examples/run_pretraining.py examples/configs/flickr8k_small.yaml --dataset NOISY ...
@@ -6,7 +6,7 @@
     python benchmarks/noisy_pairs.py report NOISY SCORES/scores.parquet
 
 `shuffle` copies a folder of train.parquet, test.parquet, ... with columns `image` and `captions` (lists) and moves the
-given share of the training captions to other pictures; the column `is_shuffled` of its train.parquet tells which. For
+given share of the training captions to other images; the column `is_shuffled` of its train.parquet tells which. For
 FOLDER `scenes` it draws the built-in training scenes instead.
 `report` prints how the scores of visualize_filter.py tell these captions from the others. The numbers in
 docs/results.md are made this way.
@@ -63,7 +63,7 @@ def scenes_table(num_scenes: int = 1000, image_size: int = 96) -> pa.Table:
 
 
 def shuffle_folder(folder: Path, noisy: Path, share: float, seed: int) -> None:
-    """Write `noisy`: the splits of `folder`, and its training captions partly at other pictures."""
+    """Write `noisy`: the splits of `folder`, and its training captions partly at other images."""
     table = scenes_table() if str(folder) == "scenes" else pq.read_table(folder / "train.parquet")
     moved, is_moved = shuffle_captions(table["captions"].to_pylist(), share, seed)
     place = table.column_names.index("captions")
@@ -75,7 +75,7 @@ def shuffle_folder(folder: Path, noisy: Path, share: float, seed: int) -> None:
             shutil.copyfile(path, noisy / path.name)
     pq.write_table(table, noisy / "train.parquet", row_group_size=100)
     num_moved = sum(map(sum, is_moved))
-    print(f"{num_moved:,} of {sum(map(len, is_moved)):,} training captions are at other pictures now: {noisy}")
+    print(f"{num_moved:,} of {sum(map(len, is_moved)):,} training captions are at other images now: {noisy}")
 
 
 def area_under_roc(scores: np.ndarray, is_noise: np.ndarray) -> float:

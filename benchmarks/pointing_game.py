@@ -2,15 +2,15 @@
 
     python benchmarks/pointing_game.py --model runs/quickstart
 
-A map points at the centre of its most relevant patch. Counted is how often that lies in the box of the object that
-the words of a caption name: colour and shape ("red circle"), the colour alone, the shape alone. Beside it stand
+A map points at the center of its most relevant patch. Counted is how often that lies in the box of the object that
+the words of a caption name: color and shape ("red circle"), the color alone, the shape alone. Beside it stand
 
-* chance: a patch drawn uniformly, which is the share of the patches whose centre lies in the box (exact, not sampled);
+* chance: a patch drawn uniformly, which is the share of the patches whose center lies in the box (exact, not sampled);
 * attention roll-out (Abnar and Zuidema, 2020), the product of (A + I) / 2 over the layers: it knows no words;
 * the GAE map of the whole caption, which knows no single word;
 * other meanings of "the map of a word" than ours (what the embedding loses without the word): what it loses when the
   word is replaced by [MASK]; the projected output at the word's own pieces; the word as a caption of its own;
-* occlusion: the patch without which, greyed out to the picture's mean, the word's score falls most. No map of
+* occlusion: the patch without which, grayed out to the image's mean, the word's score falls most. No map of
   attention, but what the model reacts to: a bound for what its attention could show.
 
 Words that a caption has twice are left out.
@@ -27,7 +27,7 @@ from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.data.scenes.still import SHAPE_WORDS
 from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
-KINDS = ("colour and shape", "colour", "shape")
+KINDS = ("color and shape", "color", "shape")
 
 
 def words_of_objects(scene, caption: str) -> list[tuple[str, str, object]]:
@@ -35,8 +35,8 @@ def words_of_objects(scene, caption: str) -> list[tuple[str, str, object]]:
     found = []
     for item in scene.objects:
         for shape in SHAPE_WORDS[item.shape]:
-            if f"{item.colour} {shape}" in caption:
-                named = zip(KINDS, (f"{item.colour} {shape}", item.colour, shape), strict=True)
+            if f"{item.color} {shape}" in caption:
+                named = zip(KINDS, (f"{item.color} {shape}", item.color, shape), strict=True)
                 padded = f" {caption} ".replace(",", " ,")
                 found += [(kind, word, item) for kind, word in named if padded.count(f" {word} ") == 1]
     return found
@@ -70,7 +70,7 @@ def is_inside(box, y: float, x: float) -> bool:
 
 
 class Game:
-    """Hits of every method and kind of words, with chance and the best that patch centres allow."""
+    """Hits of every method and kind of words, with chance and the best that patch centers allow."""
 
     def __init__(self, model, scenes: ScenesDataset):
         self.model, self.scenes = model, scenes
@@ -81,12 +81,12 @@ class Game:
         """Score one word: maps (rows, columns) by method; `item` is the object that it names, one of `objects`."""
         height, width = self.model.config.patch_size
         rows, columns = next(iter(maps.values())).shape
-        centres = [((row + 0.5) * height, (column + 0.5) * width) for row in range(rows) for column in range(columns)]
-        inside = [is_inside(item.box, *centre) for centre in centres]
+        centers = [((row + 0.5) * height, (column + 0.5) * width) for row in range(rows) for column in range(columns)]
+        inside = [is_inside(item.box, *center) for center in centers]
         self.hits["chance", kind].append(sum(inside) / len(inside))
         self.hits["best possible", kind].append(float(any(inside)))
         for method, relevance in maps.items():
-            point = centres[int(relevance.argmax())]
+            point = centers[int(relevance.argmax())]
             hit = is_inside(item.box, *point)
             self.hits[method, kind].append(float(hit))
             if len(objects) > 1 and any(is_inside(other.box, *point) for other in objects):

@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/search.py --synthetic --num 20000 --queries 50   # a minute
 
 The vectors are embeddings of a trained model, enlarged, and the queries are captions (`embeddings.py` says how). With
---synthetic, they are made as embeddings of pictures lie: in a cone (one mean that all share), in many groups of very
+--synthetic, they are made as embeddings of images lie: in a cone (one mean that all share), in many groups of very
 different sizes, with variance that falls off along the axes; queries stand between a vector and its group, farther
-from all of them than they from each other, as texts do. Vectors without any structure (--plain) have no neighbours
+from all of them than they from each other, as texts do. Vectors without any structure (--plain) have no neighbors
 worth the name and are the worst case of every approximate method.
 
 Recall@10 is the share of the exact ten that are found. Speed is how many times faster one query is than FAISS' flat
@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from embeddings import DIM, MODEL, NUM_PICTURES, embed_scenes, enlarge, train_model
+from embeddings import DIM, MODEL, NUM_IMAGES, embed_scenes, enlarge, train_model
 from side_by_side import optional, row
 
 faiss = optional("faiss")
@@ -39,15 +39,15 @@ MEASURED = "ivfpq", LEVER  # the rows of the table; building hnsw takes longer t
 
 
 def draw_vectors(num: int, dim: int, rng: np.random.Generator, groups, plain: bool) -> np.ndarray:
-    """(num, dim) unit vectors around `groups`, a pair of centres and their shares; see the module's text."""
+    """(num, dim) unit vectors around `groups`, a pair of centers and their shares; see the module's text."""
     vectors = rng.standard_normal((num, dim), dtype=np.float32)
     if not plain:
-        centres, shares = groups
+        centers, shares = groups
         spread = np.linspace(1, 0.1, dim, dtype=np.float32)
         for start in range(0, num, 50_000):
             chunk = vectors[start : start + 50_000]
             chunk *= 0.8
-            chunk += centres[rng.choice(len(centres), len(chunk), p=shares)]
+            chunk += centers[rng.choice(len(centers), len(chunk), p=shares)]
             chunk *= spread
             chunk += 0.5
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -144,7 +144,7 @@ def real_vectors(num: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
     """A trained model's embeddings, enlarged, and captions'; the model is trained if it is not there yet."""
     if not (MODEL / "model.safetensors").is_file():
         train_model(MODEL)
-    real, queries = embed_scenes(MODEL, min(NUM_PICTURES, num), num_queries)
+    real, queries = embed_scenes(MODEL, min(NUM_IMAGES, num), num_queries)
     return enlarge(real, num, np.random.default_rng(0)), queries
 
 

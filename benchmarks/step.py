@@ -1,9 +1,9 @@
 """What a training step costs beside its parts, and what each lever on it is worth.
 
-    python benchmarks/step.py --device cpu     # base size, 2 pairs with pictures of 192 pixels: minutes
-    python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with pictures of 384 pixels
+    python benchmarks/step.py --device cpu     # base size, 2 pairs with images of 192 pixels: minutes
+    python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with images of 384 pixels
 
-A step is COTSTrainer's own: losses, guard, backward pass, clipping, optimiser, momentum update. Weights and pairs are
+A step is COTSTrainer's own: losses, guard, backward pass, clipping, optimizer, momentum update. Weights and pairs are
 random, and loading pairs is not part of it. Where a GPU has too little memory, all is measured again with half the
 batch. Compiled layers take turns with eager ones, two trainers with half the batch each.
 """
@@ -37,7 +37,7 @@ from modeling_cots.scripts.factory import build_processor
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 DVAE_WIDTH = 256
-CAPTIONS_OF_A_BATCH = 320  # five each of 64 pictures
+CAPTIONS_OF_A_BATCH = 320  # five each of 64 images
 GIB = 2**30
 
 
@@ -72,7 +72,7 @@ def choose_sizes(device: str, quick: bool) -> Sizes:
         vision = {**TINY, "image_size": 64, "patch_size": 16}
         return Sizes(TINY, vision, 4, 8, codebook_width=8, image_vocab_size=64, queue_size=64, rounds=1)
     if device == "cpu":
-        # All layers, so that encoders, image tokenizer and optimizer keep their proportions; few and small pictures.
+        # All layers, so that encoders, image tokenizer and optimizer keep their proportions; few and small images.
         return Sizes(vision={"image_size": 192}, batch=2, text_length=16, rounds=5)
     # Row 5 counts 474 MB a pair: 256 of them need 121 GB, and an H100 has 80.
     return Sizes(batch=256 if torch.cuda.mem_get_info()[1] > 120 * GIB else 128)
@@ -87,7 +87,7 @@ class Step:
         config.image_vocab_size = sizes.image_vocab_size
         self.device, self.sizes, self.config = device, sizes, config
         processor = build_processor(config, BertTokenizer(), None)
-        normalisation = processor.image_processor.image_mean, processor.image_processor.image_std
+        normalization = processor.image_processor.image_mean, processor.image_processor.image_std
         self.trainer = COTSTrainer(
             model=COTSForPreTraining(config),
             args=COTSTrainingArguments(
@@ -102,7 +102,7 @@ class Step:
             train_dataset=ScenesDataset("train", sizes.batch, config.image_size[0]),
             processing_class=processor,
             image_tokenizer=ImageTokenizer.random(
-                sizes.image_vocab_size, *normalisation, hidden_size=sizes.codebook_width
+                sizes.image_vocab_size, *normalization, hidden_size=sizes.codebook_width
             ),
         )
         accelerator = self.trainer.accelerator
@@ -248,13 +248,13 @@ def speed_rows(device: str, sizes: Sizes, whole: float, cached: float) -> list[d
         ratio, note = None, "a GPU's row"
         if device != "cpu":
             ratio = sizes.batch / seconds
-            note = f"{torch.cuda.get_device_name()}: {sizes.describe()}, {sizes.text_length} word pieces, eager layers"
+            note = f"{torch.cuda.get_device_name()}: {sizes.describe()}, {sizes.text_length} tokens, eager layers"
         rows.append(row("3b", f"pairs/s of a step, image tokens {tokens}", ratio, f">= {goal} on an H200", note))
     return rows
 
 
 def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
-    """Both views of pictures and of texts as one batch, beside one after the other."""
+    """Both views of images and of texts as one batch, beside one after the other."""
     model, batch, limit = step.trainer.model, step.batch, modeling_cots_pretraining.MAX_JOINED_POSITIONS
     texts = (batch["masked_input_ids"], batch["attention_mask"], None)
     rows = []
@@ -263,14 +263,14 @@ def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
         def run(joined_up_to: int, stream: str, size=size) -> None:
             modeling_cots_pretraining.MAX_JOINED_POSITIONS = joined_up_to
             with step.trainer.accelerator.autocast():
-                if stream == "pictures":
+                if stream == "images":
                     views = model._run_vision_views(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
                 else:
                     tensors = [None if tensor is None else tensor[:size] for tensor in texts]
                     views = model._run_text_views(batch["input_ids"][:size], *tensors)
             sum(view.last_hidden_state.float().square().mean() for view in views).backward()
 
-        for stream, width in (("pictures", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
+        for stream, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
             joined, apart = (lambda n=n, s=stream: run(n, s) for n in (2**40, 0))
             try:
                 ratio = 1 / speed(joined, apart, device, sizes.rounds)
@@ -315,13 +315,13 @@ def layout_row(device: str, quick: bool, sizes: Sizes) -> dict:
     plain.codebook.to(memory_format=torch.contiguous_format)
     pixels = torch.randint(256, (min(sizes.batch, 32), 3, 16 * grid, 16 * grid), dtype=torch.uint8, device=device)
     ratio = speed(lambda: ours(pixels, (16, 16)), lambda: plain(pixels, (16, 16)), device, sizes.rounds)
-    note = f"dVAE {sizes.codebook_width} wide, {len(pixels)} pictures, {grid} x {grid} tokens, float32"
+    note = f"dVAE {sizes.codebook_width} wide, {len(pixels)} images, {grid} x {grid} tokens, float32"
     return row("dvae", "image tokenizer: plain memory layout / channels last", ratio, ">= 1.41", note)
 
 
 @torch.no_grad()
 def text_row(device: str, quick: bool, sizes: Sizes) -> dict:
-    """Captions as `embed_pairs` encodes them, beside those of 64 pictures at a time, padded to their longest."""
+    """Captions as `embed_pairs` encodes them, beside those of 64 images at a time, padded to their longest."""
     layers = {} if device == "cuda" else {"num_hidden_layers": 1}
     config = COTSConfig(text_config={**sizes.text, **layers}, vision_config={**TINY, "image_size": 64})
     model = COTSModel(config).eval().to(device)

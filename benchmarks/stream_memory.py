@@ -2,7 +2,7 @@
 
     python benchmarks/stream_memory.py --gigabytes 10 --num_workers 1
 
-A second process makes WebDataset shards up on the fly (pictures of one megabyte) and serves them over http on the
+A second process makes WebDataset shards up on the fly (images of one megabyte) and serves them over http on the
 loopback. Printed is the resident memory of the loader and its workers, each time another tenth has gone through.
 """
 
@@ -22,14 +22,14 @@ from modeling_cots.data.image_augmentation import ImageTransform
 from modeling_cots.data.streaming.dataset import EndlessPairs, open_stream
 
 SAMPLES_A_SHARD = 200
-PICTURE_SIZE = (700, 500)  # of a bitmap: a megabyte that costs little time to decode
+IMAGE_SIZE = (700, 500)  # of a bitmap: a megabyte that costs little time to decode
 BATCH_SIZE = 16
 
 
-def make_sample(number: int, picture: bytes) -> bytes:
-    """The tar blocks of a picture and its caption."""
+def make_sample(number: int, image: bytes) -> bytes:
+    """The tar blocks of an image and its caption."""
     blocks = b""
-    for extension, content in (("jpg", picture), ("txt", f"caption {number}".encode())):
+    for extension, content in (("jpg", image), ("txt", f"caption {number}".encode())):
         info = tarfile.TarInfo(f"{number:09d}.{extension}")
         info.size = len(content)
         blocks += info.tobuf(tarfile.USTAR_FORMAT) + content + b"\0" * (-len(content) % 512)
@@ -39,13 +39,13 @@ def make_sample(number: int, picture: bytes) -> bytes:
 def serve(connection) -> None:
     """Answer every GET /N.tar with the samples of shard N."""
     file = io.BytesIO()
-    Image.effect_noise(PICTURE_SIZE, 60).convert("RGB").save(file, "BMP")
-    picture = file.getvalue()
+    Image.effect_noise(IMAGE_SIZE, 60).convert("RGB").save(file, "BMP")
+    image = file.getvalue()
 
     class Shards(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(200)
-            self.send_header("Content-Length", str(SAMPLES_A_SHARD * len(make_sample(0, picture)) + 1024))
+            self.send_header("Content-Length", str(SAMPLES_A_SHARD * len(make_sample(0, image)) + 1024))
             self.end_headers()
 
         def do_GET(self):
@@ -53,7 +53,7 @@ def serve(connection) -> None:
             first = int(self.path.strip("/").split(".")[0]) * SAMPLES_A_SHARD
             try:
                 for number in range(first, first + SAMPLES_A_SHARD):
-                    self.wfile.write(make_sample(number, picture))
+                    self.wfile.write(make_sample(number, image))
                 self.wfile.write(b"\0" * 1024)
             except ConnectionError:  # the reader has had enough
                 pass
@@ -67,10 +67,10 @@ def serve(connection) -> None:
 
 
 def collate(items: list[dict]) -> tuple[torch.Tensor, int]:
-    """Decoded, cropped pictures (B, 3, 96, 96), and the bytes that they came in."""
+    """Decoded, cropped images (B, 3, 96, 96), and the bytes that they came in."""
     transform = ImageTransform((96, 96), [0.5] * 3)
-    pictures = torch.stack([transform(item["image"]) for item in items])
-    return pictures, sum(len(item["image"]["bytes"]) for item in items)
+    images = torch.stack([transform(item["image"]) for item in items])
+    return images, sum(len(item["image"]["bytes"]) for item in items)
 
 
 def resident_megabytes(server_pid: int) -> float:
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=10)
     parser.add_argument("--num_workers", type=int, default=1)
-    parser.add_argument("--shuffle_buffer", type=int, default=100, help="pictures of one megabyte each")
+    parser.add_argument("--shuffle_buffer", type=int, default=100, help="images of one megabyte each")
     options = parser.parse_args()
     points = measure(options.gigabytes, options.num_workers, options.shuffle_buffer)
     early, late = points[0][1], max(megabytes for _, megabytes in itertools.islice(points, 1, None))

@@ -1,6 +1,6 @@
-"""A page to click on: text to pictures, picture to texts, and what a word looks at.
+"""A page to click on: text to images, image to texts, and what a word looks at.
 
-    python demo/app.py                                   # runs/quickstart and its pictures; nothing is downloaded
+    python demo/app.py                                   # runs/quickstart and its images; nothing is downloaded
     python demo/app.py --model runs/mine --dataset PHOTOS/ --split validation
 
 In a Space the options are the variables COTS_MODEL, COTS_DATASET and COTS_SPLIT; demo/README.md says how to make one.
@@ -27,8 +27,8 @@ from modeling_cots.evaluation.embedding import PairEmbeddings, embed_pairs
 from modeling_cots.visualization.heat_maps import overlay
 from modeling_cots.visualization.relevance import explain_pair, find_words
 
-NUM_PICTURES, NUM_TEXTS = 8, 5
-MAX_PICTURES = 5_000  # held in memory and embedded at the start
+NUM_IMAGES, NUM_TEXTS = 8, 5
+MAX_IMAGES = 5_000  # held in memory and embedded at the start
 SHOWN_SIDE = 256
 MAX_TEXT = 300
 CSS = """
@@ -40,7 +40,7 @@ label.float {position: static !important; display: inline-flex !important}
 #found .thumbnail-item img {aspect-ratio: 1; height: auto}
 #found .caption-label {position: static; max-width: none; white-space: normal; overflow: visible; text-align: left}
 #word label, #texts label {overflow-wrap: anywhere}
-#heat, #picture {height: auto !important}
+#heat, #image {height: auto !important}
 @media (max-width: 600px) {
   #found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
   .gradio-container main {padding: .75rem !important}
@@ -59,7 +59,7 @@ NAMES = """() => {
 
 @dataclass
 class Collection:
-    """A model and the pictures it searches; `embeds` of all pictures and captions."""
+    """A model and the images it searches; `embeds` of all images and captions."""
 
     model: COTSModel
     processor: COTSProcessor
@@ -67,11 +67,11 @@ class Collection:
     embeds: PairEmbeddings
     captions: list[str]
 
-    def picture(self, image_id: int) -> Image.Image:
-        """A picture as it is shown: for an item's `pair_id`."""
-        picture = read_image(self.items[image_id]["image"])
-        picture.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
-        return picture
+    def image(self, image_id: int) -> Image.Image:
+        """An image as it is shown: for an item's `pair_id`."""
+        image = read_image(self.items[image_id]["image"])
+        image.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
+        return image
 
 
 def open_collection(model_path: str, dataset: str, split: str) -> Collection:
@@ -85,34 +85,34 @@ def open_collection(model_path: str, dataset: str, split: str) -> Collection:
     # The maps need the attention weights, which only eager attention forms.
     model = COTSModel.from_pretrained(model_path, attn_implementation="eager").eval()
     processor = COTSProcessor.from_pretrained(model_path)
-    pictures = open_dataset(dataset, split, image_size=model.config.image_size[0])
-    pictures = Subset(pictures, range(min(MAX_PICTURES, len(pictures))))
-    embeds = embed_pairs(model, pictures, processor, Accelerator(), batch_size=32, max_text_length=64)
+    images = open_dataset(dataset, split, image_size=model.config.image_size[0])
+    images = Subset(images, range(min(MAX_IMAGES, len(images))))
+    embeds = embed_pairs(model, images, processor, Accelerator(), batch_size=32, max_text_length=64)
     kept = set(embeds.image_ids.tolist())
-    captions = [caption for item in pictures if item["pair_id"] in kept for caption in item["captions"]]
+    captions = [caption for item in images if item["pair_id"] in kept for caption in item["captions"]]
     # Scenes are drawn, at any size: larger than the model's, to be looked at.
-    items = ScenesDataset(split, image_size=SHOWN_SIDE) if dataset == "scenes" else pictures.dataset
+    items = ScenesDataset(split, image_size=SHOWN_SIDE) if dataset == "scenes" else images.dataset
     return Collection(model, processor, items, embeds, captions)
 
 
 @torch.no_grad()
-def find_pictures(collection: Collection, query: str) -> list[tuple[int, float]]:
-    """`pair_id` and cosine of the pictures that fit a text best."""
+def find_images(collection: Collection, query: str) -> list[tuple[int, float]]:
+    """`pair_id` and cosine of the images that fit a text best."""
     inputs = collection.processor(text=[query], truncation=True, return_tensors="pt")
     embed = collection.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0]
-    best = (collection.embeds.image_embeds @ embed).topk(min(NUM_PICTURES, len(collection.embeds.image_ids)))
+    best = (collection.embeds.image_embeds @ embed).topk(min(NUM_IMAGES, len(collection.embeds.image_ids)))
     ids = collection.embeds.image_ids[best.indices].tolist()
     return list(zip(ids, best.values.tolist(), strict=True))
 
 
 @torch.no_grad()
-def find_texts(collection: Collection, picture: Image.Image) -> list[tuple[str, float]]:
-    """The captions that fit a picture best, with their cosines."""
-    pixels = collection.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+def find_texts(collection: Collection, image: Image.Image) -> list[tuple[str, float]]:
+    """The captions that fit an image best, with their cosines."""
+    pixels = collection.processor.image_processor([image], return_tensors="pt")["pixel_values"]
     scores = collection.embeds.text_embeds @ collection.model.encode_image(pixels)[0]
     found: dict[str, float] = {}
     for place in scores.argsort(descending=True).tolist():
-        found.setdefault(collection.captions[place], scores[place].item())  # pictures may share a caption
+        found.setdefault(collection.captions[place], scores[place].item())  # images may share a caption
         if len(found) == NUM_TEXTS:
             break
     return list(found.items())
@@ -131,30 +131,30 @@ class Page:
         self.collection = collection
 
     def search(self, query: str):
-        """From a text: the pictures, their ids, and the text as the caption to look into."""
+        """From a text: the images, their ids, and the text as the caption to look into."""
         query = query.strip()[:MAX_TEXT]
         if not query:
-            raise gr.Error("Type what the pictures should show.", print_exception=False)
-        found = find_pictures(self.collection, query)
+            raise gr.Error("Type what the images should show.", print_exception=False)
+        found = find_images(self.collection, query)
         shown = [
             (
-                self.collection.picture(image_id),
+                self.collection.image(image_id),
                 f"{place}. ({score:.2f}) {self.collection.items[image_id]['captions'][0]}",
             )
             for place, (image_id, score) in enumerate(found, start=1)
         ]
         ids = [image_id for image_id, _ in found]
-        return shown, ids, query, self.collection.picture(ids[0])
+        return shown, ids, query, self.collection.image(ids[0])
 
     def choose(self, ids: list[int], event: gr.SelectData):
-        """A found picture that was clicked on."""
-        return self.collection.picture(ids[event.index])
+        """A found image that was clicked on."""
+        return self.collection.image(ids[event.index])
 
-    def describe(self, picture: Image.Image | None):
-        """From a picture: the texts that fit it best."""
-        if picture is None:
+    def describe(self, image: Image.Image | None):
+        """From an image: the texts that fit it best."""
+        if image is None:
             return gr.update(choices=[], value=None), None
-        texts = find_texts(self.collection, picture)
+        texts = find_texts(self.collection, image)
         return gr.update(choices=[(f"{text} ({score:.2f})", text) for text, score in texts], value=None), None
 
     def list_words(self, caption: str):
@@ -162,36 +162,36 @@ class Page:
         caption = (caption or "").strip()[:MAX_TEXT]
         return gr.update(choices=words_of(self.collection, caption) if caption else [], value=None), None
 
-    def show_word(self, picture: Image.Image | None, caption: str, word: str | None):
-        """Where in the picture the model finds the word."""
-        if picture is None or not word:
+    def show_word(self, image: Image.Image | None, caption: str, word: str | None):
+        """Where in the image the model finds the word."""
+        if image is None or not word:
             return None
         relevance = explain_pair(
-            self.collection.model, self.collection.processor, picture, caption.strip()[:MAX_TEXT], [word]
+            self.collection.model, self.collection.processor, image, caption.strip()[:MAX_TEXT], [word]
         )
         return gr.update(
-            value=overlay(picture, relevance.word_maps[0]),
+            value=overlay(image, relevance.word_maps[0]),
             label=f"Where the model finds “{word}”",
-            alt_text=f"Heat map over the picture: bright where the model finds {word}",
+            alt_text=f"Heat map over the image: bright where the model finds {word}",
         )
 
 
 def build(collection: Collection, examples: list[str]) -> gr.Blocks:
     """The page."""
     page = Page(collection)
-    with gr.Blocks(title="COTS: search pictures with words") as blocks:
+    with gr.Blocks(title="COTS: search images with words") as blocks:
         gr.Markdown(
-            f"# Search pictures with words\nA COTS model and {len(collection.embeds.image_ids):,} pictures. "
-            "Search with a text, pick a picture, then click on a word."
+            f"# Search images with words\nA COTS model and {len(collection.embeds.image_ids):,} images. "
+            "Search with a text, pick an image, then click on a word."
         )
-        gr.Markdown("## 1. From a text to pictures")
+        gr.Markdown("## 1. From a text to images")
         query = gr.Textbox(
-            label="What should the pictures show?", max_length=MAX_TEXT, submit_btn=False, elem_id="query"
+            label="What should the images show?", max_length=MAX_TEXT, submit_btn=False, elem_id="query"
         )
-        search = gr.Button("Find pictures", variant="primary", elem_id="search")
+        search = gr.Button("Find images", variant="primary", elem_id="search")
         gr.Examples(examples, query, label="For example")
         found = gr.Gallery(
-            label="Pictures found, best first",
+            label="Images found, best first",
             columns=4,
             height="auto",
             allow_preview=False,
@@ -199,16 +199,16 @@ def build(collection: Collection, examples: list[str]) -> gr.Blocks:
             elem_id="found",
         )
         ids = gr.State([])
-        gr.Markdown("## 2. From a picture to texts\nClick on a picture above, or bring your own.")
-        picture = gr.Image(
-            label="Picture",
+        gr.Markdown("## 2. From an image to texts\nClick on an image above, or bring your own.")
+        image = gr.Image(
+            label="Image",
             type="pil",
-            format="png",  # what the model is then asked about is the picture itself
+            format="png",  # what the model is then asked about is the image itself
             sources=["upload", "clipboard"],
             height=SHOWN_SIDE + 40,
             buttons=[],
-            alt_text="The chosen picture",
-            elem_id="picture",
+            alt_text="The chosen image",
+            elem_id="image",
         )
         texts = gr.Radio(label="Texts that fit it, best first", elem_id="texts")
         gr.Markdown(
@@ -224,16 +224,14 @@ def build(collection: Collection, examples: list[str]) -> gr.Blocks:
             height=SHOWN_SIDE + 40,
             elem_id="heat",
         )
-        gr.on(
-            [search.click, query.submit], page.search, query, [found, ids, caption, picture], api_name="find_pictures"
-        )
-        found.select(page.choose, ids, picture, api_visibility="private")
-        picture.change(page.describe, picture, [texts, heat], api_name="find_texts")
+        gr.on([search.click, query.submit], page.search, query, [found, ids, caption, image], api_name="find_images")
+        found.select(page.choose, ids, image, api_visibility="private")
+        image.change(page.describe, image, [texts, heat], api_name="find_texts")
         texts.input(lambda text: text, texts, caption, api_visibility="private")
         caption.change(page.list_words, caption, [word, heat], api_visibility="private")
-        # A new picture under a chosen word: the map would be of the old one.
-        picture.change(lambda: None, None, word, api_visibility="private")
-        word.input(page.show_word, [picture, caption, word], heat, api_name="show_word")
+        # A new image under a chosen word: the map would be of the old one.
+        image.change(lambda: None, None, word, api_visibility="private")
+        word.input(page.show_word, [image, caption, word], heat, api_name="show_word")
         blocks.load(None, js=NAMES)
     return blocks
 

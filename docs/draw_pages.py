@@ -35,7 +35,7 @@ def wait_for(browser, selector: str, number: int = 1) -> list:
 
 
 def draw_demo(browser, model: str, path: Path) -> None:
-    """Search, click on a word, take the picture."""
+    """Search, click on a word, take the image."""
     _, address, _ = app.launch(app.open_collection(model, "scenes", "validation"), [QUERY], prevent_thread_lock=True)
     browser.get(address)
     wait_for(browser, "#query textarea")[0].send_keys(QUERY + "\n")
@@ -49,7 +49,7 @@ def draw_demo(browser, model: str, path: Path) -> None:
 
 
 def draw_search(browser, model: str, path: Path) -> None:
-    """Index a folder of pictures by the command, query it, take the picture of the page."""
+    """Index a folder of images by the command, query it, take the image of the page."""
     with tempfile.TemporaryDirectory() as folder:
         photos, index, page = Path(folder, "PHOTOS"), Path(folder, "IDX"), Path(folder, "out.html")
         photos.mkdir()

@@ -1,8 +1,8 @@
-"""Draw what a model trained on `scenes` finds: four captions of held-out pictures, and five pictures for each.
+"""Draw what a model trained on `scenes` finds: four captions of held-out images, and five images for each.
 
     python docs/draw_retrieval.py runs/quickstart docs/retrieval.png
 
-The picture that a caption was written for has a green frame.
+The image that a caption was written for has a green frame.
 """
 
 import sys
@@ -19,7 +19,7 @@ NUM_QUERIES, NUM_FOUND, SIDE, GAP = 4, 5, 128, 12
 CAPTION_HEIGHT = 26
 
 
-def main(model_path: str, picture_path: str) -> None:
+def main(model_path: str, image_path: str) -> None:
     model, processor = COTSModel.from_pretrained(model_path), AutoProcessor.from_pretrained(model_path)
     scenes = ScenesDataset("validation", image_size=model.config.image_size[0])
     embeds = embed_pairs(model, scenes, processor, Accelerator(), batch_size=100, max_text_length=48)
@@ -41,7 +41,7 @@ def main(model_path: str, picture_path: str) -> None:
             sheet.paste(large[image_id]["image"], (left, upper))
             if image_id == wanted:
                 draw.rectangle((left - 4, upper - 4, left + SIDE + 3, upper + SIDE + 3), outline="limegreen", width=4)
-    sheet.save(picture_path)
+    sheet.save(image_path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Takes the configuration of a training script, and any of its options. The script
 pair is all frames of one and a caption. Nothing is trained and no data is opened: shapes run through the model, values
 do not. Of pre-trained encoders only the configuration is read, and of timm's not even that. FLOP and bytes are counted
 on the real modules; pairs a second follow from the rate that is given, so they are as true as it is. Captions count as
-`max_text_length` word pieces each, and the vocabulary as the configuration has it: a tokenizer that is trained on the
+`max_text_length` tokens each, and the vocabulary as the configuration has it: a tokenizer that is trained on the
 captions may have fewer. With `--image_tokenizer none` the image tokens are those that the data bring along.
 """
 

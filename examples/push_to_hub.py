@@ -23,12 +23,12 @@ from modeling_cots import (
     push_folder,
 )
 from modeling_cots.data.image_reading import UnreadableImageError, read_image
-from modeling_cots.hub_export import copy_card_pictures, rename_card
+from modeling_cots.hub_export import copy_card_images, rename_card
 from modeling_cots.hub_push import HubPushError, full_repo_id
 from modeling_cots.scripts.command_line import parse_config_and_options
 
 KINDS = ("model", "text_encoder", "zero_shot_classifier")
-MAX_PICTURES = 500  # enough for a mean
+MAX_IMAGES = 500  # enough for a mean
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ScriptArguments:
     )
     images: str | None = field(
         default=None,
-        metadata={"help": "Of the classifier: a folder of typical pictures, which its scores are set up with."},
+        metadata={"help": "Of the classifier: a folder of typical images, which its scores are set up with."},
     )
 
 
@@ -78,18 +78,18 @@ def main() -> None:
         if args.kind == "text_encoder":
             export_text_encoder(model, processor, folder, model_id=model_id)
         elif args.kind == "zero_shot_classifier":
-            images = None if args.images is None else read_pictures(Path(args.images))
+            images = None if args.images is None else read_images(Path(args.images))
             template = {"hypothesis_template": args.hypothesis_template}
             export_zero_shot_classifier(
                 model, processor, args.labels, folder, images=images, model_id=model_id, **template
             )
         else:
-            # Training has left its card in the folder, with what was measured and the pictures that it shows.
+            # Training has left its card in the folder, with what was measured and the images that it shows.
             path = Path(args.model) / "README.md"
             card = path.read_text(encoding="utf-8") if path.exists() else None
             if card is not None:
                 card = rename_card(card, path.parent.name, model_id)
-                copy_card_pictures(card, path.parent, folder)
+                copy_card_images(card, path.parent, folder)
             export_repository(model, processor, folder, card=card, model_id=model_id)
         if args.output_dir is not None:
             print(f"The repository is in {folder}.")
@@ -124,19 +124,19 @@ def check(args: ScriptArguments) -> None:
         raise ValueError("--labels and --images belong to --kind zero_shot_classifier.")
 
 
-def read_pictures(folder: Path) -> list:
-    """The first pictures in a folder and its sub-folders; other files are passed over."""
-    pictures = []
+def read_images(folder: Path) -> list:
+    """The first images in a folder and its sub-folders; other files are passed over."""
+    images = []
     for path in sorted(folder.rglob("*")):
-        if len(pictures) == MAX_PICTURES:
+        if len(images) == MAX_IMAGES:
             break
         try:
-            pictures.append(read_image(path))
+            images.append(read_image(path))
         except UnreadableImageError:
             continue
-    if not pictures:
-        raise ValueError(f"There is no picture in {folder}.")
-    return pictures
+    if not images:
+        raise ValueError(f"There is no image in {folder}.")
+    return images
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 5. What was learnt, and the folder to share.
+    # 5. What was learned, and the folder to share.
     if eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)

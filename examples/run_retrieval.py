@@ -73,7 +73,7 @@ def main() -> None:
     if trains:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 5. What was learnt, and the folder to share.
+    # 5. What was learned, and the folder to share.
     trained_on = f"{train_dataset.name} {script_args.train_split}" if trains else None
     finish_retrieval(trainer, script_args, zero_shot_protocol, trained_on=trained_on)
     trainer.end()

@@ -4,8 +4,8 @@
     python examples/run_pretraining.py --dataset photos_tokenized --min_crop_scale 1 --eval_dataset PHOTOS/ ...
 
 PHOTOS/ is anything that run_pretraining.py opens without --streaming, `scenes` included. Writes parquet files with the
-pictures as they are, their captions, and the tokens, 2 bytes a patch. Pre-training uses them when they are there, and
-refuses them where they would be wrong: tokens are those of the whole picture, so that it must not be cropped, and of
+images as they are, their captions, and the tokens, 2 bytes a patch. Pre-training uses them when they are there, and
+refuses them where they would be wrong: tokens are those of the whole image, so that it must not be cropped, and of
 one image tokenizer, image size and patch size. A run that was stopped goes on where it was.
 """
 
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--image_tokenizer", default="facebook/flava-image-codebook", help="Hub id or folder of the dVAE, or `random`"
     )
-    parser.add_argument("--mirrored", action="store_true", help="also of mirrored pictures, for horizontal_flip")
+    parser.add_argument("--mirrored", action="store_true", help="also of flipped images, for horizontal_flip")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.model is not None and args.model_config is not None:
@@ -52,7 +52,7 @@ def main() -> None:
         image_tokenizer.to(args.device),
         config.image_size,
         config.patch_size,
-        mirrored=args.mirrored,
+        flipped=args.mirrored,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )

@@ -1,9 +1,9 @@
-"""Which parts of a picture the words of a caption respond to (Figure 1 of the supplement of COTS).
+"""Which parts of an image the words of a caption respond to (Figure 1 of the supplement of COTS).
 
     python examples/visualize_attention.py photo.jpg "a girl in a red hat" --words girl hat
 
-Writes one picture: the image, the heat map of the whole caption, one heat map a word, and a bar for every word of the
-caption. Without --words the six words that matter most for the picture are mapped. See docs/seeing.md for what the
+Writes one image: the image, the heat map of the whole caption, one heat map a word, and a bar for every word of the
+caption. Without --words the six words that matter most for the image are mapped. See docs/seeing.md for what the
 maps are, and benchmarks/pointing_game.py for how far they can be trusted.
 """
 
@@ -19,11 +19,11 @@ from modeling_cots.visualization.relevance import explain_pair
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", help="a picture file")
+    parser.add_argument("image", help="an image file")
     parser.add_argument("caption", help="what to hold against it")
     parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')
     parser.add_argument("--model", default="runs/quickstart", help="a COTS checkpoint (folder or Hub id)")
-    parser.add_argument("--output", default="attention.png", help="the picture to write")
+    parser.add_argument("--output", default="attention.png", help="the image to write")
     args = parser.parse_args()
 
     # 1. The pair and the model; the maps need the attention weights, which only eager attention forms.
@@ -34,9 +34,9 @@ def main() -> None:
     # 2. The maps.
     relevance = explain_pair(model, processor, image, args.caption, args.words)
 
-    # 3. The picture.
+    # 3. The image.
     draw_word_maps(image, args.caption, relevance).savefig(args.output, dpi=100)
-    print(f"Cosine similarity of picture and caption: {relevance.score:.3f}. What each word adds to it:")
+    print(f"Cosine similarity of image and caption: {relevance.score:.3f}. What each word adds to it:")
     for word, score in zip(relevance.words, relevance.word_scores.tolist(), strict=True):
         print(f"  {word.text:20s} {round(score, 3) + 0.0:+.3f}")
     print(f"The maps are in {args.output}.")

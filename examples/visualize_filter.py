@@ -1,4 +1,4 @@
-"""Rank the pairs of a data set by momentum similarity: which captions do not belong to their pictures?
+"""Rank the pairs of a data set by momentum similarity: which captions do not belong to their images?
 
     python examples/visualize_filter.py PHOTOS/ --model runs/mine/checkpoint-900 --output_dir scores
 
@@ -60,7 +60,7 @@ def main() -> None:
     scores_path = os.path.join(args.output_dir, "scores.parquet")
     write_scores(scores_path, dataset, pairs, {"model": which, "dataset": args.dataset, "split": args.split})
 
-    # 3. The pictures.
+    # 3. The images.
     order = pairs.scores.argsort(stable=True).tolist()
     rows = {}
     for band, places in band_positions(len(order)).items():
@@ -80,7 +80,7 @@ def main() -> None:
     print(f"{num_dropped:,} of {len(order):,} pairs score below the threshold {pairs.threshold:.4f}.")
     if pairs.num_skipped_images > 0:
         print(f"{pairs.num_skipped_images:,} images could not be read and are left out.")
-    print(f"All scores are in {scores_path}, the pictures beside it.")
+    print(f"All scores are in {scores_path}, the images beside it.")
 
 
 if __name__ == "__main__":

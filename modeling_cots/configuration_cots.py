@@ -30,11 +30,11 @@ class COTSConfig(PreTrainedConfig):
         projection_dim (`int`, defaults to 256):
             Length of the image and text embeddings (supplement).
         temperature (`float`, defaults to 0.05):
-            Similarities are divided by it (supplement). It is fixed, not learnt.
+            Similarities are divided by it (supplement). It is fixed, not learned.
         image_vocab_size (`int`, defaults to 8192):
             Number of visual tokens that the masked-image head tells apart: the codes of the DALL-E dVAE.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the normal initialisation of the projections and heads.
+            Standard deviation of the normal initialization of the projections and heads.
         tie_word_embeddings (`bool`, defaults to `True`):
             Whether the masked-text head shares its output matrix with the word embeddings, as in BERT.
 

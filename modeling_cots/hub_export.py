@@ -84,7 +84,7 @@ processor = AutoProcessor.from_pretrained("{model_id}", trust_remote_code=True)
 ```
 
 The text encoder is {text}; the vision encoder is {vision},
-for pictures of {height} x {width} pixels. Embeddings have {dim} numbers and unit length. What the model was trained
+for images of {height} x {width} pixels. Embeddings have {dim} numbers and unit length. What the model was trained
 on and how well it does was not stated when this card was made.
 """
 
@@ -152,7 +152,7 @@ def check_processor(model: PreTrainedModel, processor: ProcessorMixin | None) ->
     num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
     if num_words > vocab_size:
         raise ValueError(
-            f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size} embeddings: give the "
+            f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size} embeddings: give the "
             "processor that the model was trained with."
         )
 
@@ -237,15 +237,15 @@ def _describe(config) -> str:
 
 def mark_generated(card: ModelCard | str) -> str:
     """The card with a last line that tells, as long as nobody edits the card, that nobody did."""
-    text = _normalised(str(card))
+    text = _normalized(str(card))
     return f"{text}\n\n{CARD_MARK.format(_digest(text))}\n"
 
 
 def is_untouched(card: str) -> bool:
     """Whether a card is just as [`mark_generated`] wrote it, and so may be replaced by a newer one."""
     mark = re.escape(CARD_MARK).replace(r"\{\}", "([0-9a-f]{64})")
-    found = re.fullmatch(f"(.*?)\\s*{mark}\\s*", _normalised(card), re.DOTALL)
-    return found is not None and _digest(_normalised(found[1])) == found[2]
+    found = re.fullmatch(f"(.*?)\\s*{mark}\\s*", _normalized(card), re.DOTALL)
+    return found is not None and _digest(_normalized(found[1])) == found[2]
 
 
 def rename_card(card: str, old_id: str, new_id: str) -> str:
@@ -258,16 +258,16 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
     return mark_generated(text)
 
 
-def copy_card_pictures(card: str, source: Path, target: Path) -> None:
-    """Copy the pictures that a card shows from the folder it was written for to another one."""
+def copy_card_images(card: str, source: Path, target: Path) -> None:
+    """Copy the images that a card shows from the folder it was written for to another one."""
     for name in set(re.findall(r"[\w./-]+\.(?:png|jpe?g|webp)", card)):
-        picture = source / name
-        if ".." not in Path(name).parts and not Path(name).is_absolute() and picture.is_file():
+        image = source / name
+        if ".." not in Path(name).parts and not Path(name).is_absolute() and image.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, target / name)
+            shutil.copyfile(image, target / name)
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return "\n".join(text.splitlines()).strip()
 
 
@@ -277,7 +277,7 @@ def _digest(text: str) -> str:
 
 __all__ = [
     "build_basic_card",
-    "copy_card_pictures",
+    "copy_card_images",
     "export_repository",
     "is_untouched",
     "mark_generated",

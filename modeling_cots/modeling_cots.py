@@ -28,7 +28,7 @@ from .hub_push import push_model
 
 logger = logging.get_logger(__name__)
 
-# Frames that run through the encoder together where no gradient is wanted: a batch of videos is many pictures.
+# Frames that run through the encoder together where no gradient is wanted: a batch of videos is many images.
 FRAMES_AT_A_TIME = 64
 
 
@@ -54,7 +54,7 @@ def frames_of(pixel_values_videos: torch.Tensor) -> torch.Tensor:
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:
-    """L2-normalise the rows of `features` (B, d) in float32, whatever precision the model runs in."""
+    """L2-normalize the rows of `features` (B, d) in float32, whatever precision the model runs in."""
     return F.normalize(features.float(), dim=-1)
 
 
@@ -114,7 +114,7 @@ class COTSOutput(ModelOutput):
 
 
 class COTSPreTrainedModel(PreTrainedModel):
-    """Weights, initialisation, saving and loading that the COTS models share."""
+    """Weights, initialization, saving and loading that the COTS models share."""
 
     config: COTSConfig
     base_model_prefix = "cots"
@@ -253,9 +253,9 @@ class COTSModel(COTSPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The vision encoder's output; its `pooler_output` is the [CLS] vector (B, vision hidden size)."""
-        if not pixel_values.is_floating_point():  # encoders would cast raw pixels and see a picture far too bright
+        if not pixel_values.is_floating_point():  # encoders would cast raw pixels and see an image far too bright
             raise ValueError(
-                f"`pixel_values` must be normalised floats, as the processor gives; got {pixel_values.dtype}."
+                f"`pixel_values` must be normalized floats, as the processor gives; got {pixel_values.dtype}."
             )
         if bool_masked_pos is not None:
             kwargs["bool_masked_pos"] = bool_masked_pos
@@ -281,7 +281,7 @@ class COTSModel(COTSPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Text features in the form of transformers 5: `last_hidden_state` (B, L, text hidden size) of the encoder and,
-        in `pooler_output` (B, `projection_dim`), the projection, *not* normalised. For embeddings see `encode_text`.
+        in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see `encode_text`.
         """
         outputs = self.run_text_model(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -296,7 +296,7 @@ class COTSModel(COTSPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Image features in the form of transformers 5: `last_hidden_state` (B, 1 + patches, vision hidden size) of the
-        encoder and, in `pooler_output` (B, `projection_dim`), the projection, *not* normalised. For embeddings see
+        encoder and, in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see
         `encode_image`.
         """
         outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
@@ -313,7 +313,7 @@ class COTSModel(COTSPreTrainedModel):
         """
         Video features of B videos of T frames, (B, T, 3, H, W): `last_hidden_state` (B, T, 1 + patches, vision hidden
         size) and, in `pooler_output` (B, `projection_dim`), the mean of the frames' unit-length embeddings, *not*
-        normalised again (COTS, supplement). Hidden states and attentions are the frames', one after the other (B * T).
+        normalized again (COTS, supplement). Hidden states and attentions are the frames', one after the other (B * T).
         Frames are encoded apart, so their order counts for nothing. For embeddings see `encode_video`.
         """
         frames = frames_of(pixel_values_videos)
@@ -361,7 +361,7 @@ class COTSModel(COTSPreTrainedModel):
 
         Args:
             input_ids (`torch.Tensor` of shape `(C, L)`, *optional*): Token ids.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalized pixels.
             attention_mask (`torch.Tensor` of shape `(C, L)`, *optional*): 1 for tokens, 0 for padding.
             return_loss (`bool`, *optional*): Fill `loss`; image i and text i are a pair, so B = C.
             interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.

@@ -40,7 +40,7 @@ class COTSForPreTrainingOutput(ModelOutput):
         image_token_logits (`torch.Tensor` of shape `(masked patches, image_vocab_size)`, with `bool_masked_pos`):
             Scores of the visual tokens, one row for every masked patch, in row-major order of the mask (CMVM).
         text_token_logits (`torch.Tensor` of shape `(masked words, vocab_size)`, with `masked_input_ids`):
-            Scores of the word pieces, one row for every masked one, in row-major order of the mask (CMLM).
+            Scores of the tokens, one row for every masked one, in row-major order of the mask (CMLM).
         text_model_output (`BaseModelOutputWithPooling`):
             Output of the text encoder for the unmasked texts, with the global text feature as `pooler_output`.
         vision_model_output (`BaseModelOutputWithPooling`):
@@ -125,7 +125,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, L)`): Token ids.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalized pixels.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
             bool_masked_pos (`torch.Tensor` of shape `(B, patches)`, *optional*):
                 Patches to hide from the masked pass and to predict. Without it there is no masked pass of images.
@@ -200,13 +200,13 @@ class COTSForPreTraining(COTSPreTrainedModel):
         # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
         patches = masked_vision_output.last_hidden_state[:, -bool_masked_pos.shape[1] :]
         # COTS, token level (CMVM): the paired text's global feature is added to each masked patch's vector.
-        helped = patches + self.text_to_image(text_feature).unsqueeze(1)
-        return self.cmvm_head(helped[bool_masked_pos])
+        conditioned = patches + self.text_to_image(text_feature).unsqueeze(1)
+        return self.cmvm_head(conditioned[bool_masked_pos])
 
     def _predict_text_tokens(self, masked_text_output, masked_token_pos, image_feature) -> torch.Tensor:
         # COTS, token level (CMLM): the paired image's global feature is added to each masked word's vector.
-        helped = masked_text_output.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
-        return self.cmlm_head(helped[masked_token_pos])
+        conditioned = masked_text_output.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
+        return self.cmlm_head(conditioned[masked_token_pos])
 
 
 def _halves(output: BaseModelOutputWithPooling) -> Views:

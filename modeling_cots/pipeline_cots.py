@@ -1,4 +1,4 @@
-"""`image-text-retrieval`: which candidates fit a picture or a text, by the dot product of their embeddings.
+"""`image-text-retrieval`: which candidates fit an image or a text, by the dot product of their embeddings.
 
 The package registers the task; a model repository carries this file and names it in `custom_pipelines` of its
 `config.json`. Candidates are embedded once (`build_index`) and a query costs one encoder pass and one product. Not
@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 TASK = "image-text-retrieval"
 # What `config.json` of a model repository says of it.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_cots.ImageTextRetrievalPipeline", "pt": ["AutoModel"]}}
-PICTURE_URLS = ("http://", "https://", "data:image/")
-PICTURE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_URLS = ("http://", "https://", "data:image/")
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TIMEOUT = 10.0  # seconds; without one, transformers would wait for a silent server for ever
 BATCH_SIZE = 32  # of candidates
 QUIET_SECONDS = 2.0  # shorter work shows no progress bar
@@ -61,15 +61,15 @@ class RetrievalIndex:
 
 class ImageTextRetrievalPipeline(Pipeline):
     """
-    Finds the candidates, pictures or texts, that fit a query, a picture or a text.
+    Finds the candidates, images or texts, that fit a query, an image or a text.
 
-    A picture is a PIL image, a URL, a `data:image/` URL or a path; every other string is a text. Where that guess is
+    An image is a PIL image, a URL, a `data:image/` URL or a path; every other string is a text. Where that guess is
     not wanted, as with strings of strangers, say `{"image": ...}` or `{"text": ...}`. Texts that are too long for the
     model are cut, with a warning.
 
     ```python
     >>> finder = pipeline("image-text-retrieval", model="runs/quickstart")
-    >>> finder("picture.png", ["a red circle", "two green stars"], top_k=1)
+    >>> finder("image.png", ["a red circle", "two green stars"], top_k=1)
     [{'score': 0.71, 'index': 0, 'item': 'a red circle'}]
     >>> index = finder.build_index(["a.png", "b.png", "c.png"])
     >>> finder(["a red circle", "two green stars"], index=index, top_k=2)
@@ -95,14 +95,14 @@ class ImageTextRetrievalPipeline(Pipeline):
 
         Args:
             inputs: A query, a list of queries, or a data set or generator of them.
-            candidates (*optional*): Pictures and texts to choose from, embedded anew in every call.
+            candidates (*optional*): Images and texts to choose from, embedded anew in every call.
             index ([`RetrievalIndex`], *optional*): Instead of candidates, what `build_index` made of them.
             top_k (`int`, defaults to 5): How many to return for each query.
             timeout (`float`, defaults to 10): Seconds to wait for a URL.
-            batch_size (`int`, *optional*): How many pictures or texts enter the model together.
+            batch_size (`int`, *optional*): How many images or texts enter the model together.
 
         Returns for each query a list of `{"score", "index", "item"}`, best first: cosine similarity, position among
-        the candidates, candidate. A data set or generator gives an iterator. Raises `ValueError` for a picture that
+        the candidates, candidate. A data set or generator gives an iterator. Raises `ValueError` for an image that
         cannot be read, and if not exactly one of `candidates` and `index` is given.
         """
         if candidates is not None:
@@ -130,13 +130,13 @@ class ImageTextRetrievalPipeline(Pipeline):
         Embed candidates once, for many queries.
 
         Args:
-            candidates: Pictures and texts, as in a call.
+            candidates: Images and texts, as in a call.
             items (*optional*): What answers name instead of the candidates, one for each.
             batch_size (`int`, defaults to that of the pipeline, or 32): How many enter the model together.
             timeout (`float`, defaults to that of the pipeline): Seconds to wait for a URL.
         """
         if isinstance(candidates, (str, dict, os.PathLike)) or is_pil_image(candidates):
-            raise ValueError(f"`candidates` must be a list of pictures and texts, got a {type(candidates).__name__}.")
+            raise ValueError(f"`candidates` must be a list of images and texts, got a {type(candidates).__name__}.")
         candidates = list(candidates)
         items = candidates if items is None else items
         if not candidates or len(items) != len(candidates):
@@ -164,17 +164,17 @@ class ImageTextRetrievalPipeline(Pipeline):
     def preprocess(self, query: Any, timeout: float = TIMEOUT) -> dict[str, dict]:
         # One key for both kinds, as transformers batches only what has the same keys.
         kind, content = _told_apart(query)
-        return {"query": self._read_picture(content, timeout) if kind == "image" else self._tokenize(content)}
+        return {"query": self._read_image(content, timeout) if kind == "image" else self._tokenize(content)}
 
-    def _read_picture(self, source: Any, timeout: float) -> dict[str, torch.Tensor]:
-        if isinstance(source, str) and source.lower().endswith(PICTURE_ENDINGS) and _is_missing(source):
-            raise ValueError(f"There is no picture {source!r}.")
+    def _read_image(self, source: Any, timeout: float) -> dict[str, torch.Tensor]:
+        if isinstance(source, str) and source.lower().endswith(IMAGE_ENDINGS) and _is_missing(source):
+            raise ValueError(f"There is no image {source!r}.")
         try:
-            picture = load_image(source, timeout=timeout)
+            image = load_image(source, timeout=timeout)
         except Exception as error:  # decoders and clients raise anything
             name = source[:200] if isinstance(source, str) else type(source).__name__
-            raise ValueError(f"The picture {name!r} cannot be read: {type(error).__name__}: {error}"[:500]) from error
-        return {"pixel_values": self.image_processor(images=[picture], return_tensors="pt")["pixel_values"]}
+            raise ValueError(f"The image {name!r} cannot be read: {type(error).__name__}: {error}"[:500]) from error
+        return {"pixel_values": self.image_processor(images=[image], return_tensors="pt")["pixel_values"]}
 
     def _tokenize(self, text: str) -> dict[str, list[int]]:
         limit = min(self.tokenizer.model_max_length, self.model.max_text_length or self.tokenizer.model_max_length)
@@ -188,11 +188,11 @@ class ImageTextRetrievalPipeline(Pipeline):
         queries = model_inputs["query"]
         queries = queries if isinstance(queries, list) else [queries]  # a single one comes as it is
         embeds = torch.empty(len(queries), self.model.config.projection_dim, device=self.device)
-        pictures = [row for row, query in enumerate(queries) if "pixel_values" in query]
+        images = [row for row, query in enumerate(queries) if "pixel_values" in query]
         texts = [row for row, query in enumerate(queries) if "pixel_values" not in query]
-        if pictures:
-            pixel_values = torch.cat([queries[row]["pixel_values"] for row in pictures])
-            embeds[pictures] = self.model.encode_image(pixel_values.to(self.dtype))
+        if images:
+            pixel_values = torch.cat([queries[row]["pixel_values"] for row in images])
+            embeds[images] = self.model.encode_image(pixel_values.to(self.dtype))
         if texts:
             padded = self.tokenizer.pad([queries[row] for row in texts], return_tensors="pt")
             embeds[texts] = self.model.encode_text(**padded.to(self.device))
@@ -220,9 +220,9 @@ def _told_apart(query: Any) -> tuple[str, Any]:
     elif isinstance(query, os.PathLike):
         return "image", str(query)
     elif isinstance(query, str):
-        return ("image" if _names_a_picture(query) else "text"), query
+        return ("image" if _names_a_image(query) else "text"), query
     raise ValueError(
-        f"A query or candidate is a picture (PIL image, URL or path) or a text, or {{'image': ...}} or "
+        f"A query or candidate is an image (PIL image, URL or path) or a text, or {{'image': ...}} or "
         f"{{'text': ...}}; got {str(query)[:100]!r} of type {type(query).__name__}."
     )
 
@@ -233,15 +233,15 @@ def _num_characters(candidate: Any) -> int:
 
 
 def _is_missing(source: str) -> bool:
-    return not source.lower().startswith(PICTURE_URLS) and not os.path.isfile(source)
+    return not source.lower().startswith(IMAGE_URLS) and not os.path.isfile(source)
 
 
-def _names_a_picture(text: str) -> bool:
-    """Whether a string says where a picture is; a file that is missing is then an error and not a text."""
-    if text.lower().startswith(PICTURE_URLS):
+def _names_a_image(text: str) -> bool:
+    """Whether a string says where an image is; a file that is missing is then an error and not a text."""
+    if text.lower().startswith(IMAGE_URLS):
         return True
     is_one_word = not any(character.isspace() for character in text)
-    return (is_one_word and text.lower().endswith(PICTURE_ENDINGS)) or (len(text) < 1000 and os.path.isfile(text))
+    return (is_one_word and text.lower().endswith(IMAGE_ENDINGS)) or (len(text) < 1000 and os.path.isfile(text))
 
 
 __all__ = ["ImageTextRetrievalPipeline", "RetrievalIndex"]

@@ -24,7 +24,7 @@ class COTSVideosKwargs(VideosKwargs, total=False):
 
 class COTSVideoProcessor(BaseVideoProcessor):
     """
-    Samples frames uniformly over the whole video, resizes and normalises them: `pixel_values_videos` (B, T, 3, H, W).
+    Samples frames uniformly over the whole video, resizes and normalizes them: `pixel_values_videos` (B, T, 3, H, W).
 
     A video of fewer than `num_frames` frames repeats some of them, so that every video gives a tensor of equal shape;
     transformers' default refuses it. Videos are arrays (frames, height, width, 3) or (frames, 3, height, width), paths

@@ -23,7 +23,7 @@ MAX_FRAME_PIXELS = 7680 * 4320
 
 
 class UnreadableVideoError(ValueError):
-    """A file of which no frame can be decoded: missing, empty, cut off, without pictures, or no video at all."""
+    """A file of which no frame can be decoded: missing, empty, cut off, without images, or no video at all."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_video(
     """
     requires_backends(read_video, ["av"])
     with _opened(path) as container:
-        stream = _picture_stream(container)
+        stream = _image_stream(container)
         times = _frame_times(container, stream)
         rate = stream.average_rate or stream.guessed_rate
         metadata = VideoMetadata(
@@ -78,7 +78,7 @@ def read_video(
     metadata.frames_indices = indices
     wanted, row = np.unique(np.asarray(indices), return_inverse=True)
     with _opened(path) as container:
-        frames = _to_array(_frames_at(container, _picture_stream(container), times, wanted.tolist()))
+        frames = _to_array(_frames_at(container, _image_stream(container), times, wanted.tolist()))
     return frames if np.array_equal(row, np.arange(len(wanted))) else frames[row], metadata
 
 
@@ -95,7 +95,7 @@ def _opened(path: str) -> Iterator:
         raise UnreadableVideoError(f"{type(error).__name__}: {error}") from error
 
 
-def _picture_stream(container):
+def _image_stream(container):
     if is_av_available():
         from av.stream import Disposition
     for stream in container.streams.video:

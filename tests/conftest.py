@@ -1,8 +1,12 @@
 """One tiny configuration, and a processor to match, for all tests. Offline, on one CPU thread."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+# `datasets` finds a folder with a card again by the folder's name alone: another run's data would be taken for ours.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cots-tests-")
 
 import pytest
 import torch
@@ -20,6 +24,10 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # `python -m pytest --hypothesis-profile default`.
 settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +92,7 @@ def tiny_processor(tiny_tokenizer) -> COTSProcessor:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Eight by six orange pixels."""
     return Image.new("RGB", (8, 6), (200, 100, 0))
 

@@ -22,10 +22,10 @@ WITHOUT_PACKAGE = 'import sys\nsys.modules["modeling_cots"] = None\n'
 def test_everything_in_the_document_runs(hub, tiny_config, tiny_processor, tmp_path):
     torch.manual_seed(0)
     export_repository(COTSForPreTraining(tiny_config), tiny_processor, tmp_path / "runs" / "quickstart")
-    picture = Image.radial_gradient("L").convert("RGB")
+    image = Image.radial_gradient("L").convert("RGB")
     (tmp_path / "PHOTOS").mkdir()
-    for name in ("picture.jpg", "PHOTOS/one.png"):
-        picture.save(tmp_path / name)
+    for name in ("image.jpg", "PHOTOS/one.png"):
+        image.save(tmp_path / name)
     names = {name: hub.new_repo_id() for _, block in BLOCKS for name in re.findall(r"you/[\w-]+", block)}
     environment = {**hub.environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["HF_HOME"] = str(tmp_path / "home")

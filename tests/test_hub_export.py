@@ -67,15 +67,15 @@ def folder(model, tiny_processor, tmp_path) -> Path:
     return tmp_path / "cots-tiny-v1.0"
 
 
-def pictures() -> list[Image.Image]:
+def draw_images() -> list[Image.Image]:
     return [Image.radial_gradient("L").resize((50 + 10 * i, 40)).rotate(20 * i).convert("RGB") for i in range(3)]
 
 
 def embed(model: COTSModel, processor: COTSProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of `pictures()` and of `CAPTIONS`, one of them over-long."""
+    """Embeddings of `draw_images()` and of `CAPTIONS`, one of them over-long."""
     texts = [*CAPTIONS, "a red circle " * 40]
     with torch.no_grad():
-        images = model.encode_image(**processor(images=pictures(), return_tensors="pt"))
+        images = model.encode_image(**processor(images=draw_images(), return_tensors="pt"))
         query = processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         return images, model.encode_text(**query)
 
@@ -179,7 +179,7 @@ def test_refuses_what_is_no_cots_and_a_processor_that_does_not_fit(model, tiny_p
         with pytest.raises(ValueError, match="needs the COTSProcessor"):
             export_repository(model, wrong, tmp_path)
     tiny_config.text_config.vocab_size = 50
-    with pytest.raises(ValueError, match="word pieces and the text encoder only 50"):
+    with pytest.raises(ValueError, match="tokens and the text encoder only 50"):
         export_repository(COTSModel(tiny_config), tiny_processor, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -226,7 +226,7 @@ def test_loads_with_the_package_without_trust(model, folder, tiny_processor):
 def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder, tiny_processor, tmp_path):
     """Also what was loaded so is exported again, with its code: the same repository."""
     expected = embed(model.cots, tiny_processor)
-    torch.save(tiny_processor(images=pictures(), return_tensors="pt")["pixel_values"], tmp_path / "pixels.pt")
+    torch.save(tiny_processor(images=draw_images(), return_tensors="pt")["pixel_values"], tmp_path / "pixels.pt")
     code = f"""
     from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
     from importlib import import_module
@@ -322,21 +322,21 @@ def test_sentence_transformers_gives_our_embeddings(model, folder, tiny_processo
     images, texts = embed(model.cots, tiny_processor)
     loaded = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     for found, wanted in (
-        (loaded.encode(pictures()), images),
+        (loaded.encode(draw_images()), images),
         (loaded.encode([*CAPTIONS, "a red circle " * 40]), texts),
         (loaded.encode(CAPTIONS[0])[None], texts[:1]),
     ):
         torch.testing.assert_close(torch.tensor(found), wanted, atol=1e-5, rtol=0)
         torch.testing.assert_close(torch.tensor(found).norm(dim=-1), torch.ones(len(found)))
     assert loaded.get_embedding_dimension() == model.config.projection_dim
-    similarity = loaded.similarity(loaded.encode(CAPTIONS), loaded.encode(pictures()))
+    similarity = loaded.similarity(loaded.encode(CAPTIONS), loaded.encode(draw_images()))
     torch.testing.assert_close(similarity, texts[: len(CAPTIONS)] @ images.T, atol=1e-5, rtol=0)
 
 
 def test_sentence_transformers_needs_no_package(model, folder, tiny_processor, tmp_path):
     images, texts = embed(model.cots, tiny_processor)
-    for index, picture in enumerate(pictures()):
-        picture.save(tmp_path / f"{index}.png")
+    for index, image in enumerate(draw_images()):
+        image.save(tmp_path / f"{index}.png")
     code = f"""
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")

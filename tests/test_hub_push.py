@@ -208,7 +208,7 @@ def push_model_and_processor(source: str, repo_id: str, **options) -> None:
 def test_a_processor_pushed_behind_its_model_still_names_its_code(hub, checkpoint, tmp_path):
     """As people push: `model.push_to_hub(name)`, then `processor.push_to_hub(name)`."""
     repo_id = hub.new_repo_id()
-    hub.run(push_model_and_processor, checkpoint, repo_id, commit_message="other normalisation")
+    hub.run(push_model_and_processor, checkpoint, repo_id, commit_message="other normalization")
     assert is_untouched(hub.run(read, repo_id, "README.md"))
     code = f"""
     from transformers import AutoProcessor, AutoVideoProcessor

@@ -207,9 +207,9 @@ def test_feature_pipelines_return_embeddings(model, tiny_processor):
     text = pipeline("feature-extraction", model, tokenizer=tokenizer, device="cpu")("a red circle")
     expected = model.encode_text(**tokenizer("a red circle", return_tensors="pt"))
     torch.testing.assert_close(torch.tensor(text), expected)
-    picture = Image.radial_gradient("L")
-    image = pipeline("image-feature-extraction", model, image_processor=image_processor, device="cpu")(picture)
-    expected = model.encode_image(**image_processor(picture, return_tensors="pt"))
+    pil_image = Image.radial_gradient("L")
+    image = pipeline("image-feature-extraction", model, image_processor=image_processor, device="cpu")(pil_image)
+    expected = model.encode_image(**image_processor(pil_image, return_tensors="pt"))
     torch.testing.assert_close(torch.tensor(image), expected)
 
 
@@ -244,5 +244,5 @@ def test_stock_trainer_fine_tunes_it(model, tiny_inputs, tmp_path):
 @pytest.mark.parametrize("entry", ["encode_image", "get_image_features"])
 def test_raw_pixels_are_refused(model, tiny_inputs, entry):
     """transformers' encoders would cast them without a word."""
-    with pytest.raises(ValueError, match="normalised floats"):
+    with pytest.raises(ValueError, match="normalized floats"):
         getattr(model, entry)(tiny_inputs["pixel_values"].to(torch.uint8))

@@ -69,11 +69,11 @@ def test_base_model_and_streams_are_found(model):
     assert cots.text_model.embeddings.word_embeddings is replacement
 
 
-# Initialisation
+# Initialization
 
 
 @both_models
-def test_initialisation_from_the_meta_device_is_the_same(tiny_config, model_class, monkeypatch):
+def test_initialization_from_the_meta_device_is_the_same(tiny_config, model_class, monkeypatch):
     """`from_pretrained` builds on the meta device and leaves garbage wherever `_init_weights` fills nothing in."""
     initialize = PreTrainedModel._initialize_weights
 

@@ -43,17 +43,17 @@ def test_equals_one_frame_at_a_time(model, videos):
         mean = slow_mean(model, video)
         torch.testing.assert_close(features.pooler_output[i], mean)
         torch.testing.assert_close(embeds[i], mean / mean.norm())
-        assert mean.norm() < 0.999, "frames must differ, or normalising again would change nothing"
+        assert mean.norm() < 0.999, "frames must differ, or normalizing again would change nothing"
         for t, frame in enumerate(video):
             states = model.get_image_features(frame.unsqueeze(0)).last_hidden_state[0]
             torch.testing.assert_close(features.last_hidden_state[i, t], states)
 
 
 @torch.no_grad()
-def test_a_still_video_is_its_picture_and_a_reversed_one_is_itself(model, videos):
-    pictures = videos[:, 0]
-    still = pictures.unsqueeze(1).expand(-1, 4, -1, -1, -1)
-    torch.testing.assert_close(model.encode_video(still), model.encode_image(pictures))
+def test_a_still_video_is_its_image_and_a_reversed_one_is_itself(model, videos):
+    images = videos[:, 0]
+    still = images.unsqueeze(1).expand(-1, 4, -1, -1, -1)
+    torch.testing.assert_close(model.encode_video(still), model.encode_image(images))
     torch.testing.assert_close(model.encode_video(videos.flip(1)), model.encode_video(videos))
     assert (model.encode_video(videos[:, 1:]) - model.encode_video(videos)).abs().max() > 1e-3
 

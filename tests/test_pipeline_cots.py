@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_network import Answer, Network, Server
-from picture_files import as_base64, as_bytes
+from image_files import as_base64, as_bytes
 from PIL import Image
 from transformers import pipeline
 
@@ -21,7 +21,7 @@ TEXTS = ["a red circle", "two green triangles beside one star", "the dog runs", 
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Four unlike ones, in different modes."""
     ramp = Image.linear_gradient("L").resize((40, 30))
     return [
@@ -53,7 +53,7 @@ def finder(folder) -> ImageTextRetrievalPipeline:
 
 @pytest.fixture
 def embed(model, tiny_processor):
-    """`encode_image` and `encode_text` of one picture or text at a time: (d,)."""
+    """`encode_image` and `encode_text` of one image or text at a time: (d,)."""
 
     @torch.no_grad()
     def embed(item):
@@ -69,10 +69,10 @@ def ranking(answer: list[dict]) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_answers_are_those_of_the_encoders(finder, embed, pictures, batch_size):
-    """Pictures and texts among the queries and among the candidates, in batches and one by one."""
-    queries = [pictures[0], TEXTS[0], TEXTS[1], pictures[2]]
-    candidates = [TEXTS[2], *pictures, TEXTS[3], TEXTS[1]]
+def test_answers_are_those_of_the_encoders(finder, embed, images, batch_size):
+    """Images and texts among the queries and among the candidates, in batches and one by one."""
+    queries = [images[0], TEXTS[0], TEXTS[1], images[2]]
+    candidates = [TEXTS[2], *images, TEXTS[3], TEXTS[1]]
     answers = finder(queries, candidates, top_k=4, batch_size=batch_size)
     for query, answer in zip(queries, answers, strict=True):
         scores = torch.stack([embed(candidate) for candidate in candidates]) @ embed(query)
@@ -82,12 +82,12 @@ def test_answers_are_those_of_the_encoders(finder, embed, pictures, batch_size):
             assert found["item"] is candidates[found["index"]]
 
 
-def test_an_index_is_computed_once_and_gives_the_same(finder, pictures, monkeypatch):
-    expected = finder(TEXTS, pictures, top_k=2)
-    index = finder.build_index(pictures, items=["p", "q", "r", "s"], batch_size=3)
+def test_an_index_is_computed_once_and_gives_the_same(finder, images, monkeypatch):
+    expected = finder(TEXTS, images, top_k=2)
+    index = finder.build_index(images, items=["p", "q", "r", "s"], batch_size=3)
     assert len(index) == 4 and index.embeds.shape == (4, 16)
     torch.testing.assert_close(index.embeds.norm(dim=1), torch.ones(4))
-    monkeypatch.setattr(finder.model, "encode_image", None)  # no picture is embedded from here on
+    monkeypatch.setattr(finder.model, "encode_image", None)  # no image is embedded from here on
     answers = finder(TEXTS, index=index, top_k=2)
     assert [ranking(answer) for answer in answers] == [ranking(answer) for answer in expected]
     assert [[found["item"] for found in answer] for answer in answers] == [
@@ -97,21 +97,21 @@ def test_an_index_is_computed_once_and_gives_the_same(finder, pictures, monkeypa
     assert finder(TEXTS, index=again, top_k=2) == answers
 
 
-def test_candidates_of_like_length_enter_the_model_together(finder, embed, pictures):
+def test_candidates_of_like_length_enter_the_model_together(finder, embed, images):
     """And each keeps its place in the index."""
-    candidates = ["a dog and a boat and a red star and a blue circle", pictures[0], "a dog", {"text": "a boat"}]
-    candidates += [pictures[2], "two green triangles beside one large yellow star", "a star"]
+    candidates = ["a dog and a boat and a red star and a blue circle", images[0], "a dog", {"text": "a boat"}]
+    candidates += [images[2], "two green triangles beside one large yellow star", "a star"]
     shapes = []
     finder.model.text_model.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
     index = finder.build_index(candidates, batch_size=5)
     found = torch.stack([embed("a boat" if isinstance(candidate, dict) else candidate) for candidate in candidates])
     torch.testing.assert_close(index.embeds, found, atol=1e-5, rtol=0)
-    assert [num_texts for num_texts, _ in shapes] == [3, 2]  # beside two pictures; alone
+    assert [num_texts for num_texts, _ in shapes] == [3, 2]  # beside two images; alone
     assert shapes[0][1] < shapes[1][1]
 
 
-def test_one_query_a_list_a_tuple_a_generator(finder, pictures):
-    index = finder.build_index(pictures)
+def test_one_query_a_list_a_tuple_a_generator(finder, images):
+    index = finder.build_index(images)
     one = finder(TEXTS[0], index=index)
     assert len(one) == 4  # no more than there are, though top_k is 5
     answers = finder(TEXTS, index=index, top_k=4)
@@ -121,28 +121,28 @@ def test_one_query_a_list_a_tuple_a_generator(finder, pictures):
     assert finder([], index=index) == []
 
 
-def test_what_is_set_once_holds_for_every_call(folder, finder, pictures):
-    index = finder.build_index(pictures)
+def test_what_is_set_once_holds_for_every_call(folder, finder, images):
+    index = finder.build_index(images)
     set_up = pipeline(TASK, model=str(folder), index=index, top_k=2, batch_size=2)
     assert set_up(TEXTS) == finder(TEXTS, index=index, top_k=2, batch_size=2)
     assert len(set_up(TEXTS[0], top_k=1)) == 1
 
 
-def test_pictures_from_anywhere(finder, tmp_path):
-    picture = Image.radial_gradient("L").resize((30, 20)).convert("RGB")
-    path = tmp_path / "a picture.png"
-    picture.save(path)
-    answers = {"/p": Answer(content=as_bytes(picture))}
+def test_images_from_anywhere(finder, tmp_path):
+    image = Image.radial_gradient("L").resize((30, 20)).convert("RGB")
+    path = tmp_path / "an image.png"
+    image.save(path)
+    answers = {"/p": Answer(content=as_bytes(image))}
     server = Server(Network(), lambda request: answers.get(request.path, Answer(404)))
     server.open()
-    expected = finder(picture, TEXTS)
-    data_url = f"data:image/png;base64,{as_base64(picture)}"
+    expected = finder(image, TEXTS)
+    data_url = f"data:image/png;base64,{as_base64(image)}"
     try:
-        sources = [path, str(path), f"{server.url}/p", data_url, {"image": path}, {"image": as_base64(picture)}]
-        assert finder(sources, TEXTS, batch_size=4) == finder([picture] * 6, TEXTS, batch_size=4)
+        sources = [path, str(path), f"{server.url}/p", data_url, {"image": path}, {"image": as_base64(image)}]
+        assert finder(sources, TEXTS, batch_size=4) == finder([image] * 6, TEXTS, batch_size=4)
         for source in sources:
             assert finder(source, TEXTS) == expected
-        scores = [found["score"] for found in finder(TEXTS[0], [picture, *sources])]
+        scores = [found["score"] for found in finder(TEXTS[0], [image, *sources])]
         assert scores == pytest.approx([scores[0]] * 5, abs=1e-5)
         with pytest.raises(ValueError, match="/none' cannot be read"):
             finder(f"{server.url}/none", TEXTS)
@@ -154,22 +154,22 @@ def test_pictures_from_anywhere(finder, tmp_path):
 def test_a_server_that_is_silent_is_left(finder):
     """The kernel accepts the connection, and nobody ever answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/picture.png"
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/image.png"
         with pytest.raises(ValueError, match="cannot be read: ReadTimeout"):
             finder(url, TEXTS, timeout=0.05)
         with pytest.raises(ValueError, match="cannot be read: ReadTimeout"):
             finder(TEXTS[0], [url], timeout=0.05)
 
 
-def test_a_text_may_look_like_a_picture(finder, embed, tmp_path, monkeypatch):
+def test_a_text_may_look_like_a_image(finder, embed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("dog").write_text("no picture")
+    Path("dog").write_text("no image")
     for text in ("dog", "boat.png", "https://dog.test"):
         (found,) = finder({"text": text}, ["a star"])
         assert found["score"] == pytest.approx((embed(text) @ embed("a star")).item(), abs=1e-5)
     with pytest.raises(ValueError, match="'dog' cannot be read"):
         finder("dog", ["a star"])
-    with pytest.raises(ValueError, match="There is no picture 'boat.png'"):
+    with pytest.raises(ValueError, match="There is no image 'boat.png'"):
         finder("boat.png", ["a star"])
 
 
@@ -194,7 +194,7 @@ def test_long_texts_are_cut_with_a_warning(finder, embed, caplog, monkeypatch):
     [
         ("a", {}, "needs `candidates`"),
         ("a", {"candidates": []}, "Got 0 candidates"),
-        ("a", {"candidates": "a star"}, "must be a list of pictures and texts, got a str"),
+        ("a", {"candidates": "a star"}, "must be a list of images and texts, got a str"),
         ("a", {"candidates": {"text": "a"}}, "got a dict"),
         ("a", {"candidates": ["a", 5]}, "got '5' of type int"),
         (None, {"candidates": ["a"]}, "got 'None' of type NoneType"),
@@ -232,16 +232,16 @@ def test_a_model_object_needs_its_processor(model, tiny_processor, tiny_config):
         ImageTextRetrievalPipeline(model.vision_model, processor=tiny_processor)
 
 
-def test_half_precision(folder, finder, pictures):
-    scores = [found["score"] for found in finder(TEXTS[0], pictures, top_k=4)]
+def test_half_precision(folder, finder, images):
+    scores = [found["score"] for found in finder(TEXTS[0], images, top_k=4)]
     half = pipeline(TASK, model=str(folder), dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
-    assert [found["score"] for found in half(TEXTS[0], pictures, top_k=4)] == pytest.approx(scores, abs=0.05)
+    assert [found["score"] for found in half(TEXTS[0], images, top_k=4)] == pytest.approx(scores, abs=0.05)
 
 
-def test_saving_keeps_the_processor(finder, tmp_path, pictures):
+def test_saving_keeps_the_processor(finder, tmp_path, images):
     finder.save_pretrained(tmp_path / "again")
-    assert pipeline(TASK, model=str(tmp_path / "again"))(TEXTS, pictures) == finder(TEXTS, pictures)
+    assert pipeline(TASK, model=str(tmp_path / "again"))(TEXTS, images) == finder(TEXTS, images)
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config["custom_pipelines"] == CUSTOM_PIPELINES
 
@@ -252,7 +252,7 @@ REMOTE = """
 import json, sys
 sys.modules["modeling_cots"] = None  # installed or not, it cannot be imported
 from transformers import pipeline
-folder, task, text, *pictures = sys.argv[1:]
+folder, task, text, *images = sys.argv[1:]
 try:
     pipeline(task, model=folder, trust_remote_code=False)
 except ValueError as error:
@@ -261,8 +261,8 @@ else:
     raise AssertionError("code of a repository ran without trust_remote_code")
 finder = pipeline(task, model=folder, trust_remote_code=True)
 assert type(finder).__module__.startswith("transformers_modules.")
-print(json.dumps(finder([text, pictures[0]], pictures, batch_size=2)))
-print(json.dumps(pipeline(model=folder, trust_remote_code=True)(text, pictures)))
+print(json.dumps(finder([text, images[0]], images, batch_size=2)))
+print(json.dumps(pipeline(model=folder, trust_remote_code=True)(text, images)))
 """
 
 
@@ -273,10 +273,10 @@ def repository(model, tiny_processor, tmp_path) -> Path:
     return tmp_path / "cots-tiny-v1.0"
 
 
-def test_by_trust_remote_code_where_the_package_is_not(repository, tmp_path, pictures):
-    paths = [str(tmp_path / f"{number}.png") for number in range(len(pictures))]
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
+def test_by_trust_remote_code_where_the_package_is_not(repository, tmp_path, images):
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
     command = [sys.executable, "-c", REMOTE, str(repository), TASK, TEXTS[0], *paths]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ import torch
 
 from modeling_cots import COTSModel, COTSTrainingArguments, ScenesDataset
 from modeling_cots.hub.model_card import build_model_card
-from modeling_cots.hub.widget_examples import publishable_pictures, record_widget_examples
+from modeling_cots.hub.widget_examples import publishable_images, record_widget_examples
 from modeling_cots.hub_export import export_repository
 from modeling_cots.training.record import build_record
 
@@ -24,7 +24,7 @@ def quickstart(tiny_config, tiny_processor, tmp_path, monkeypatch) -> Path:
     args = COTSTrainingArguments(output_dir=str(folder), use_cpu=True, bf16=False)
     data = {"train_dataset": scenes, "eval_dataset": scenes}
     record = build_record(model, args, num_steps=1, metrics=None, **data)
-    record["widget"] = record_widget_examples(model, tiny_processor, publishable_pictures(scenes), folder)
+    record["widget"] = record_widget_examples(model, tiny_processor, publishable_images(scenes), folder)
     card = build_model_card(tiny_config, record, model_name="runs/quickstart")
     export_repository(model, tiny_processor, folder, card=card)
     monkeypatch.chdir(tmp_path)
@@ -48,6 +48,6 @@ def test_the_code_of_a_card_in_its_repository(quickstart, capsys, monkeypatch):
     assert "torch.Size([2, 16])" in out and "widget/example-" in out
 
 
-def test_every_picture_of_the_card_is_shipped(quickstart):
+def test_every_image_of_the_card_is_shipped(quickstart):
     named = re.findall(r"src: (\S+)", (quickstart / "README.md").read_text(encoding="utf-8"))
     assert len(named) == 3 and all((quickstart / name).is_file() for name in named)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hub_network import Answer, Network, Server
-from picture_files import as_bytes
+from image_files import as_bytes
 from PIL import Image
 from transformers import (
     FeatureExtractionPipeline,
@@ -24,7 +24,7 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     ramp = Image.linear_gradient("L").resize((40, 30))
     return [ramp, ramp.rotate(90), Image.new("RGB", (20, 50), (200, 30, 0))]
 
@@ -43,21 +43,21 @@ def model(folder) -> COTSModel:
 
 
 @pytest.fixture
-def sources(pictures, tmp_path):
-    """The first picture as a path, a URL and a PIL image."""
-    path = tmp_path / "picture.png"
-    pictures[0].save(path)
-    server = Server(Network(), lambda request: Answer(content=as_bytes(pictures[0])))
+def sources(images, tmp_path):
+    """The first image as a path, a URL and a PIL image."""
+    path = tmp_path / "image.png"
+    images[0].save(path)
+    server = Server(Network(), lambda request: Answer(content=as_bytes(images[0])))
     server.open()
-    yield [str(path), f"{server.url}/picture.png", pictures[0]]
+    yield [str(path), f"{server.url}/image.png", images[0]]
     server.close()
     server.server_close()
 
 
 @torch.no_grad()
-def image_embeds(model, processor, pictures) -> torch.Tensor:
-    pictures = [picture.convert("RGB") for picture in pictures]
-    return model.encode_image(**processor(images=pictures, return_tensors="pt"))
+def image_embeds(model, processor, images) -> torch.Tensor:
+    images = [image.convert("RGB") for image in images]
+    return model.encode_image(**processor(images=images, return_tensors="pt"))
 
 
 @torch.no_grad()
@@ -76,11 +76,11 @@ def load(folder):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_zero_shot_classification(load, model, tiny_processor, pictures, batch_size):
+def test_zero_shot_classification(load, model, tiny_processor, images, batch_size):
     classify = load("zero-shot-image-classification")
-    answers = classify(pictures, candidate_labels=LABELS, batch_size=batch_size)
+    answers = classify(images, candidate_labels=LABELS, batch_size=batch_size)
     texts = [f"This is a photo of {label}." for label in LABELS]
-    similarities = image_embeds(model, tiny_processor, pictures) @ text_embeds(model, tiny_processor, texts).T
+    similarities = image_embeds(model, tiny_processor, images) @ text_embeds(model, tiny_processor, texts).T
     for answer, row in zip(answers, (similarities / model.config.temperature).softmax(dim=-1), strict=True):
         assert [found["label"] for found in answer] == [LABELS[i] for i in row.argsort(descending=True)]
         expected = dict(zip(LABELS, row.tolist(), strict=True))
@@ -96,14 +96,12 @@ def test_feature_extraction_gives_unit_length_text_embeddings(load, model, tiny_
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_image_feature_extraction_gives_unit_length_image_embeddings(
-    load, model, tiny_processor, pictures, batch_size
-):
-    embeds = torch.tensor(load("image-feature-extraction")(pictures, batch_size=batch_size)).squeeze(1)
-    torch.testing.assert_close(embeds, image_embeds(model, tiny_processor, pictures), atol=1e-5, rtol=0)
+def test_image_feature_extraction_gives_unit_length_image_embeddings(load, model, tiny_processor, images, batch_size):
+    embeds = torch.tensor(load("image-feature-extraction")(images, batch_size=batch_size)).squeeze(1)
+    torch.testing.assert_close(embeds, image_embeds(model, tiny_processor, images), atol=1e-5, rtol=0)
 
 
-def test_pictures_as_paths_urls_and_pil_images(load, sources):
+def test_images_as_paths_urls_and_pil_images(load, sources):
     classify, extract = load("zero-shot-image-classification"), load("image-feature-extraction")
     answers = classify(sources, candidate_labels=LABELS)
     embeds = extract(sources)
@@ -112,7 +110,7 @@ def test_pictures_as_paths_urls_and_pil_images(load, sources):
         assert embed == embeds[0] == extract(source)
 
 
-def test_long_texts_are_cut_with_a_warning_and_not_a_crash(load, model, tiny_processor, pictures, caplog, monkeypatch):
+def test_long_texts_are_cut_with_a_warning_and_not_a_crash(load, model, tiny_processor, images, caplog, monkeypatch):
     """These pipelines never truncate: the model does, at its 40 positions."""
     tokens = tiny_processor.tokenizer(LONG, return_tensors="pt", verbose=False)
     assert tokens["input_ids"].shape[1] > 40
@@ -128,9 +126,9 @@ def test_long_texts_are_cut_with_a_warning_and_not_a_crash(load, model, tiny_pro
             torch.testing.assert_close(torch.tensor(run(LONG)), expected, atol=1e-5, rtol=0)
             assert len(run([LONG, LABELS[0]], batch_size=2)) == 2
         else:
-            answer = run(pictures[2], candidate_labels=[LONG, LABELS[0]], hypothesis_template="{}")
+            answer = run(images[2], candidate_labels=[LONG, LABELS[0]], hypothesis_template="{}")
             texts = torch.cat([expected, text_embeds(model, tiny_processor, LABELS[:1])])
-            logits = texts @ image_embeds(model, tiny_processor, pictures[2:])[0] / model.config.temperature
+            logits = texts @ image_embeds(model, tiny_processor, images[2:])[0] / model.config.temperature
             scores = dict(zip([LONG, LABELS[0]], logits.softmax(dim=0).tolist(), strict=True))
             assert {found["label"]: found["score"] for found in answer} == pytest.approx(scores, abs=1e-5)
         assert any("are cut to the first 40" in record.message for record in caplog.records)

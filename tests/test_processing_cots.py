@@ -14,7 +14,7 @@ TEXTS = ["a red circle", "two green triangles beside one large yellow star"]
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.radial_gradient("L").convert("RGB").resize((50, 30))
 
 
@@ -24,8 +24,8 @@ def video() -> np.ndarray:
     return np.full((7, 30, 50, 3), 1, np.uint8) * (30 * np.arange(7, dtype=np.uint8))[:, None, None, None]
 
 
-def test_images_and_texts_become_the_inputs_of_the_model(tiny_processor, tiny_config, picture):
-    inputs = tiny_processor(images=[picture, picture], text=TEXTS, padding=True, return_tensors="pt")
+def test_images_and_texts_become_the_inputs_of_the_model(tiny_processor, tiny_config, image):
+    inputs = tiny_processor(images=[image, image], text=TEXTS, padding=True, return_tensors="pt")
     assert set(inputs) == {"pixel_values", "input_ids", "attention_mask"}
     assert inputs["pixel_values"].shape == (2, 3, 32, 32)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
@@ -34,30 +34,30 @@ def test_images_and_texts_become_the_inputs_of_the_model(tiny_processor, tiny_co
         assert COTSModel(tiny_config).eval()(**inputs).logits_per_image.shape == (2, 2)
 
 
-def test_parts_do_what_they_do_alone(tiny_processor, picture):
-    together = tiny_processor(images=picture, text=TEXTS, padding=True, return_tensors="pt")
-    image = tiny_processor.image_processor(picture, return_tensors="pt")
+def test_parts_do_what_they_do_alone(tiny_processor, image):
+    together = tiny_processor(images=image, text=TEXTS, padding=True, return_tensors="pt")
+    pixels = tiny_processor.image_processor(image, return_tensors="pt")
     text = tiny_processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    assert torch.equal(together["pixel_values"], image["pixel_values"])
+    assert torch.equal(together["pixel_values"], pixels["pixel_values"])
     assert torch.equal(together["input_ids"], text["input_ids"])
     assert set(tiny_processor(text=TEXTS)) == {"input_ids", "attention_mask"}
-    assert set(tiny_processor(images=picture)) == {"pixel_values"}
+    assert set(tiny_processor(images=image)) == {"pixel_values"}
 
 
-def test_returned_keys_are_model_input_names(tiny_processor, picture, video):
-    inputs = tiny_processor(images=picture, text="a dog", videos=video, return_tensors="pt")
+def test_returned_keys_are_model_input_names(tiny_processor, image, video):
+    inputs = tiny_processor(images=image, text="a dog", videos=video, return_tensors="pt")
     assert set(inputs) == set(tiny_processor.model_input_names)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_images_of_any_mode(tiny_processor, picture, mode):
-    image = picture.convert("L") if mode == "I;16" else picture
-    pixels = tiny_processor(images=[image.convert(mode), picture], return_tensors="pt")["pixel_values"]
+def test_images_of_any_mode(tiny_processor, image, mode):
+    source = image.convert("L") if mode == "I;16" else image
+    pixels = tiny_processor(images=[source.convert(mode), image], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (2, 3, 32, 32) and pixels.isfinite().all()
 
 
 def test_video_frames_are_prepared_as_images(tiny_processor, video):
-    """Four of seven frames, from the middle of equal segments; a picture of the same grey gives the same pixels."""
+    """Four of seven frames, from the middle of equal segments; an image of the same gray gives the same pixels."""
     frames = tiny_processor(videos=video, return_tensors="pt")["pixel_values_videos"]
     assert frames.shape == (1, 4, 3, 32, 32)
     for frame, position in zip(frames[0], (0, 2, 4, 6), strict=True):
@@ -76,10 +76,10 @@ def test_number_of_frames_may_change_at_the_call(tiny_processor, video):
     assert [len(ids) for ids in flat["input_ids"]] == [4, 4] and len(flat["pixel_values_videos"][0]) == 2
 
 
-def test_keyword_arguments_flat_and_nested(tiny_processor, picture):
-    flat = tiny_processor(images=picture, text=TEXTS, do_normalize=False, padding="max_length", max_length=9)
+def test_keyword_arguments_flat_and_nested(tiny_processor, image):
+    flat = tiny_processor(images=image, text=TEXTS, do_normalize=False, padding="max_length", max_length=9)
     nested = tiny_processor(
-        images=picture,
+        images=image,
         text=TEXTS,
         images_kwargs={"do_normalize": False},
         text_kwargs={"padding": "max_length", "max_length": 9},
@@ -89,11 +89,11 @@ def test_keyword_arguments_flat_and_nested(tiny_processor, picture):
     assert torch.equal(pixels, nested["pixel_values"][0]) and 0 <= pixels.min() < 0.5 < pixels.max() <= 1
 
 
-def test_no_input_and_doubly_given_arguments_are_refused(tiny_processor, picture):
+def test_no_input_and_doubly_given_arguments_are_refused(tiny_processor, image):
     with pytest.raises(ValueError):
         tiny_processor()
     with pytest.raises(ValueError):
-        tiny_processor(images=picture, images_kwargs={"do_resize": False}, do_resize=True)
+        tiny_processor(images=image, images_kwargs={"do_resize": False}, do_resize=True)
     parts = tiny_processor.image_processor, tiny_processor.tokenizer, tiny_processor.video_processor
     with pytest.raises(TypeError, match="feature_extractor"):
         COTSProcessor(*parts, feature_extractor=tiny_processor.image_processor)
@@ -101,7 +101,7 @@ def test_no_input_and_doubly_given_arguments_are_refused(tiny_processor, picture
         COTSProcessor(*parts[:2])
 
 
-def test_saving_keeps_every_part(tiny_processor, tmp_path, picture, video):
+def test_saving_keeps_every_part(tiny_processor, tmp_path, image, video):
     tiny_processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["processor_class"] == "COTSProcessor" and saved["image_processor"]["do_convert_rgb"] is True
@@ -109,7 +109,7 @@ def test_saving_keeps_every_part(tiny_processor, tmp_path, picture, video):
         reloaded = processor_class.from_pretrained(tmp_path)
         assert isinstance(reloaded, COTSProcessor)
         assert reloaded.to_dict() == tiny_processor.to_dict()
-        call = {"images": picture, "text": "a red circle", "videos": video, "return_tensors": "pt"}
+        call = {"images": image, "text": "a red circle", "videos": video, "return_tensors": "pt"}
         expected, found = tiny_processor(**call), reloaded(**call)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 

@@ -27,7 +27,7 @@ def processor() -> COTSVideoProcessor:
 
 
 def clip(*numbers: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
-    """Frames (T, H, W, 3), each of the grey level that tells its number."""
+    """Frames (T, H, W, 3), each of the gray level that tells its number."""
     return np.stack([np.full((*size, 3), LEVELS * number, np.uint8) for number in numbers])
 
 
@@ -115,8 +115,8 @@ def test_what_cannot_be_sampled_is_refused(processor):
 # What becomes of them
 
 
-def test_pixels_are_scaled_and_normalised():
-    """(x / 255 - mean) / std per channel, of a picture that needs no resizing."""
+def test_pixels_are_scaled_and_normalized():
+    """(x / 255 - mean) / std per channel, of an image that needs no resizing."""
     mean, std = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
     video = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     processor = COTSVideoProcessor(size={"height": 8, "width": 8}, image_mean=mean, image_std=std, num_frames=3)
@@ -132,14 +132,14 @@ def test_videos_of_any_shape_become_one_batch():
     assert pixels.shape == (2, 16, 3, 384, 384) and pixels.isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["channels first", "tensor", "grey", "pictures"])
+@pytest.mark.parametrize("form", ["channels first", "tensor", "grey", "images"])
 def test_forms_of_a_video(processor, form):
     video = clip(*range(8))
     forms = {
         "channels first": video.transpose(0, 3, 1, 2),
         "tensor": torch.from_numpy(video),
         "grey": video[..., :1],
-        "pictures": [Image.fromarray(frame) for frame in video],
+        "images": [Image.fromarray(frame) for frame in video],
     }
     assert taken(processor, forms[form], num_frames=4) == [[1, 3, 5, 7]]
 

@@ -169,7 +169,7 @@ def test_a_damaged_frame_is_replaced_by_a_later_one(tmp_path):
 
 
 def unreadable_files(folder) -> dict[str, str]:
-    """One file of every kind that holds no picture."""
+    """One file of every kind that holds no image."""
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("not a video" * 100)
     (folder / "folder.mp4").mkdir()
@@ -188,7 +188,7 @@ def unreadable_files(folder) -> dict[str, str]:
     }
 
 
-def test_files_without_a_picture_raise_the_one_error(tmp_path):
+def test_files_without_a_image_raise_the_one_error(tmp_path):
     files = unreadable_files(tmp_path)
     assert len(files) == 10
     for kind, path in files.items():
@@ -210,13 +210,13 @@ def test_a_cover_is_what_the_music_file_has_as_its_video(tmp_path):
 def test_video_with_sound_is_read(tmp_path):
     path = str(tmp_path / "sound.mkv")
     with av.open(path, "w") as container:
-        sound, pictures = container.add_stream("mp3", rate=44100), container.add_stream("libx264", rate=10)
-        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        sound, images = container.add_stream("mp3", rate=44100), container.add_stream("libx264", rate=10)
+        images.height, images.width, images.pix_fmt = 48, 64, "yuv420p"
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), format="s16", layout="mono")
         silence.sample_rate = 44100
         for stream, frames in (
             (sound, [silence]),
-            (pictures, [av.VideoFrame.from_ndarray(np.full((48, 64, 3), 6 * i, np.uint8)) for i in range(8)]),
+            (images, [av.VideoFrame.from_ndarray(np.full((48, 64, 3), 6 * i, np.uint8)) for i in range(8)]),
         ):
             for frame in [*frames, None]:
                 container.mux(stream.encode(frame))
@@ -224,13 +224,13 @@ def test_video_with_sound_is_read(tmp_path):
 
 
 def test_videos_filmed_upright_are_turned(tmp_path):
-    """A phone writes its pictures lying, and a matrix into the mp4 file's track header that says so.
+    """A phone writes its images lying, and a matrix into the mp4 file's track header that says so.
 
-    With (x, y) -> (-y, x) the left half of a lying picture, here the white one, becomes the upper half.
+    With (x, y) -> (-y, x) the left half of a lying image, here the white one, becomes the upper half.
     """
-    path, picture = tmp_path / "a.mp4", np.zeros((48, 64, 3), np.uint8)
-    picture[:, :32] = 255
-    write_video(path, [picture])
+    path, image = tmp_path / "a.mp4", np.zeros((48, 64, 3), np.uint8)
+    image[:, :32] = 255
+    write_video(path, [image])
     content = path.read_bytes()
     identity = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
     quarter_turn = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()

@@ -20,7 +20,7 @@ COMMON_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test
 
 def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
     """
-    Open one split, memory-mapped, with pictures still encoded.
+    Open one split, memory-mapped, with images still encoded.
 
     A single file is the split itself, and so are files of a glob whose names speak of no split. Files of a folder
     belong to a split when their name or a sub-folder carries its name; where none does, all are "train".

@@ -1,7 +1,7 @@
-"""A picture of any form to raw pixels at the model's size: timm's random resized crop, flip and policies, done fast.
+"""An image of any form to raw pixels at the model's size: timm's random resized crop, flip and policies, done fast.
 
 What is drawn is timm's, draw by draw. The work is not: JPEGs are decoded at a fraction of their size where the crop
-leaves enough pixels, and only what the crop keeps is resized, antialiased, on bytes. Nothing is normalised here: bytes
+leaves enough pixels, and only what the crop keeps is resized, antialiased, on bytes. Nothing is normalized here: bytes
 travel to the device and become numbers there (`pixel_normalization.py`).
 """
 
@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .image_reading import PictureFile
+from .image_reading import ImageFile
 
 
 class ImageTransform:
     """
-    A picture as `read_image` takes it to raw pixels (3, H, W) uint8.
+    An image as `read_image` takes it to raw pixels (3, H, W) uint8.
 
     Args:
         image_size: Height and width of the result.
         image_mean: Of the processor; what policies fill empty corners with.
-        min_crop_scale: Smallest share of the picture that the random resized crop keeps; 1 = the whole picture.
-        horizontal_flip: Probability of mirroring; it makes captions with "left" and "right" untrue.
+        min_crop_scale: Smallest share of the image that the random resized crop keeps; 1 = the whole image.
+        horizontal_flip: Probability of flipping; it makes captions with "left" and "right" untrue.
         auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".
     """
 
@@ -60,18 +60,18 @@ class ImageTransform:
         return self.draw(source)[0]
 
     def draw(self, source) -> tuple[torch.Tensor, bool]:
-        """The pixels, and whether they are mirrored."""
-        with PictureFile(source) as picture:
-            pixels = read_resized(picture, self._draw_box(*picture.size), self.image_size)
-        is_mirrored = self.horizontal_flip > 0 and bool(torch.rand(1) < self.horizontal_flip)
-        if is_mirrored:
+        """The pixels, and whether they are flipped."""
+        with ImageFile(source) as image_file:
+            pixels = read_resized(image_file, self._draw_box(*image_file.size), self.image_size)
+        is_flipped = self.horizontal_flip > 0 and bool(torch.rand(1) < self.horizontal_flip)
+        if is_flipped:
             pixels = pixels.flip(-1)
         if self._policies:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             for policy in self._policies:
                 image = policy(image)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels, is_mirrored
+        return pixels, is_flipped
 
     def _draw_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of the crop, as timm draws them."""
@@ -81,20 +81,20 @@ class ImageTransform:
         return self._crop.get_params(only_the_size, self._crop.scale, self._crop.ratio)
 
 
-def read_resized(picture: PictureFile, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> torch.Tensor:
+def read_resized(image_file: ImageFile, box: tuple[int, int, int, int], image_size: tuple[int, int]) -> torch.Tensor:
     """
-    A part of a picture at another size, (3, H, W) uint8: bicubic and antialiased.
+    A part of an image at another size, (3, H, W) uint8: bicubic and antialiased.
 
     Args:
-        picture: Not read yet.
-        box: Top, left, height and width of the part, in pixels of `picture.size`.
+        image_file: Not read yet.
+        box: Top, left, height and width of the part, in pixels of `image_file.size`.
         image_size: H and W. A JPEG is decoded at a fraction of its size that leaves the part no smaller than this; the
             edges of the part are then rounded to whole pixels of what was decoded.
     """
     top, left, height, width = box
-    image = picture.read(max_reduction=min(height // image_size[0], width // image_size[1]))
-    rows = _scaled(top, height, picture.reduction)
-    columns = _scaled(left, width, picture.reduction)
+    image = image_file.read(max_reduction=min(height // image_size[0], width // image_size[1]))
+    rows = _scaled(top, height, image_file.reduction)
+    columns = _scaled(left, width, image_file.reduction)
     part = torch.from_numpy(np.array(np.asarray(image)[rows, columns])).permute(2, 0, 1)
     if part.shape[1:] == image_size:
         return part

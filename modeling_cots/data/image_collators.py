@@ -1,6 +1,6 @@
-"""Pictures and captions to batches: decoding, augmentation, the choice of a caption, tokens and masks (COTS, MVLM).
+"""Images and captions to batches: decoding, augmentation, the choice of a caption, tokens and masks (COTS, MVLM).
 
-A picture that cannot be read does not shrink the batch: its row is there with `valid` False, so that every process
+An image that cannot be read does not shrink the batch: its row is there with `valid` False, so that every process
 keeps batches of equal shape, and the trainer leaves it out of losses, queues and metrics.
 """
 
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 # BEiT masks blocks of at least 16 patches on a grid of 14 x 14; smaller grids get proportionally smaller blocks.
 BEIT_MIN_BLOCK, BEIT_NUM_PATCHES = 16, 196
-# A processor's call that leaves pixels bytes: they are normalised on the device.
+# A processor's call that leaves pixels bytes: they are normalized on the device.
 RAW_PIXELS = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
 
 
@@ -32,17 +32,17 @@ class COTSDataCollator:
 
     Args:
         processor: Has an `image_processor` with a `size` of height and width, and a `tokenizer`.
-        image_transform: A picture as `read_image` takes it -> raw pixels (3, H, W) uint8, see [`ImageTransform`].
+        image_transform: An image as `read_image` takes it -> raw pixels (3, H, W) uint8, see [`ImageTransform`].
         patch_size: Height and width of a patch, for the masks.
         max_text_length: Longer captions are cut to so many tokens.
         image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
-        text_mask_ratio: Share of word pieces that CMLM masks, by BERT's 80/10/10 rule.
+        text_mask_ratio: Share of tokens that CMLM masks, by BERT's 80/10/10 rule.
         mask_images, mask_texts: Whether to draw masks at all.
         token_source: Of the tokens that the items bring along, if they are to be used; `image_transform` must then be
             an [`ImageTransform`] without crop and policy.
 
     Returns a dict of tensors:
-        pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+        pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
         input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
         names (B, 120) uint8, see `encode_names`;
         with `mask_images` bool_masked_pos (B, patches) bool;
@@ -104,12 +104,12 @@ class COTSDataCollator:
         return batch
 
     def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pixels and cached tokens; neither of a picture that cannot be read."""
+        """Pixels and cached tokens; neither of an image that cannot be read."""
         try:
             if self.token_source is None:
                 return self.image_transform(item["image"]), None
-            pixels, is_mirrored = self.image_transform.draw(item["image"])
-            return pixels, self.token_source.read(item, is_mirrored)
+            pixels, is_flipped = self.image_transform.draw(item["image"])
+            return pixels, self.token_source.read(item, is_flipped)
         except UnreadableImageError as error:
             self.report.add(item["name"], error)
             return None, None
@@ -164,9 +164,9 @@ class COTSDataCollator:
 
 class COTSEvaluationCollator:
     """
-    Turns B items of a data set into one batch for embedding: the picture as the processor prepares it, all captions.
+    Turns B items of a data set into one batch for embedding: the image as the processor prepares it, all captions.
 
-    Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the device;
+    Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
     pair_ids (B,); valid (B,) bool; and for the C captions of
     the B images input_ids, attention_mask (C, L) and caption_pair_ids (C,).
     """

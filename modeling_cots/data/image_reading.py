@@ -1,4 +1,4 @@
-"""Reading one picture from the wild: any mode, any damage, bounded in size. Either an RGB image or a clear error."""
+"""Reading one image from the wild: any mode, any damage, bounded in size. Either an RGB image or a clear error."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ UPRIGHT = {  # by the value of EXIF's orientation tag
 TURNS_ASIDE = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # width and height change places
 
 
-# What people keep pictures in. PIL opens much more, and some of it by starting other programs (EPS by Ghostscript).
+# What people keep images in. PIL opens much more, and some of it by starting other programs (EPS by Ghostscript).
 Image.init()
 FORMATS = [
     name
@@ -31,27 +31,27 @@ REDUCIBLE_FORMATS = ("JPEG", "MPO")
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
+    """An image that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
 
 
 def read_image(source) -> Image.Image:
     """
-    Decode a picture to RGB, upright by its EXIF orientation.
+    Decode an image to RGB, upright by its EXIF orientation.
 
     Args:
         source: What `datasets.Image(decode=False)` gives ({"bytes": ..., "path": ...}), a path, bytes or a PIL image.
-            Grey, palette, CMYK, 16-bit and transparent pictures are converted. {"refused": reason} is never read.
+            Gray, palette, CMYK, 16-bit and transparent images are converted. {"refused": reason} is never read.
 
     Raises [`UnreadableImageError`] for anything that cannot be decoded, and for more than `PIL.Image.MAX_IMAGE_PIXELS`
     pixels (a decompression bomb), and for formats other than `FORMATS`.
     """
-    with PictureFile(source) as picture:
-        return picture.read()
+    with ImageFile(source) as image:
+        return image.read()
 
 
-class PictureFile:
+class ImageFile:
     """
-    A picture of which the size is known, and which may be decoded at a fraction of it; to be used as a context.
+    An image of which the size is known, and which may be decoded at a fraction of it; to be used as a context.
 
     Of a JPEG only the header is read at first; everything else is decoded at once.
 
@@ -80,7 +80,7 @@ class PictureFile:
                 self.close()
                 raise
 
-    def __enter__(self) -> "PictureFile":
+    def __enter__(self) -> "ImageFile":
         return self
 
     def __exit__(self, *error) -> None:
@@ -92,7 +92,7 @@ class PictureFile:
 
     def read(self, max_reduction: int = 1) -> Image.Image:
         """
-        The picture in RGB, upright; once.
+        The image in RGB, upright; once.
 
         Args:
             max_reduction: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its width and height, down to 1/max_reduction,
@@ -111,7 +111,7 @@ class PictureFile:
 
 @contextmanager
 def _as_unreadable():
-    """Whatever goes wrong while a picture is opened or decoded becomes an [`UnreadableImageError`]."""
+    """Whatever goes wrong while an image is opened or decoded becomes an [`UnreadableImageError`]."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -131,11 +131,11 @@ def _as_file(source):
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture stand upright."""
+    """What makes the image stand upright."""
     # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF data around a sound picture
+    except Exception:  # damaged EXIF data around a sound image
         return None
 
 
@@ -150,7 +150,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_readable(dataset, num_tries: int = 200) -> None:
-    """Raise `ValueError` if none of the first `num_tries` pictures of a data set of pairs can be read."""
+    """Raise `ValueError` if none of the first `num_tries` images of a data set of pairs can be read."""
     errors = []
     for index in range(min(num_tries, len(dataset))):
         item = dataset[index]

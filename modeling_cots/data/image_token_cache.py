@@ -1,8 +1,8 @@
-"""Image tokens that were computed once and stand beside the pictures: what they are of, and whether they fit a run.
+"""Image tokens that were computed once and stand beside the images: what they are of, and whether they fit a run.
 
-A data set of `examples/tokenize_images.py` has two more columns: `image_tokens`, a row of uint16 ids for the picture
-and, if asked for, one for the mirrored picture; and `image_tokens_source`, which says what they were computed with.
-Tokens belong to one view of a picture, so that they are of use only where training sees that view: no crop.
+A data set of `examples/tokenize_images.py` has two more columns: `image_tokens`, a row of uint16 ids for the image
+and, if asked for, one for the flipped image; and `image_tokens_source`, which says what they were computed with.
+Tokens belong to one view of an image, so that they are of use only where training sees that view: no crop.
 """
 
 import json
@@ -15,7 +15,7 @@ from .image_reading import UnreadableImageError
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 
 MAX_VOCAB_SIZE = 2**16
-VIEW = "bicubic resize of the whole picture"
+VIEW = "bicubic resize of the whole picture"  # stands in data sets that were written before
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class TokenSource:
 
     Args:
         vocab_size: Number of different tokens.
-        image_size: Height and width that pictures were resized to.
+        image_size: Height and width that images were resized to.
         patch_size: Height and width of the patch that a token stands for.
         codebook: Digest of the dVAE's weights and of how pixels are mapped for it. The processor's mean and standard
-            deviation are no part of it: the dVAE sees the raw picture.
-        view: What of a picture was tokenized.
+            deviation are no part of it: the dVAE sees the raw image.
+        view: What of an image was tokenized.
     """
 
     vocab_size: int
@@ -73,9 +73,9 @@ class TokenSource:
         mine, theirs = asdict(self), asdict(other)
         return "; ".join(f"{name} {mine[name]} and not {theirs[name]}" for name in mine if mine[name] != theirs[name])
 
-    def read(self, item: dict, is_mirrored: bool) -> torch.Tensor:
+    def read(self, item: dict, is_flipped: bool) -> torch.Tensor:
         """
-        The tokens (patches,) int64 of an item's picture.
+        The tokens (patches,) int64 of an item's image.
 
         Raises `ValueError` for tokens of another source than this, and [`UnreadableImageError`] for an item without.
         """
@@ -87,9 +87,9 @@ class TokenSource:
         if item[IMAGE_TOKENS] is None:
             raise UnreadableImageError("it could not be read when the image tokens were computed")
         rows = np.asarray(item[IMAGE_TOKENS])
-        if rows.ndim != 2 or rows.shape[1] != self.num_patches or len(rows) <= int(is_mirrored):
+        if rows.ndim != 2 or rows.shape[1] != self.num_patches or len(rows) <= int(is_flipped):
             raise ValueError(
-                f"{item['name']} has image tokens of shape {rows.shape}; training needs {1 + int(is_mirrored)} x "
+                f"{item['name']} has image tokens of shape {rows.shape}; training needs {1 + int(is_flipped)} x "
                 f"{self.num_patches}. Compute them anew with examples/tokenize_images.py."
             )
-        return torch.from_numpy(rows[int(is_mirrored)].astype(np.int64))
+        return torch.from_numpy(rows[int(is_flipped)].astype(np.int64))

@@ -1,4 +1,4 @@
-"""Image tokens of a whole data set, written once beside its pictures: shards of parquet that `open_pairs` opens again.
+"""Image tokens of a whole data set, written once beside its images: shards of parquet that `open_pairs` opens again.
 
 A shard is written under another name and then renamed, so that one that is there is whole; a run that was stopped goes
 on with the first that is missing.
@@ -37,14 +37,14 @@ SCHEMA = pa.schema(
 
 class TokenWriter:
     """
-    Computes the image tokens of a data set of pairs and writes them with its pictures and captions.
+    Computes the image tokens of a data set of pairs and writes them with its images and captions.
 
     Args:
         image_tokenizer: On the device to compute on.
         image_size, patch_size: Height and width, of the model that will be trained.
-        mirrored: Whether to add the tokens of the mirrored picture, for training with `horizontal_flip`.
-        batch_size: Pictures of a forward pass.
-        num_workers: Processes that decode pictures beside this one.
+        flipped: Whether to add the tokens of the flipped image, for training with `horizontal_flip`.
+        batch_size: Images of a forward pass.
+        num_workers: Processes that decode images beside this one.
         shard_rows: Images a file.
 
     Raises `ValueError` for a vocabulary beyond uint16.
@@ -56,12 +56,12 @@ class TokenWriter:
         image_size: tuple[int, int],
         patch_size: tuple[int, int],
         *,
-        mirrored: bool = False,
+        flipped: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,
         shard_rows: int = SHARD_ROWS,
     ):
-        self.image_tokenizer, self.patch_size, self.mirrored = image_tokenizer, tuple(patch_size), mirrored
+        self.image_tokenizer, self.patch_size, self.flipped = image_tokenizer, tuple(patch_size), flipped
         self.source = TokenSource.of(image_tokenizer, image_size, patch_size)
         self.batch_size, self.num_workers, self.shard_rows = batch_size, num_workers, shard_rows
         self.collate = _Collator(ImageTransform(image_size, [0.5] * 3, min_crop_scale=1.0))
@@ -90,7 +90,7 @@ class TokenWriter:
 
     def _metadata(self, dataset) -> dict[bytes, bytes]:
         """What a file is of, for a run that goes on."""
-        views = 2 if self.mirrored else 1
+        views = 2 if self.flipped else 1
         what = f"{getattr(dataset, 'name', '')}, {len(dataset)} images, {self.shard_rows} a file, {views} views"
         return {b"cots": f"{what}, {self.source.to_json()}".encode()}
 
@@ -110,9 +110,9 @@ class TokenWriter:
                 writer.write_table(pa.Table.from_pylist(waiting, schema))
 
     def _rows(self, batch: dict) -> Iterator[dict]:
-        """Rows of the table; pictures that cannot be read have no tokens, and are skipped in training as before."""
+        """Rows of the table; images that cannot be read have no tokens, and are skipped in training as before."""
         pixels = batch["pixel_values"].to(self.image_tokenizer.image_mean.device)
-        views = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
+        views = [pixels, pixels.flip(-1)] if self.flipped else [pixels]
         tokens = torch.stack([self.image_tokenizer(view, self.patch_size) for view in views], dim=1).tolist()
         source = self.source.to_json()
         for image, captions, row, valid in zip(
@@ -155,14 +155,14 @@ class _Collator:
         return {
             "pixel_values": torch.stack(pixels),
             "valid": valid,
-            "images": [{"bytes": encoded_picture(item["image"]), "path": item["name"]} for item in items],
+            "images": [{"bytes": encoded_image(item["image"]), "path": item["name"]} for item in items],
             "captions": [item["captions"] for item in items],
         }
 
 
-def encoded_picture(image) -> bytes:
+def encoded_image(image) -> bytes:
     """
-    The bytes of an item's picture: as they are, of its file, or of a PNG of a picture in memory.
+    The bytes of an item's image: as they are, of its file, or of a PNG of an image in memory.
 
     Of one that is not there or is refused no bytes, so that it stays one that cannot be read.
     """

@@ -1,6 +1,6 @@
 """A user's own images and captions as one data set: one item an image, with all its captions; nothing is decoded here.
 
-Pictures are decoded in the collator, which skips and counts what it cannot read: an exception inside a data set's
+Images are decoded in the collator, which skips and counts what it cannot read: an exception inside a data set's
 iterator would end the epoch. How files are found is in pair_files.py.
 """
 
@@ -55,7 +55,7 @@ def open_pairs(
         caption_column: By default the first that is there of caption, captions, text, txt, json. It holds a string or
             a list of strings a row; of a JSON object the field caption, captions or text, or "column.field" as given.
         seed: Of what is drawn for each item in training.
-        keep_uncaptioned: Keep images without captions, and do without a column of captions; for indexing pictures.
+        keep_uncaptioned: Keep images without captions, and do without a column of captions; for indexing images.
 
     Raises `ValueError` for a data set, split or column that is not there, an empty data set, captions that are no
     strings, images that are none, image paths that leave the folder, and a folder where none of the images exists.
@@ -101,7 +101,7 @@ class PairDataset(Dataset):
         images: R rows with an undecoded column "image".
         captions: The same R rows with one column, a string or a list of strings each, or a JSON object.
         field: Where the captions stand in that object; `None` without one.
-        items: For each of the N images its rows, the first of which gives the picture.
+        items: For each of the N images its rows, the first of which gives the image.
         root: Folder that image paths are relative to; `None`: they stand as they are.
         seed: Of what is drawn for each item in training.
     """

@@ -6,7 +6,7 @@ from torch import nn
 
 class PixelNormalizer(nn.Module):
     """
-    Normalises the raw pictures and videos of a batch as the processor would have, to 1e-6.
+    Normalizes the raw images and videos of a batch as the processor would have, to 1e-6.
 
     Args:
         processor: Its `image_processor` and, if it has one, its `video_processor` say how.
@@ -25,9 +25,9 @@ class PixelNormalizer(nn.Module):
 
     def forward(self, batch: dict) -> dict:
         """
-        The batch with float32 pixels for uint8 ones; raw pictures stay there as `raw_pixels` (B, 3, H, W) uint8.
+        The batch with float32 pixels for uint8 ones; raw images stay there as `raw_pixels` (B, 3, H, W) uint8.
 
-        Floats, as a collator of one's own may give them, count as normalised and pass as they are.
+        Floats, as a collator of one's own may give them, count as normalized and pass as they are.
         """
         for name in self._names:
             pixels = batch.get(name)

@@ -1,4 +1,4 @@
-"""One row or sample, as a file or shard holds it, to a picture and its captions; by which columns, is decided here."""
+"""One row or sample, as a file or shard holds it, to an image and its captions; by which columns, is decided here."""
 
 import json
 
@@ -11,15 +11,15 @@ MAX_TEXT_BYTES = 2**20
 
 
 class BadRowError(ValueError):
-    """A row without a picture or without a caption, or with something else in their place."""
+    """A row without an image or without a caption, or with something else in their place."""
 
 
 def read_row(row: dict, image_column: str | None = None, caption_column: str | None = None) -> tuple[bytes, list[str]]:
     """
-    The encoded picture and the captions of a row; nothing is decoded, and no file is opened.
+    The encoded image and the captions of a row; nothing is decoded, and no file is opened.
 
     Args:
-        row: Column -> value. A picture is bytes or {"bytes": ..., "path": ...}; captions are a string, a list of
+        row: Column -> value. An image is bytes or {"bytes": ..., "path": ...}; captions are a string, a list of
             strings, an object that has them in a field, or the UTF-8 bytes of a text or JSON file.
         image_column: By default the first of `IMAGE_COLUMNS` that holds something.
         caption_column: By default the first of `CAPTION_COLUMNS` that does; "column.field" names a field of an object,
@@ -27,11 +27,11 @@ def read_row(row: dict, image_column: str | None = None, caption_column: str | N
 
     Raises [`BadRowError`] where either is missing.
     """
-    image = row.get(_find(row, image_column, IMAGE_COLUMNS, "picture"))
+    image = row.get(_find(row, image_column, IMAGE_COLUMNS, "image"))
     if isinstance(image, dict):
         image = image.get("bytes")
     if not isinstance(image, bytes):
-        raise BadRowError("it has no picture inside, only the name of a file or nothing")
+        raise BadRowError("it has no image inside, only the name of a file or nothing")
     field = None
     if caption_column is not None and caption_column not in row and "." in caption_column:
         caption_column, field = caption_column.split(".", 1)

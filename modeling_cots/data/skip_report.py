@@ -30,7 +30,7 @@ class StreamReport:
 
     @property
     def skipped_samples(self) -> int:
-        """Samples without picture or caption, and members of shards that are refused."""
+        """Samples without image or caption, and members of shards that are refused."""
         return int(self._counts[SAMPLES].sum())
 
     def add_shard(self, name: str, error: Exception, num_read: int) -> None:
@@ -55,7 +55,7 @@ class StreamReport:
 
 
 class SkipReport:
-    """Names every picture that cannot be read, once each and up to a hundred; the trainer's log counts all.
+    """Names every image that cannot be read, once each and up to a hundred; the trainer's log counts all.
 
     Args:
         kind: What is skipped, in the messages.

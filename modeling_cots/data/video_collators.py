@@ -18,7 +18,7 @@ from .skip_report import SkipReport
 
 
 def holds_videos(dataset) -> bool:
-    """Whether the items of a data set are videos, as those of `open_videos` are, and not pictures."""
+    """Whether the items of a data set are videos, as those of `open_videos` are, and not images."""
     if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
         return False
     return "video" in dataset[0]
@@ -29,15 +29,15 @@ class COTSVideoDataCollator:
     Turns B items of a data set of videos into one training batch.
 
     Of each of T equal segments of a video a random frame is taken, T being the video processor's `num_frames`; all
-    frames of a video are cropped and mirrored alike. What is drawn depends on the item's seed alone.
+    frames of a video are cropped and flipped alike. What is drawn depends on the item's seed alone.
 
     Args:
         processor: Has a `video_processor` with `num_frames` and a `size` of height and width, and a `tokenizer`.
         max_text_length: Longer captions are cut to so many tokens.
-        min_crop_scale: Smallest share of the picture that the random resized crop keeps; 1 = no crop.
-        horizontal_flip: Probability of mirroring a video; it makes captions with "left" and "right" untrue.
+        min_crop_scale: Smallest share of the image that the random resized crop keeps; 1 = no crop.
+        horizontal_flip: Probability of flipping a video; it makes captions with "left" and "right" untrue.
 
-    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, which [`PixelNormalizer`] normalises on the
+    Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the
     device; input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool. Raises `ValueError` for a processor
     without a fixed number of frames.
     """

@@ -1,7 +1,7 @@
 """Scoring the pairs of a data set as the adaptive momentum filter does in training, to clean the data set with.
 
 The score of a pair is the similarity of its two momentum embeddings; the threshold is mean - k * std, here of all the
-scores of the data set where training has those of its queue (`filtering.py`). Drawing is in `score_pictures.py`.
+scores of the data set where training has those of its queue (`filtering.py`). Drawing is in `score_images.py`.
 """
 
 import os

@@ -36,7 +36,7 @@ def format_report(
 
 def format_example_retrievals(examples: ExampleRetrievals, dataset, unit: str = "image") -> str:
     """A few captions of `dataset` with the images or videos found for them, each told by a caption of its own."""
-    word = "picture" if unit == "image" else unit
+    word = "image" if unit == "image" else unit
     lines = [f"What the model finds for a few captions among {examples.num_images:,} held-out {word}s:"]
     for wanted, found in zip(examples.wanted, examples.found, strict=True):
         lines.append(f'  "{dataset[wanted]["captions"][0]}"')

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-# Padding included. A GPU wants many: as many as 7 pictures of 384 x 384 have patches. On a CPU what passes between the
+# Padding included. A GPU wants many: as many as 7 images of 384 x 384 have patches. On a CPU what passes between the
 # layers should stay in its cache, and few texts differ little in length (benchmarks/encode.py, row 2).
 TOKENS_AT_A_TIME, TOKENS_AT_A_TIME_ON_CPU = 4096, 256
 

@@ -1,7 +1,7 @@
 """The handler of Inference Endpoints: lies in a model repository as `handler.py` and answers its requests.
 
-Three questions: how well labels fit a picture (zero-shot classification), the embedding of a picture, and embeddings
-of texts. What comes in is a stranger's. A payload is checked before anything is done with it; a picture is bounded in
+Three questions: how well labels fit an image (zero-shot classification), the embedding of an image, and embeddings
+of texts. What comes in is a stranger's. A payload is checked before anything is done with it; an image is bounded in
 bytes and pixels; a URL is fetched only from public addresses: its name is resolved once, all addresses are checked,
 and the connection goes to one of these, again for every redirect. What cannot be answered is answered with
 `{"error": ...}`. This file stands alone: it is loaded by its path, outside any package.
@@ -55,8 +55,8 @@ class Query:
     A checked request.
 
     Args:
-        image: A picture, or where it is: URL or base64. `None` if the question is about texts only.
-        texts: What to embed, or, for a picture, what to compare it with.
+        image: An image, or where it is: URL or base64. `None` if the question is about texts only.
+        texts: What to embed, or, for an image, what to compare it with.
         labels: The name of each text in the answer of a classification; empty if it is none.
         is_batch: Whether a list of texts was given, and so a list of embeddings is expected.
     """
@@ -71,7 +71,7 @@ def parse_payload(data: Any) -> Query:
     """
     Check a request body.
 
-    `inputs` is a picture, a text, a list of texts, or a dict with `image` or `text`. A bare string is a picture if it
+    `inputs` is an image, a text, a list of texts, or a dict with `image` or `text`. A bare string is an image if it
     comes with labels or is a URL, else a text. `candidate_labels` (a list, or a string with commas) and
     `hypothesis_template` stand in `parameters` or in the dict.
 
@@ -141,13 +141,13 @@ def _check_texts(name: str, texts: Any) -> tuple[str, ...]:
 
 def load_image(source: Image.Image | str) -> Image.Image:
     """
-    A picture in RGB, upright.
+    An image in RGB, upright.
 
     Args:
         source: A PIL image, an http, https or data URL, or base64. Never a path: no file of this machine is opened.
 
     Raises [`RequestError`] for any other scheme, an address that is not public, too many bytes or pixels, a source
-    that takes too long, and what is not a picture.
+    that takes too long, and what is not an image.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source)
@@ -163,13 +163,13 @@ def load_image(source: Image.Image | str) -> Image.Image:
 
 
 def _decode_base64(text: str) -> bytes:
-    too_large = RequestError(f"the picture is larger than {MAX_IMAGE_BYTES} bytes")
+    too_large = RequestError(f"the image is larger than {MAX_IMAGE_BYTES} bytes")
     if len(text) > 2 * MAX_IMAGE_BYTES:  # not even decoded: base64 takes four characters for three bytes
         raise too_large
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise RequestError("the picture is neither a URL nor valid base64") from error
+        raise RequestError("the image is neither a URL nor valid base64") from error
     if len(content) > MAX_IMAGE_BYTES:
         raise too_large
     return content
@@ -187,8 +187,8 @@ def _to_rgb(source: Image.Image | bytes) -> Image.Image:
         pass
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         formats = ", ".join(IMAGE_FORMATS)
-        raise RequestError(f"the picture cannot be read: it is damaged, or none of {formats}") from error
-    raise RequestError(f"the picture has more than {MAX_IMAGE_PIXELS} pixels")
+        raise RequestError(f"the image cannot be read: it is damaged, or none of {formats}") from error
+    raise RequestError(f"the image has more than {MAX_IMAGE_PIXELS} pixels")
 
 
 def is_public(address: str) -> bool:
@@ -214,10 +214,10 @@ def fetch(url: str) -> bytes:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: what is no URL
         if time.monotonic() < deadline and not isinstance(error, TimeoutError):
-            raise RequestError("the picture cannot be fetched from its URL") from error
+            raise RequestError("the image cannot be fetched from its URL") from error
         body = None
     if body is None or time.monotonic() >= deadline:  # cut short by the deadline, a body may look complete
-        raise RequestError(f"fetching the picture took longer than {FETCH_SECONDS:g} seconds")
+        raise RequestError(f"fetching the image took longer than {FETCH_SECONDS:g} seconds")
     return body
 
 
@@ -227,7 +227,7 @@ def _follow(url: str, deadline: float) -> bytes:
         if parts.scheme not in DEFAULT_PORTS:
             raise RequestError(f"a URL of scheme {parts.scheme[:20]!r} is refused: only http, https and data are read")
         if not parts.hostname or "@" in parts.netloc:
-            raise RequestError("the URL of the picture has no host, or a user")
+            raise RequestError("the URL of the image has no host, or a user")
         host, port = parts.hostname.encode("idna").decode(), parts.port or DEFAULT_PORTS[parts.scheme]
         with _connected(parts.scheme, host, port, deadline) as connection:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -236,15 +236,15 @@ def _follow(url: str, deadline: float) -> bytes:
                 if response.status not in (301, 302, 303, 307, 308):
                     return _read(response)
                 url = urljoin(url, response.getheader("Location", ""))
-    raise RequestError(f"the URL of the picture redirects more than {MAX_REDIRECTS} times")
+    raise RequestError(f"the URL of the image redirects more than {MAX_REDIRECTS} times")
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     if response.status != 200:
-        raise RequestError(f"the URL of the picture answers with status {response.status}")
+        raise RequestError(f"the URL of the image answers with status {response.status}")
     body = response.read(MAX_IMAGE_BYTES + 1)
     if len(body) > MAX_IMAGE_BYTES:
-        raise RequestError(f"the picture is larger than {MAX_IMAGE_BYTES} bytes")
+        raise RequestError(f"the image is larger than {MAX_IMAGE_BYTES} bytes")
     return body
 
 
@@ -272,7 +272,7 @@ def _connected(scheme: str, host: str, port: int, deadline: float) -> Iterator[h
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not all(is_public(socket_address[0]) for *_, socket_address in addresses):
-        raise RequestError("the host in the URL of the picture has an address that is not public")
+        raise RequestError("the host in the URL of the image has an address that is not public")
     error: OSError | None = None
     for family, kind, protocol, _, socket_address in addresses:
         sock = socket.socket(family, kind, protocol)
@@ -308,8 +308,8 @@ class EndpointHandler:
         """
         Answer a request body (see `parse_payload`).
 
-        Returns a list of `{"label", "score"}`, best first, for a picture with labels; one embedding, a list of floats
-        of unit length, for a picture or a text; a list of embeddings for a list of texts; else `{"error": message}`.
+        Returns a list of `{"label", "score"}`, best first, for an image with labels; one embedding, a list of floats
+        of unit length, for an image or a text; a list of embeddings for a list of texts; else `{"error": message}`.
         """
         try:
             query = parse_payload(data)

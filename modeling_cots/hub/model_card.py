@@ -14,7 +14,7 @@ TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 # The last section of a card to which measurements were added. Unlike its rows, its head begins with a bar alone.
 MEASURED_LATER = "## Measured later\n\nRecall in percent.\n\n"
 TABLE_HEAD = "|on | protocol | zero-shot | direction | R@1 | R@5 | R@10 | median rank |\n" + 8 * "|---" + "|"
-# Of these the card knows what they are: who made the pictures, what the captions say, what that does to a model.
+# Of these the card knows what they are: who made the images, what the captions say, what that does to a model.
 KNOWN_DATA = {"scenes": "scenes", "flickr8k": "flickr8k"}
 
 

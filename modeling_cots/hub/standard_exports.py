@@ -30,7 +30,7 @@ TEXT_CARD = """
 
 The text encoder of a two-stream vision-language model (COTS, Lu et al., CVPR 2022,
 [arXiv 2204.07441](https://arxiv.org/abs/2204.07441)), for [sentence-transformers](https://www.sbert.net). It gives the
-{dim} numbers that the whole model gives for a text, to be compared with those of other texts or of pictures.
+{dim} numbers that the whole model gives for a text, to be compared with those of other texts or of images.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -40,7 +40,7 @@ embeddings = model.encode(["a dog runs in the snow", "a child on a beach"])
 print(model.similarity(embeddings, embeddings))
 ```
 
-It learnt from captions of pictures: texts are near each other if they would describe the same picture. Texts of more
+It learned from captions of images: texts are near each other if they would describe the same image. Texts of more
 than {max_length} tokens are cut.
 """
 
@@ -55,7 +55,7 @@ the embeddings of "{template}" for {num_labels} labels. It ranks them as the who
 from transformers import pipeline
 
 classifier = pipeline("image-classification", model="{model_id}")
-print(classifier("picture.jpg"))
+print(classifier("image.jpg"))
 ```
 
 A score says which of the labels fits best, not whether any does. {sharpness}
@@ -65,7 +65,7 @@ Labels: {labels}
 
 SHARPNESS = {
     False: "Scores are sharper or flatter than those of the whole model.",
-    True: "Scores are near those of the whole model for pictures like those that it was set up with.",
+    True: "Scores are near those of the whole model for images like those that it was set up with.",
 }
 
 
@@ -73,7 +73,7 @@ def export_text_encoder(
     model: PreTrainedModel, processor: ProcessorMixin, folder: str | os.PathLike, *, model_id: str | None = None
 ) -> None:
     """
-    Write the text stream as a stock sentence-transformers model: transformer, mean pooling, dense, normalise.
+    Write the text stream as a stock sentence-transformers model: transformer, mean pooling, dense, normalize.
 
     Its embeddings are those of `encode_text`, in float32. The encoder's own pooler, which COTS does without, is filled
     with zeros where the stock class has one; nothing reads it.
@@ -124,9 +124,9 @@ def export_zero_shot_classifier(
 
     The head is the vision projection, then the product with the label embeddings, over the temperature: one matrix.
     The length of the image embedding, by which COTS divides, a stock class cannot divide by. So the ranking of the
-    labels for a picture is that of COTS, while its logits are those of COTS times that length: the softmax is sharper
+    labels for an image is that of COTS, while its logits are those of COTS times that length: the softmax is sharper
     (or flatter) than it should be. With `images` they are divided by the mean length over these, and scores are near
-    those of COTS for pictures like them.
+    those of COTS for images like them.
 
     Args:
         model: A [`COTSModel`] or [`COTSForPreTraining`].
@@ -192,7 +192,7 @@ def build_classifier(model: PreTrainedModel, labels: list[str], rows: torch.Tens
 def mean_embedding_length(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence) -> float:
     """Mean L2 norm of the projected image features, before COTS makes them unit vectors."""
     if len(images) == 0:
-        raise ValueError("`images` is empty: give some pictures of the kind that will be classified, or none at all.")
+        raise ValueError("`images` is empty: give some images of the kind that will be classified, or none at all.")
     total = 0.0
     for start in range(0, len(images), IMAGE_BATCH):
         pixels = processor(images=list(images[start : start + IMAGE_BATCH]), return_tensors="pt")["pixel_values"]

@@ -1,4 +1,4 @@
-"""The examples of a model card's widget: pictures that lie in the repository, and what the model said of them.
+"""The examples of a model card's widget: images that lie in the repository, and what the model said of them.
 
 No provider runs custom code for a widget, so that what is shown is what was recorded here, with the pipeline that
 anyone can run on the same files.
@@ -25,15 +25,15 @@ def record_widget_examples(
     num_examples: int = NUM_EXAMPLES,
 ) -> list[dict]:
     """
-    Save evenly spaced pictures of a data set as JPEG, and classify each among one caption of every one of them.
+    Save evenly spaced images of a data set as JPEG, and classify each among one caption of every one of them.
 
-    A repository shows its pictures to everyone: pass only what may be published.
+    A repository shows its images to everyone: pass only what may be published.
 
     Args:
         model: A [`COTSModel`].
         processor: Its [`COTSProcessor`].
         dataset: Items as `open_pairs` and `ScenesDataset` give them.
-        folder: Of the repository; the pictures go into its sub-folder `widget`.
+        folder: Of the repository; the images go into its sub-folder `widget`.
         num_examples: How many, at most.
 
     Returns the `widget` entries of the card: `src`, `example_title`, `candidate_labels` and `output`, the labels with
@@ -51,14 +51,14 @@ def record_widget_examples(
     examples = []
     for number, item in enumerate(items, start=1):
         source = f"{FOLDER}/example-{number}.jpg"
-        picture = read_image(item["image"])
-        picture.thumbnail((SIDE, SIDE))
-        picture.save(Path(folder) / source, quality=90)
+        image = read_image(item["image"])
+        image.thumbnail((SIDE, SIDE))
+        image.save(Path(folder) / source, quality=90)
         output = classify(str(Path(folder) / source), candidate_labels=labels)
         examples.append(
             {
                 "src": source,
-                "example_title": f"Picture {number}",
+                "example_title": f"Image {number}",
                 "candidate_labels": ", ".join(labels),
                 "output": [{"label": found["label"], "score": round(found["score"], 4)} for found in output],
             }
@@ -67,8 +67,8 @@ def record_widget_examples(
     return examples
 
 
-def publishable_pictures(dataset):
-    """Pictures that nobody has rights in: those of `scenes`, drawn larger; `None` for all other data."""
+def publishable_images(dataset):
+    """Images that nobody has rights in: those of `scenes`, drawn larger; `None` for all other data."""
     if not isinstance(dataset, ScenesDataset):
         return None
     return ScenesDataset(dataset.split, dataset.num_scenes, SIDE, dataset.seed)

@@ -11,8 +11,8 @@ def filter_threshold(queue_scores: torch.Tensor, num_std: float) -> torch.Tensor
     """mean - `num_std` * (population) standard deviation of the (N_Q,) scores of a full queue; () float32."""
     scores = queue_scores.float()
     # Relative to one of them: equal scores (a collapsed model) must give exactly that score, not a rounding above it.
-    centred = scores - scores[0]
-    return scores[0] + (centred.mean() - num_std * centred.std(correction=0))
+    centered = scores - scores[0]
+    return scores[0] + (centered.mean() - num_std * centered.std(correction=0))
 
 
 def adaptive_momentum_filter(

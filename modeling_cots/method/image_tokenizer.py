@@ -1,4 +1,4 @@
-"""`ImageTokenizer`: pictures to visual tokens on the patch grid, the targets of masked vision modelling (CMVM).
+"""`ImageTokenizer`: images to visual tokens on the patch grid, the targets of masked vision modelling (CMVM).
 
 COTS (CVPR 2022, supplement): the raw image is average-pooled 384 -> 192, and the encoder of DALL-E's discrete VAE,
 which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 pixels a patch. The
@@ -19,7 +19,7 @@ LAPLACE_EPSILON = 0.1  # the dVAE expects pixels in [0, 1] mapped by x -> (1 - 2
 
 class ImageTokenizer(nn.Module):
     """
-    Visual tokens of raw or normalised pixels.
+    Visual tokens of raw or normalized pixels.
 
     Args:
         codebook (`FlavaImageCodebook`): The encoder of the discrete VAE; it is frozen.
@@ -44,10 +44,10 @@ class ImageTokenizer(nn.Module):
         cls, vocab_size: int, image_mean: list[float], image_std: list[float], *, seed: int = 0, hidden_size: int = 8
     ) -> "ImageTokenizer":
         """
-        A small codebook with random weights, used as a random-projection quantiser (BEST-RQ, Chiu et al., 2022).
+        A small codebook with random weights, used as a random-projection quantizer (BEST-RQ, Chiu et al., 2022).
 
         Its tokens mean nothing in particular, but equal patches have equal tokens, so predicting them from the rest
-        of the picture is a task. For tests and for places that no model hub reaches.
+        of the image is a task. For tests and for places that no model hub reaches.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the accelerator for good
@@ -61,7 +61,7 @@ class ImageTokenizer(nn.Module):
         return self.codebook.config.vocab_size
 
     def fingerprint(self) -> str:
-        """A digest of all that decides about the tokens of a raw picture of given size and patches."""
+        """A digest of all that decides about the tokens of a raw image of given size and patches."""
         return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
 
     def train(self, mode: bool = True) -> "ImageTokenizer":
@@ -73,7 +73,7 @@ class ImageTokenizer(nn.Module):
         Tokens (B, H / patch height * W / patch width) int64, row by row.
 
         Args:
-            pixel_values: (B, 3, H, W), raw (uint8) or normalised (floats).
+            pixel_values: (B, 3, H, W), raw (uint8) or normalized (floats).
             patch_size: Height and width of a patch.
         """
         grid = [side // patch_side for side, patch_side in zip(pixel_values.shape[-2:], patch_size, strict=True)]
@@ -90,18 +90,18 @@ class ImageTokenizer(nn.Module):
 def _spread_codes(codebook: FlavaImageCodebook) -> None:
     """Make the random codebook use its whole vocabulary.
 
-    With the library's initialisation (standard deviation 0.02 through 25 convolutions) the features all but vanish
+    With the library's initialization (standard deviation 0.02 through 25 convolutions) the features all but vanish
     and a handful of ids, those with the largest bias, win everywhere: 8 of 512 on photographs. So the convolutions
     keep the scale of their input (He et al., 2015), and the codes are random directions in features that are
-    whitened over smooth random pictures, folded into the weights of the last convolution.
+    whitened over smooth random images, folded into the weights of the last convolution.
     """
     for module in codebook.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
     side = 6 * PIXELS_PER_TOKEN
-    pictures = F.interpolate(torch.rand(64, codebook.input_channels, 12, 12), size=side, mode="bilinear")
-    features = F.relu(codebook.blocks[:-1](pictures))
+    images = F.interpolate(torch.rand(64, codebook.input_channels, 12, 12), size=side, mode="bilinear")
+    features = F.relu(codebook.blocks[:-1](images))
     features = features.transpose(0, 1).flatten(1)
     variances, axes = torch.linalg.eigh(torch.cov(features))
     variances = variances.clamp(min=1e-3 * variances.max())  # directions that hardly vary are noise

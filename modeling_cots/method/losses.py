@@ -101,7 +101,7 @@ def masked_token_loss(
 
     Args:
         logits: (M, V), one row for every masked token.
-        targets: (M,) int64, its visual token or word piece.
+        targets: (M,) int64, its visual token or token.
         keep: (M,) bool, tokens of pairs that the filter kept.
         num_tokens: See the module.
     """

@@ -18,7 +18,7 @@ class MomentumEncoder(nn.Module):
     A copy of `model` whose weights follow it slowly: theta_m <- m * theta_m + (1 - m) * theta.
 
     The copy never gets a gradient and always runs in evaluation mode, so that an embedding that waits in the queue
-    does not carry the noise of one drop-out mask. It is kept in float32: a step of 1 - m = 0.01 vanishes in bfloat16.
+    does not carry the noise of one dropout mask. It is kept in float32: a step of 1 - m = 0.01 vanishes in bfloat16.
 
     Args:
         model (`nn.Module`): The online model; it is copied, not kept.

@@ -3,7 +3,7 @@
 Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
 contents, so the counts are those of the real modules, whatever the encoders are. Counted: the clean and the masked
 pass of both streams forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
-positions, and the contrast against the queues. Not counted: decoding pictures, the optimiser's arithmetic (a share of
+positions, and the contrast against the queues. Not counted: decoding images, the optimizer's arithmetic (a share of
 about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
 2 FLOP. Of videos a pair is all frames of one video and a caption.
 """
@@ -53,12 +53,12 @@ CPU_ATTENTION = {
 @dataclass
 class TrainingCost:
     """
-    The cost of one optimiser step, by the pair.
+    The cost of one optimizer step, by the pair.
 
     Args:
         num_parameters (`dict[str, int]`): By part: streams, projections, heads.
         flop_per_pair (`dict[str, float]`): Forward and backward, by part; see `total_flop`.
-        fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimiser, momentum copy, queues.
+        fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimizer, momentum copy, queues.
         bytes_per_pair (`int`): Device memory of what the backward pass needs of one pair.
     """
 
@@ -95,13 +95,13 @@ def estimate_training_cost(
     Args:
         config ([`COTSConfig`]): The architecture.
         args ([`COTSTrainingArguments`]): Says which losses are on, the mask ratios, the queue and the precision.
-        text_length (`int`, defaults to 32): Word pieces of a caption, padding included.
-        num_frames (`int`, *optional*): Frames of a video; without it pairs are of pictures.
+        text_length (`int`, defaults to 32): Tokens of a caption, padding included.
+        num_frames (`int`, *optional*): Frames of a video; without it pairs are of images.
         image_tokenizer_hidden_size (`int`, *optional*, defaults to 256): Width of the dVAE; 256 is DALL-E's. `None`:
             the data bring their image tokens along.
 
     Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
-    and for videos with the masked losses, which are of pictures.
+    and for videos with the masked losses, which are of images.
     """
     if text_length < 3:
         raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
@@ -112,7 +112,7 @@ def estimate_training_cost(
             raise ValueError("Videos train without masked losses: set cmvm_weight and cmlm_weight to 0.")
     with FakeTensorMode(), no_init_weights():
         model = COTSForPreTraining(config).train()
-        model.tie_weights()  # which transformers does after initialising, and that was left out
+        model.tie_weights()  # which transformers does after initializing, and that was left out
         step = _FakeStep(model, args, text_length, num_frames)
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
@@ -200,7 +200,7 @@ class _FakeStep:
         return sum(losses) + task_kl_loss(*rows, torch.ones(batch_size, dtype=torch.bool), float(batch_size))
 
     def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the masked `tokens` (B, M, H), each helped by the other stream's `feature` (B, H')."""
+        """Cross-entropy of the masked `tokens` (B, M, H), each conditioned on the other stream's `feature` (B, H')."""
         logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1)).float()
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
@@ -252,8 +252,8 @@ class _FakeStep:
         """
         if not self.args.gradient_checkpointing:
             return self._per_pair(self.losses)
-        pictures = 1 if self.num_frames is None else self.num_frames
-        layer = pictures * self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
+        images = 1 if self.num_frames is None else self.num_frames
+        layer = images * self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
         self.model.gradient_checkpointing_enable()
         return layer + self._per_pair(self.losses)
 

@@ -133,7 +133,7 @@ def build_model(
     vocab_size = built.config.text_config.vocab_size
     if num_word_pieces > vocab_size:
         raise ValueError(
-            f"The tokenizer has {num_word_pieces} word pieces and the text encoder only {vocab_size} embeddings: "
+            f"The tokenizer has {num_word_pieces} tokens and the text encoder only {vocab_size} embeddings: "
             "give the tokenizer that the encoder was trained with."
         )
     if built.config.image_vocab_size != num_image_tokens:
@@ -177,15 +177,15 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces
 
 
 def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, vision_model: str | None) -> COTSProcessor:
-    """The processor of a model: pictures at the size of its vision encoder, any mode, normalised as that expects."""
+    """The processor of a model: images at the size of its vision encoder, any mode, normalized as that expects."""
     height, width = config.image_size
     size = {"height": height, "width": width}
-    normalisation = {}
+    normalization = {}
     if vision_model is not None and not _is_timm(vision_model):
         given = AutoImageProcessor.from_pretrained(vision_model)
-        normalisation = {"image_mean": given.image_mean, "image_std": given.image_std}
+        normalization = {"image_mean": given.image_mean, "image_std": given.image_std}
     image_processor = ViTImageProcessor(
-        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalisation
+        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalization
     )
     video_processor = COTSVideoProcessor(
         size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
@@ -206,7 +206,7 @@ def load_image_tokenizer(
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
         return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
     logger.warning(
-        f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantiser: its tokens "
+        f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
     )
     return ImageTokenizer.random(vocab_size, image_mean, image_std)

@@ -85,11 +85,11 @@ class ModelArguments:
     image_tokenizer: str = field(
         default="facebook/flava-image-codebook",
         metadata={
-            "help": "Hub id or folder of the dVAE, or `random` for a small randomly initialised codebook, or `none` "
+            "help": "Hub id or folder of the dVAE, or `random` for a small randomly initialized codebook, or `none` "
             "to load none and trust the image tokens that the data set brings along."
         },
     )
-    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many word pieces."})
+    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
 
 
 @dataclass
@@ -191,7 +191,7 @@ def build_parts(
     )
     if options.model is None:
         processor = build_processor(config, tokenizer, options.vision_model)
-    else:  # pictures must be normalised as the checkpoint has learnt them
+    else:  # images must be normalized as the checkpoint has learned them
         processor = COTSProcessor.from_pretrained(options.model)
         processor.tokenizer = tokenizer
     image_tokenizer = None

@@ -43,7 +43,7 @@ def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> Vi
             size that the checkpoint was trained at.
 
     Returns the model in eval mode; its `last_hidden_state` (B, 1 + patches, hidden size) equals timm's
-    `forward_features`. The pixels are to be normalised as the checkpoint's timm configuration says.
+    `forward_features`. The pixels are to be normalized as the checkpoint's timm configuration says.
 
     Raises `ValueError` for a folder without those files, a name that timm does not know, and a timm model that is not
     a plain ViT with a [CLS] token: of a checkpoint's weights, only the classifier is left behind.

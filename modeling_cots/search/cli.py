@@ -1,4 +1,4 @@
-"""The command `cots-search`: index pictures, query them, add, delete.
+"""The command `cots-search`: index images, query them, add, delete.
 
     cots-search index PHOTOS/ --model runs/quickstart --index IDX
     cots-search query IDX "a dog in the snow" --top 12 --html out.html
@@ -18,7 +18,7 @@ import sys
 from ..data.opening import open_dataset
 from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
-from .embedding import THUMBNAIL_SIDE, PictureFolder, as_picture_folder
+from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder
 from .index import SearchIndex, delete_entries, process_state
 from .page import results_page
 from .stores import open_store, store_exists
@@ -30,35 +30,33 @@ def build_parser() -> argparse.ArgumentParser:
         prog="cots-search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    index = commands.add_parser("index", help="embed pictures; run again to go on, or to take up new ones")
-    index.add_argument(
-        "data", help="a folder of pictures, or any data set (see docs/training.md): Hub id, file, shards"
-    )
+    index = commands.add_parser("index", help="embed images; run again to go on, or to take up new ones")
+    index.add_argument("data", help="a folder of images, or any data set (see docs/training.md): Hub id, file, shards")
     index.add_argument("--model", required=True, help="a COTS checkpoint: folder or Hub id")
     index.add_argument("--index", required=True, help="the index to make or to go on with")
     index.add_argument(
         "--engine", help="exact (default), hnsw, ivfpq, int8, binary; of a new index, see docs/search.md"
     )
-    add = commands.add_parser("add", help="embed more pictures, with the index's own model")
+    add = commands.add_parser("add", help="embed more images, with the index's own model")
     add.add_argument("index", help="the index")
     add.add_argument("data", help="as for `index`")
     for command in (index, add):
         command.add_argument("--split", default="train", help="split of a data set (train)")
         command.add_argument("--image_column", help="column of the images; found if not given")
         command.add_argument("--caption_column", help="column of the captions; found if not given")
-        command.add_argument("--batch_size", type=int, default=32, help="pictures a forward pass (32)")
-        command.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (0)")
+        command.add_argument("--batch_size", type=int, default=32, help="images a forward pass (32)")
+        command.add_argument("--num_workers", type=int, default=0, help="processes that decode images (0)")
         command.add_argument(
             "--thumbnails", type=int, default=THUMBNAIL_SIDE, help=f"pixels a side, 0 for none ({THUMBNAIL_SIDE})"
         )
-    query = commands.add_parser("query", help="find pictures")
+    query = commands.add_parser("query", help="find images")
     query.add_argument("index", help="the index")
     query.add_argument("text", nargs="?", help="what to look for")
-    query.add_argument("--image", help="a picture to look for the like of, alone or with the text")
-    query.add_argument("--image_weight", type=float, default=0.5, help="of the picture beside the text, 0 to 1 (0.5)")
+    query.add_argument("--image", help="an image to look for the like of, alone or with the text")
+    query.add_argument("--image_weight", type=float, default=0.5, help="of the image beside the text, 0 to 1 (0.5)")
     query.add_argument("--top", type=int, default=12, help="how many (12)")
     query.add_argument("--html", help="write a page of thumbnails to this file")
-    delete = commands.add_parser("delete", help="take pictures out")
+    delete = commands.add_parser("delete", help="take images out")
     delete.add_argument("index", help="the index")
     delete.add_argument("names", nargs="*", help="their paths, or their names as `query` prints them")
     for command in (query, delete):
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_index(args: argparse.Namespace) -> None:
     """Make the index, or go on with it."""
-    dataset, source = open_pictures(args)
+    dataset, source = open_images(args)
     model, processor = load_model(args.model)
     state = process_state()
     if state.is_main_process and not store_exists(args.index):
@@ -98,13 +96,13 @@ def run_index(args: argparse.Namespace) -> None:
             f"{args.index!r} has the engine {index.store.info['engine']!r}: change it with `cots-search rebuild "
             f"{args.index} --engine {args.engine}`."
         )
-    add_pictures(index, dataset, source, args)
+    add_images(index, dataset, source, args)
 
 
 def run_add(args: argparse.Namespace) -> None:
-    """Embed more pictures into an index that is there."""
-    dataset, source = open_pictures(args)
-    add_pictures(open_index(args), dataset, source, args)
+    """Embed more images into an index that is there."""
+    dataset, source = open_images(args)
+    add_images(open_index(args), dataset, source, args)
 
 
 def run_query(args: argparse.Namespace) -> None:
@@ -118,20 +116,18 @@ def run_query(args: argparse.Namespace) -> None:
         print("Nothing fits.")
     if args.html:
         asked = " and ".join(([f"“{args.text}”"] if args.text else []) + ([f"{args.image}"] if args.image else []))
-        note = f"{len(hits)} of {len(index):,} pictures" + (
-            f", where {' and '.join(args.where)}" if args.where else ""
-        )
+        note = f"{len(hits)} of {len(index):,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
         with open(args.html, "w", encoding="utf-8") as file:
-            file.write(results_page(f"Pictures for {asked}", hits, note))
+            file.write(results_page(f"Images for {asked}", hits, note))
         print(f"The page is in {args.html}.")
     index.close()
 
 
 def run_delete(args: argparse.Namespace) -> None:
-    """Take pictures out; the model is not needed for it."""
+    """Take images out; the model is not needed for it."""
     store = open_store(args.index)
     names = [os.path.realpath(name) if os.path.exists(name) else name for name in args.names]
-    print(f"Deleted {delete_entries(store, names, args.where):,} pictures; {len(store):,} are left.")
+    print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
     store.close()
 
 
@@ -139,14 +135,14 @@ def run_rebuild(args: argparse.Namespace) -> None:
     """Change the engine; the model is not needed for it."""
     store = open_store(args.index)
     store.rebuild(args.engine or store.info["engine"])
-    print(f"{args.index} has the engine {store.info['engine']!r} and {len(store):,} pictures.")
+    print(f"{args.index} has the engine {store.info['engine']!r} and {len(store):,} images.")
     store.close()
 
 
-def open_pictures(args: argparse.Namespace):
+def open_images(args: argparse.Namespace):
     """The data set that `data` names, and what its entries say they are from."""
-    if as_picture_folder(args.data) is not None:
-        dataset = PictureFolder(args.data)
+    if as_image_folder(args.data) is not None:
+        dataset = ImageFolder(args.data)
         return dataset, dataset.name
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset = open_dataset(args.data, args.split, **columns, keep_uncaptioned=True)
@@ -154,7 +150,7 @@ def open_pictures(args: argparse.Namespace):
     return dataset, f"{place}[{args.split}]"
 
 
-def add_pictures(index: SearchIndex, dataset, source: str, args: argparse.Namespace) -> None:
+def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespace) -> None:
     """Embed what is new, and say how much that was."""
     num_added = index.add(
         dataset,
@@ -164,7 +160,7 @@ def add_pictures(index: SearchIndex, dataset, source: str, args: argparse.Namesp
         thumbnail_side=args.thumbnails,
     )
     if process_state().is_main_process:
-        print(f"Added {num_added:,} pictures; {args.index} has {len(index):,}.")
+        print(f"Added {num_added:,} images; {args.index} has {len(index):,}.")
     index.close()
     process_state().destroy_process_group()  # or gloo's threads may abort one of several processes on its way out
 

@@ -1,6 +1,6 @@
-"""Pictures to entries of a search index: what is there to embed, the model's identity, embeddings in parts.
+"""Images to entries of a search index: what is there to embed, the model's identity, embeddings in parts.
 
-A source is a data set of pairs or a folder of pictures; each of its pictures has a name that stays the same from run
+A source is a data set of pairs or a folder of images; each of its images has a name that stays the same from run
 to run, and the hash of it is the entry's id. That is what makes a second run go on where the first was killed.
 """
 
@@ -28,12 +28,12 @@ THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
 MAX_REPORTED = 10
 
 
-class PictureFolder(Dataset):
+class ImageFolder(Dataset):
     """
-    The pictures in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
+    The images in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
 
     Hidden files and folders, and links that lead elsewhere, are left out. Raises `ValueError` for a folder that is not
-    there or has no picture.
+    there or has no image.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -45,11 +45,11 @@ class PictureFolder(Dataset):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = os.path.join(place, name)
-                is_picture = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-                if is_picture and os.path.realpath(path) == path:
+                is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+                if is_image and os.path.realpath(path) == path:
                     self.paths.append(path)
         if not self.paths:
-            raise ValueError(f"The folder {str(folder)!r} has no picture ({', '.join(IMAGE_SUFFIXES)}).")
+            raise ValueError(f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}).")
         self.name = root
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class PictureFolder(Dataset):
 def entry_names(dataset, source: str) -> list[str]:
     """A name for each item that no other item has and that is the same in every run.
 
-    The path of a file, or "source: name" of a picture inside something; a second one of a name gets a number.
+    The path of a file, or "source: name" of an image inside something; a second one of a name gets a number.
     """
     names = dataset.names() if hasattr(dataset, "names") else [f"row {index}" for index in range(len(dataset))]
     seen: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def row_ids_of(names: list[str]) -> np.ndarray:
 
 def model_identity(model, processor) -> str:
     """
-    A digest of the weights and of all that turns pictures and texts into their inputs.
+    A digest of the weights and of all that turns images and texts into their inputs.
 
     Weights count as rounded to bfloat16, so that a model is itself in float32 and in bfloat16.
     """
@@ -126,20 +126,20 @@ class _Collator:
             "metadata": [],
             "skipped": [],
         }
-        pictures = []
+        images = []
         for item in items:
             try:
-                picture = read_image(item["image"])
+                image = read_image(item["image"])
             except UnreadableImageError as error:
                 batch["skipped"].append((item["name"], str(error)))
                 continue
-            pictures.append(picture)
+            images.append(image)
             batch["positions"].append(item["pair_id"])
             batch["captions"].append(item["captions"])
-            batch["thumbnails"].append(make_thumbnail(picture, self.thumbnail_side))
+            batch["thumbnails"].append(make_thumbnail(image, self.thumbnail_side))
             batch["metadata"].append(item.get("metadata") or {})
-        if pictures:
-            batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        if images:
+            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return batch
 
 
@@ -164,11 +164,11 @@ def _plain(value):
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def make_thumbnail(picture, side: int) -> dict | None:
-    """A JPEG of an RGB picture, at most `side` pixels wide and high; `None` for a side of 0."""
+def make_thumbnail(image, side: int) -> dict | None:
+    """A JPEG of an RGB image, at most `side` pixels wide and high; `None` for a side of 0."""
     if side == 0:
         return None
-    small, file = picture.copy(), io.BytesIO()
+    small, file = image.copy(), io.BytesIO()
     small.thumbnail((side, side))
     small.save(file, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
     return {"bytes": file.getvalue(), "path": None}
@@ -180,8 +180,8 @@ class Embedder:
 
     Args:
         model, processor: The model, on its device, and its processor.
-        batch_size: Pictures a forward pass.
-        num_workers: Processes that decode pictures beside this one.
+        batch_size: Images a forward pass.
+        num_workers: Processes that decode images beside this one.
         thumbnail_side: Pixels of the stored thumbnails, 0 for none.
     """
 
@@ -192,7 +192,7 @@ class Embedder:
 
     @torch.no_grad()
     def tables(self, dataset, positions: np.ndarray, names: list[str], source: str, progress) -> Iterator[pa.Table]:
-        """A table for each batch of the items at `positions`; unreadable pictures go to `skipped` instead."""
+        """A table for each batch of the items at `positions`; unreadable images go to `skipped` instead."""
         loader = DataLoader(
             _WithMetadata(dataset, positions),
             batch_size=self.batch_size,
@@ -213,7 +213,7 @@ class Embedder:
         if self.skipped:
             shown = ", ".join(f"{name} ({error})" for name, error in self.skipped[:MAX_REPORTED])
             more = f" and {len(self.skipped) - MAX_REPORTED} more" if len(self.skipped) > MAX_REPORTED else ""
-            logger.warning(f"Left out {len(self.skipped)} pictures that cannot be read: {shown}{more}.")
+            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}{more}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
@@ -236,8 +236,8 @@ def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa
     return pa.table(columns)
 
 
-def as_picture_folder(dataset: str) -> Path | None:
-    """The path if `dataset` names a folder of plain pictures: one that no data set's files lie in."""
+def as_image_folder(dataset: str) -> Path | None:
+    """The path if `dataset` names a folder of plain images: one that no data set's files lie in."""
     path = Path(dataset).expanduser()
     if not path.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""`SearchIndex`: embed pictures once, then find them by text, by picture or by both.
+"""`SearchIndex`: embed images once, then find them by text, by image or by both.
 
 An index is a folder (FAISS) or a collection of Milvus, by its name; `vector_stores.py` has that choice. It knows the
 model that it was made with and refuses any other, whose embeddings would be compared without meaning anything.
@@ -25,7 +25,7 @@ ITEMS_PER_PART = 1_024  # what a killed run loses at most, in each process
 
 class SearchIndex:
     """
-    An index of pictures, with the model that embeds queries.
+    An index of images, with the model that embeds queries.
 
     Args:
         index: A folder, a Milvus Lite file (`photos.db`) or a Milvus server (`http://host:19530#photos`).
@@ -83,15 +83,15 @@ class SearchIndex:
         progress: bool = True,
     ) -> int:
         """
-        Embed the pictures of a data set that are not in the index yet; a run that was killed goes on here.
+        Embed the images of a data set that are not in the index yet; a run that was killed goes on here.
 
-        Under `torchrun` or `accelerate launch` the processes share the pictures, each with its own copy of the model.
+        Under `torchrun` or `accelerate launch` the processes share the images, each with its own copy of the model.
 
         Args:
-            dataset: Items as `open_dataset` or `PictureFolder` give them.
+            dataset: Items as `open_dataset` or `ImageFolder` give them.
             source: What entries say they are from; by default the data set's `name`.
-            batch_size: Pictures a forward pass.
-            num_workers: Processes that decode pictures, for each process that embeds.
+            batch_size: Images a forward pass.
+            num_workers: Processes that decode images, for each process that embeds.
             thumbnail_side: Pixels of the thumbnails that are stored, 0 for none.
             progress: Whether to show a bar.
 
@@ -118,10 +118,10 @@ class SearchIndex:
         )
         total = sum(len(part) for part in mine)
         with tqdm(
-            total=total, desc="Embedding", unit="picture", disable=not (progress and state.is_main_process)
+            total=total, desc="Embedding", unit="image", disable=not (progress and state.is_main_process)
         ) as bar:
             if len(todo) < len(names) and state.is_main_process:
-                bar.write(f"{len(names) - len(todo):,} of {len(names):,} pictures are in the index already.")
+                bar.write(f"{len(names) - len(todo):,} of {len(names):,} images are in the index already.")
             for part in mine:
                 self._add_part(embedder.tables(dataset, part, names, source, bar))
         embedder.report_skipped()
@@ -146,7 +146,7 @@ class SearchIndex:
             text: What to look for.
             image: A path, bytes or PIL image to look for the like of.
             image_weight: Of the image where both are given: the query is (1 - w) text + w image, at unit length, so
-                that pictures are ranked by that mean of their similarities with the two.
+                that images are ranked by that mean of their similarities with the two.
 
         Raises `ValueError` without either, for an unreadable image, and for a weight outside 0 to 1.
         """

@@ -137,7 +137,7 @@ class MilvusStore:
             collection,
             schema=schema,
             index_params=_index_params(client, engine, info["dim"]),
-            # Whoever added a picture finds it at once.
+            # Whoever added an image finds it at once.
             consistency_level="Strong",
         )
         client.alter_collection_properties(collection, {INFO_PROPERTY: text})
@@ -280,7 +280,7 @@ def _entity(row: dict, metadata: list[str]) -> dict:
     thumbnail = row["thumbnail"]
     encoded = base64.b64encode(thumbnail["bytes"]).decode() if thumbnail and thumbnail["bytes"] else ""
     if len(row["name"].encode()) > MAX_NAME:
-        raise ValueError(f"The name of a picture takes more than {MAX_NAME} bytes: {row['name'][:80]!r}...")
+        raise ValueError(f"The name of an image takes more than {MAX_NAME} bytes: {row['name'][:80]!r}...")
     return {
         "row_id": row["row_id"],
         "embedding": row["embedding"],

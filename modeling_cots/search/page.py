@@ -31,7 +31,7 @@ def results_page(title: str, hits: list[dict], note: str = "") -> str:
         note: A sentence below the title.
     """
     items = "\n".join(_item(place, hit) for place, hit in enumerate(hits, start=1))
-    found = f'<ol aria-label="Pictures, best first">\n{items}\n</ol>' if hits else "<p>Nothing fits.</p>"
+    found = f'<ol aria-label="Images, best first">\n{items}\n</ol>' if hits else "<p>Nothing fits.</p>"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -45,14 +45,14 @@ def results_page(title: str, hits: list[dict], note: str = "") -> str:
 def _item(place: int, hit: dict) -> str:
     name = os.path.basename(hit["name"]) or hit["name"]
     caption = hit["captions"][0] if hit["captions"] else ""
-    picture = _picture(hit, caption or name)
+    image = _image(hit, caption or name)
     if os.path.isabs(hit["name"]) and os.path.exists(hit["name"]):
-        picture = f'<a href="{_text(Path(hit["name"]).as_uri())}">{picture}</a>'
+        image = f'<a href="{_text(Path(hit["name"]).as_uri())}">{image}</a>'
     lines = [f'<span class="score">{place}. {hit["score"]:.3f}</span> {_text(name)}', _text(caption)]
-    return f"<li><figure>{picture}<figcaption>{'<br>'.join(line for line in lines if line)}</figcaption></figure></li>"
+    return f"<li><figure>{image}<figcaption>{'<br>'.join(line for line in lines if line)}</figcaption></figure></li>"
 
 
-def _picture(hit: dict, description: str) -> str:
+def _image(hit: dict, description: str) -> str:
     thumbnail = hit.get("thumbnail")
     if not thumbnail or not thumbnail["bytes"]:
         return f'<div class="frame"><span>{_text(description)}</span></div>'

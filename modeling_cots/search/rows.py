@@ -1,4 +1,4 @@
-"""What a local search index knows of its pictures: an append-only `datasets` folder, one entry a row.
+"""What a local search index knows of its images: an append-only `datasets` folder, one entry a row.
 
 `datasets.load_from_disk(folder)` opens it. A part (data-*.arrow) comes into being by renaming a finished file, so that
 a killed run leaves whole parts or none, and several processes can write at once; the next writer lists new parts in

@@ -56,7 +56,7 @@ class COTSTrainingArguments(TrainingArguments):
     cmvm_weight: float = field(default=1.0, metadata={"help": "Weight of masked vision modelling."})
     cmlm_weight: float = field(default=1.0, metadata={"help": "Weight of masked language modelling."})
     image_mask_ratio: float = field(default=0.4, metadata={"help": "Share of patches masked, block-wise."})
-    text_mask_ratio: float = field(default=0.15, metadata={"help": "Share of word pieces masked."})
+    text_mask_ratio: float = field(default=0.15, metadata={"help": "Share of tokens masked."})
 
     adaptive_filter: bool = field(
         default=True,
@@ -77,17 +77,17 @@ class COTSTrainingArguments(TrainingArguments):
     max_skipped_fraction: float = field(
         default=0.2,
         metadata={
-            "help": "Stop when more than this share of the last 1,000 or more pictures cannot be read: rotten data, "
+            "help": "Stop when more than this share of the last 1,000 or more images cannot be read: rotten data, "
             "or storage that is gone. 1 never stops."
         },
     )
 
     min_crop_scale: float = field(
-        default=0.5, metadata={"help": "Smallest share of the picture that a random resized crop keeps; 1 = no crop."}
+        default=0.5, metadata={"help": "Smallest share of the image that a random resized crop keeps; 1 = no crop."}
     )
     horizontal_flip: float = field(
         default=0.0,
-        metadata={"help": "Probability of mirroring a picture. It makes captions with 'left' and 'right' untrue."},
+        metadata={"help": "Probability of flipping an image. It makes captions with 'left' and 'right' untrue."},
     )
     auto_augment: str | None = field(
         default=None, metadata={"help": "A policy of timm, such as 'rand-m5-n2-mstd0.5', on top of crop and flip."}

@@ -15,7 +15,7 @@ from ..data.items import decode_name
 
 COLUMNS = pa.schema(
     [
-        ("step", pa.int64()),  # the optimiser step, counted from 1, whose losses the pair did not enter
+        ("step", pa.int64()),  # the optimizer step, counted from 1, whose losses the pair did not enter
         ("pair_id", pa.int64()),
         ("name", pa.string()),
         ("score", pa.float32()),

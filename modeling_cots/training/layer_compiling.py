@@ -19,7 +19,7 @@ def compile_layers(model: nn.Module, **compile_options) -> None:
     Compile the layers of all encoders of `model` in place, when they first run.
 
     Names of weights, saving, activation checkpointing and copies stay as they are; a copy is not compiled. Worth the
-    minutes that it takes on a GPU, in training and where many pictures are embedded.
+    minutes that it takes on a GPU, in training and where many images are embedded.
 
     Args:
         model (`nn.Module`): A COTS model, or anything made of transformers' encoders, on its device.

@@ -117,7 +117,7 @@ class CollapseWatch:
         return self.has_warned
 
     def check(self, logs: dict[str, float], step: int, num_candidates: int) -> None:
-        """Look at one line of logs at optimiser step `step`, of rows with `num_candidates` negatives."""
+        """Look at one line of logs at optimizer step `step`, of rows with `num_candidates` negatives."""
         if logs and self._look(logs, step, num_candidates):
             logger.warning(
                 f"Step {step}: the model seems to have collapsed. loss_kl is {logs['loss_kl']:.1e}, and the two "

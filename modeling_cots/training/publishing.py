@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub.model_card import build_model_card
-from ..hub.widget_examples import publishable_pictures, record_widget_examples
+from ..hub.widget_examples import publishable_images, record_widget_examples
 from ..hub_export import export_repository, mark_generated, streams_of
 from ..hub_push import full_repo_id, push_folder
 from .record import build_record, save_record
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 def build_card(trainer, model, folder: str) -> ModelCard:
     """The card of what `trainer` has made of `model`, with what was measured last, for a repository in `folder`.
 
-    There it also writes the record that the card is made of, and the pictures that it shows.
+    There it also writes the record that the card is made of, and the images that it shows.
     """
     args = trainer.args
     logs = [entry for entry in trainer.state.log_history if "eval_recall_sum" in entry]
@@ -41,9 +41,9 @@ def build_card(trainer, model, folder: str) -> ModelCard:
         # With images missing it is another test set.
         protocol=None if metrics is None or "skipped_images" in metrics else trainer.eval_protocol,
     )
-    pictures = publishable_pictures(trainer.eval_dataset)
-    if pictures is not None:
-        record["widget"] = record_widget_examples(model, trainer.processing_class, pictures, folder)
+    images = publishable_images(trainer.eval_dataset)
+    if images is not None:
+        record["widget"] = record_widget_examples(model, trainer.processing_class, images, folder)
     save_record(record, folder)
     model_name = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
     return build_model_card(model.config, record, model_name=model_name)

@@ -56,7 +56,7 @@ def build_record(
     Args:
         model: The trained [`COTSModel`].
         args: What it was trained with.
-        num_steps: Optimiser steps taken.
+        num_steps: Optimizer steps taken.
         train_dataset, eval_dataset: Data sets; their `name`, if they have one, is recorded.
         metrics: What `retrieval_metrics` measured on the evaluation set after training, or None.
         protocol: By which it was measured, one of `PROTOCOLS`, or None.

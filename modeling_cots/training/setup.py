@@ -46,7 +46,7 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
         )
     num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
     if num_words > vocab_size:
-        raise ValueError(f"The tokenizer has {num_words} word pieces and the text encoder only {vocab_size}.")
+        raise ValueError(f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size}.")
 
 
 def settle_image_tokens(
@@ -56,7 +56,7 @@ def settle_image_tokens(
     Where the targets of masked vision modelling come from: what cached tokens are of, or else the tokenizer.
 
     A collator of one's own need not know of cached tokens: then they are computed. Raises `ValueError` without either,
-    for cached tokens of other views of the pictures than training shows, and for those of another image tokenizer.
+    for cached tokens of other views of the images than training shows, and for those of another image tokenizer.
     """
     if args.cmvm_weight == 0:
         return None, image_tokenizer
@@ -84,14 +84,14 @@ def _check_views(item: dict, args: COTSTrainingArguments) -> None:
         value = getattr(args, name)
         if value != needed:
             raise ValueError(
-                f"The image tokens of the data set are of whole pictures, and {name}={value} shows others to the "
+                f"The image tokens of the data set are of whole images, and {name}={value} shows others to the "
                 f"model: set {name} to {needed} to train on the cached tokens, or train on the data set that they "
                 f"were computed from, without the column {IMAGE_TOKENS}."
             )
     if args.horizontal_flip > 0 and item[IMAGE_TOKENS] is not None and len(item[IMAGE_TOKENS]) < 2:
         raise ValueError(
-            f"horizontal_flip={args.horizontal_flip} mirrors pictures, and the data set has no image tokens of "
-            "mirrored ones: compute them with `examples/tokenize_images.py --mirrored`, or set horizontal_flip to 0."
+            f"horizontal_flip={args.horizontal_flip} flips images, and the data set has no image tokens of "
+            "flipped ones: compute them with `examples/tokenize_images.py --mirrored`, or set horizontal_flip to 0."
         )
 
 
@@ -133,7 +133,7 @@ def build_training_collator(
     max_text_length: int,
     token_source: TokenSource | None = None,
 ):
-    """The collator of training pictures or videos, with the augmentation and the masks that the arguments ask for."""
+    """The collator of training images or videos, with the augmentation and the masks that the arguments ask for."""
     if holds_videos(train_dataset):
         return build_video_collator(args, processor, max_text_length)
     transform = ImageTransform(
@@ -162,7 +162,7 @@ def build_video_collator(args: COTSTrainingArguments, processor, max_text_length
         if getattr(args, name) > 0:
             raise ValueError(f"Videos have no masked passes: set {name} to 0, got {getattr(args, name)}.")
     if args.auto_augment is not None:
-        raise ValueError(f"auto_augment works on single pictures: leave it out for videos, got {args.auto_augment!r}.")
+        raise ValueError(f"auto_augment works on single images: leave it out for videos, got {args.auto_augment!r}.")
     return COTSVideoDataCollator(
         processor,
         max_text_length=max_text_length,

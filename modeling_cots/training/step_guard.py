@@ -1,6 +1,6 @@
 """What stops a run that would go on for nothing: numbers that are no longer finite, and data that cannot be read.
 
-`StepGuard` looks at one optimiser step at a time, after its backward passes and before the weights move, with one copy
+`StepGuard` looks at one optimizer step at a time, after its backward passes and before the weights move, with one copy
 to the host. It decides alike on every process; what to do then is the trainer's business.
 """
 
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from ..data.items import decode_name
 from ..method.feature_queue import PairQueue
 
-MIN_PICTURES = 1_000
+MIN_IMAGES = 1_000
 MAX_REPORTED = 10
 
 
@@ -23,7 +23,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class UnreadableDataError(ValueError):
-    """More pictures than `max_skipped_fraction` cannot be read; the message names some."""
+    """More images than `max_skipped_fraction` cannot be read; the message names some."""
 
 
 @dataclass
@@ -39,10 +39,10 @@ class _Batch:
 
 class StepGuard:
     """
-    Watches the batches of one optimiser step.
+    Watches the batches of one optimizer step.
 
     Args:
-        max_skipped_fraction: Share of unreadable pictures, among at least 1,000 in a row, beyond which a run stops.
+        max_skipped_fraction: Share of unreadable images, among at least 1,000 in a row, beyond which a run stops.
     """
 
     def __init__(self, max_skipped_fraction: float):
@@ -111,12 +111,12 @@ class StepGuard:
         self._num_skipped += num_skipped
         if num_skipped > 0 and len(self._skipped_names) < MAX_REPORTED:
             self._skipped_names += [name for b in self._batches for name in _labels(b, ~b.valid & (b.pair_ids >= 0))]
-        if self._num_seen < MIN_PICTURES:
+        if self._num_seen < MIN_IMAGES:
             return
         if self._num_skipped > self.max_skipped_fraction * self._num_seen:
             names = _shorten(gather_object(self._skipped_names))
             raise UnreadableDataError(
-                f"Step {step}: {self._num_skipped:,} of the last {self._num_seen:,} pictures could not be read, which "
+                f"Step {step}: {self._num_skipped:,} of the last {self._num_seen:,} images could not be read, which "
                 f"is more than max_skipped_fraction={self.max_skipped_fraction:g} allows: {names}. Look whether the "
                 "storage is still there and the files are whole, or allow more."
             )
@@ -146,7 +146,7 @@ def _shorten(labels: list[str]) -> str:
 
 class StepSnapshot:
     """
-    What an optimiser step changes before the weights move, as it was when the step began: the queue, the generators
+    What an optimizer step changes before the weights move, as it was when the step began: the queue, the generators
     and the logs since the last line. Putting it back undoes the step.
     """
 

@@ -10,7 +10,7 @@ def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures are drawn by matplotlib: `pip install 'modeling_cots[viz]'`.") from error
+        raise ImportError("Images are drawn by matplotlib: `pip install 'modeling_cots[viz]'`.") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

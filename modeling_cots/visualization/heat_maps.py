@@ -1,4 +1,4 @@
-"""Drawing relevance maps (`relevance.py`): a picture, and over it one heat map for the caption and for each word."""
+"""Drawing relevance maps (`relevance.py`): an image, and over it one heat map for the caption and for each word."""
 
 import math
 import textwrap
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from .figures import new_figure, shorten
 
-COLOURS = "inferno"
+COLORS = "inferno"
 MAX_COLUMNS = 4
 PANEL = 2.5  # inches
 
 
 def resize_map(relevance: torch.Tensor, width: int, height: int) -> np.ndarray:
-    """A map (rows, columns) at the size of the picture, smooth between patches, its maximum 1: (height, width)."""
+    """A map (rows, columns) at the size of the image, smooth between patches, its maximum 1: (height, width)."""
     relevance = relevance.float()
     relevance = relevance / relevance.max().clamp(min=torch.finfo(torch.float32).tiny)
     resized = F.interpolate(relevance[None, None], size=(height, width), mode="bilinear", align_corners=False)
@@ -24,20 +24,20 @@ def resize_map(relevance: torch.Tensor, width: int, height: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, relevance: torch.Tensor, opacity: float = 0.75) -> Image.Image:
-    """The picture, greyed, under the colours of its heat map, at the picture's size: what a page or a demo shows."""
+    """The image, grayed, under the colors of its heat map, at the image's size: what a page or a demo shows."""
     new_figure(1, 1)  # the clear word where matplotlib is missing
     from matplotlib import colormaps
 
     heat = resize_map(relevance, image.width, image.height)
-    colours = colormaps[COLOURS](heat)[..., :3]
-    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64) / 255
-    mixed = (1 - opacity) * grey + opacity * colours
+    colors = colormaps[COLORS](heat)[..., :3]
+    gray = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64) / 255
+    mixed = (1 - opacity) * gray + opacity * colors
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
 
 
 def draw_word_maps(image: Image.Image, caption: str, relevance):
     """
-    The picture, one heat map for the whole caption and one a word, and the relevance of each word for the picture.
+    The image, one heat map for the whole caption and one a word, and the relevance of each word for the image.
 
     Every map is scaled to its own maximum; the titles tell by how much a word raises the similarity.
 
@@ -65,25 +65,25 @@ def draw_word_maps(image: Image.Image, caption: str, relevance):
     for axes in all_axes:
         axes.axis("off")
     all_axes[0].imshow(image)
-    all_axes[0].set_title("picture", fontsize=10)
+    all_axes[0].set_title("image", fontsize=10)
     for axes, (title, word_map) in zip(all_axes[1:], panels, strict=False):
         axes.imshow(overlay(image, word_map))
         axes.set_title(title, fontsize=10)
-    _draw_colour_bar(upper, all_axes)
+    _draw_color_bar(upper, all_axes)
     _draw_words(lower.subplots(), relevance)
     return figure
 
 
-def _draw_colour_bar(figure, axes) -> None:
+def _draw_color_bar(figure, axes) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), ax=list(axes), shrink=0.8, fraction=0.05)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=list(axes), shrink=0.8, fraction=0.05)
     bar.set_label("relevance / maximum of the map", fontsize=9)
 
 
 def _draw_words(axes, relevance) -> None:
-    """One bar for each word of the caption, those that are mapped above in the darker colour."""
+    """One bar for each word of the caption, those that are mapped above in the darker color."""
     places = range(len(relevance.caption_words))
     mapped = {position for word in relevance.words for position in word.positions}
     shades = ["#7a1f5c" if mapped & set(word.positions) else "#c9a9bd" for word in relevance.caption_words]
@@ -92,5 +92,5 @@ def _draw_words(axes, relevance) -> None:
     turn = {"rotation": 45, "ha": "right"} if len(labels) > 10 else {}
     axes.set_xticks(places, labels, fontsize=9, **turn)
     axes.set_yticks([])
-    axes.set_title("relevance of each word for the picture", fontsize=10)
+    axes.set_title("relevance of each word for the image", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,11 +1,11 @@
-"""GAE relevance maps: which patches a caption or one of its words responds to, and which words a picture responds to.
+"""GAE relevance maps: which patches a caption or one of its words responds to, and which words an image responds to.
 
 Generic attention explainability (Chefer et al., ICCV 2021, arXiv 2103.15679), the rule for self-attention, which is
 all that two streams have: through the layers, R <- R + E_heads[(grad * attention)^+] R from R = identity. The score
 whose gradient is taken is the model's own, similarity over temperature. COTS shows such maps in Figure 1 of its
 supplement. No hooks and no forked encoder: eager attentions and `torch.autograd.grad`. Drawing is in `heat_maps.py`.
 
-What one word asks of a picture: no stream sees the other, so a word has no score of its own. Here it is what the
+What one word asks of an image: no stream sees the other, so a word has no score of its own. Here it is what the
 word adds to the caption's score, f_image . (f_caption - f_caption without the word); docs/seeing.md compares others.
 """
 
@@ -29,7 +29,7 @@ class Word:
 @dataclass
 class PairRelevance:
     """
-    How a picture and a caption respond to each other. K words of the caption were asked for, W words it has.
+    How an image and a caption respond to each other. K words of the caption were asked for, W words it has.
 
     Args:
         score: Cosine similarity of the pair.
@@ -38,7 +38,7 @@ class PairRelevance:
         word_maps: (K, rows, columns), relevance of every patch for each of them.
         word_scores: (K,), by how much each raises the cosine similarity: the score without it is that much lower.
         caption_words: All W words, in the order of the caption.
-        caption_relevance: (W,), relevance of each for the picture, the sum over its pieces.
+        caption_relevance: (W,), relevance of each for the image, the sum over its pieces.
     """
 
     score: float
@@ -172,14 +172,14 @@ def find_words(caption: str, offsets: list[tuple[int, int]], words: list[str] | 
 
 def explain_pair(model, processor, image, caption: str, words: list[str] | None = None, **kwargs) -> PairRelevance:
     """
-    Relevance maps of one picture for a caption and for words of it, and of the caption's words for the picture.
+    Relevance maps of one image for a caption and for words of it, and of the caption's words for the image.
 
     Args:
         model ([`COTSModel`]): In evaluation mode, loaded with `attn_implementation="eager"`.
         processor ([`COTSProcessor`]): With a fast tokenizer, which tells where in the caption a piece stands.
         image: PIL image, or what else the image processor takes.
         caption: The text.
-        words: Words or phrases of it. By default the six that are most relevant for the picture, in their order.
+        words: Words or phrases of it. By default the six that are most relevant for the image, in their order.
         kwargs: Of `encode_image`.
 
     Raises `ValueError` as the functions it calls, and for a tokenizer that tells no offsets.

@@ -22,7 +22,7 @@ def band_positions(num_pairs: int, num_columns: int = NUM_COLUMNS) -> dict[str, 
 
 def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
     """
-    Figure 2 of the supplement: for each band of scores a row of pictures with score and caption.
+    Figure 2 of the supplement: for each band of scores a row of images with score and caption.
 
     Args:
         rows: For each band (image, caption, score) triples; images are PIL.

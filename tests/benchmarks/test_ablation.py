@@ -26,7 +26,7 @@ METRICS = {**MEASURED, "recall_sum": 60.0}
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Pictures of scenes with five captions each."""
+    """Images of scenes with five captions each."""
     for split, name, number in (("train", "train", 16), ("validation", "validation", 5), ("validation", "test", 5)):
         rows = {"image": [], "captions": []}
         for item in ScenesDataset(split, number, 32):

@@ -28,6 +28,6 @@ def test_decoding_has_one_thread_and_gives_the_others_back():
         torch.set_num_threads(num_threads)
 
 
-def test_pictures_have_the_grain_of_photographs():
+def test_images_have_the_grain_of_photographs():
     jpeg = data_benchmark.draw_jpeg(500, 0)
     assert 1.5 < 8 * len(jpeg) / (500 * 375) < 3

@@ -1,4 +1,4 @@
-"""Damaged pictures, odd captions and odd tables: a batch or a clear error, and no file left open."""
+"""Damaged images, odd captions and odd tables: a batch or a clear error, and no file left open."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from collator_items import SIZE, collator, encode, item, picture
+from collator_items import SIZE, collator, draw_image, encode, item
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pair_writers import png
@@ -19,7 +19,7 @@ from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-SOUND = [encode(picture(0, 24, 20), format) for format in FORMATS]
+SOUND = [encode(draw_image(0, 24, 20), format) for format in FORMATS]
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=0, max_size=8)), max_size=6)
 LENIENT = settings(
     deadline=None,
@@ -44,14 +44,12 @@ CAPTION = st.text(st.characters(), max_size=40) | st.sampled_from(
 
 
 @LENIENT
-@given(pictures=st.lists(st.tuples(MUTATED, CAPTION), min_size=1, max_size=6))
-def test_mutated_pictures_and_captions_make_a_batch(tiny_processor, tmp_path, pictures):
-    """As bytes and as files; one sound picture stays what it was among them."""
-    (tmp_path / "odd").write_bytes(pictures[0][0])
-    items = [
-        item(i, [caption], image={"bytes": content, "path": None}) for i, (content, caption) in enumerate(pictures)
-    ]
-    items.append(item(97, [pictures[0][1]], image={"bytes": None, "path": str(tmp_path / "odd")}))
+@given(images=st.lists(st.tuples(MUTATED, CAPTION), min_size=1, max_size=6))
+def test_mutated_images_and_captions_make_a_batch(tiny_processor, tmp_path, images):
+    """As bytes and as files; one sound image stays what it was among them."""
+    (tmp_path / "odd").write_bytes(images[0][0])
+    items = [item(i, [caption], image={"bytes": content, "path": None}) for i, (content, caption) in enumerate(images)]
+    items.append(item(97, [images[0][1]], image={"bytes": None, "path": str(tmp_path / "odd")}))
     items.append(item(98))
     train = collator(tiny_processor)
     evaluation = COTSEvaluationCollator(tiny_processor, max_text_length=24)
@@ -63,12 +61,12 @@ def test_mutated_pictures_and_captions_make_a_batch(tiny_processor, tmp_path, pi
         assert batch["pixel_values"].shape == (len(items), 3, SIZE, SIZE)
         assert batch["pixel_values"].dtype == torch.uint8
         assert batch["valid"][-1], "the sound one"
-        assert batch["valid"][0] == batch["valid"][-2], "the same picture as bytes and as a file"
+        assert batch["valid"][0] == batch["valid"][-2], "the same image as bytes and as a file"
     assert torch.equal(batches[0]["valid"], batches[1]["valid"])
     assert torch.equal(batches[0]["pixel_values"][-1], alone["pixel_values"][0])
 
 
-PICTURE = png(3)
+IMAGE = png(3)
 COLUMNS = st.sampled_from(["image", "file_name", "jpg", "caption", "captions", "text", "txt", "json", "other"])
 CELL = st.one_of(
     st.none(),
@@ -76,10 +74,10 @@ CELL = st.one_of(
     st.booleans(),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from([PICTURE, b"", b"no picture", "a.png", "../a.png", "/etc/passwd", ""]),
+    st.sampled_from([IMAGE, b"", b"no image", "a.png", "../a.png", "/etc/passwd", ""]),
     st.lists(st.text(max_size=5) | st.none(), max_size=3),
     st.lists(st.integers(0, 3), max_size=2),
-    st.fixed_dictionaries({"bytes": st.none() | st.just(PICTURE), "path": st.none() | st.just("a.png")}),
+    st.fixed_dictionaries({"bytes": st.none() | st.just(IMAGE), "path": st.none() | st.just("a.png")}),
     st.fixed_dictionaries({"caption": st.text(max_size=5)}),
     st.just({}),
 )
@@ -101,7 +99,7 @@ def test_any_table_opens_or_is_refused(cache, tmp_path, data):
             [data.draw(CELL)] * num_rows if data.draw(st.booleans()) else [data.draw(CELL) for _ in range(num_rows)]
         )
         if name == "image" and data.draw(st.booleans()):
-            cells = [{"bytes": PICTURE, "path": "a.png"}] * num_rows
+            cells = [{"bytes": IMAGE, "path": "a.png"}] * num_rows
         try:
             columns[name] = pa.array(cells)
         except (pa.ArrowInvalid, pa.ArrowTypeError):  # values of several kinds are no column
@@ -111,7 +109,7 @@ def test_any_table_opens_or_is_refused(cache, tmp_path, data):
         pq.write_table(pa.table(columns), path)
     except pa.ArrowNotImplementedError:  # parquet knows no struct without fields
         return
-    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "a.png").write_bytes(IMAGE)
     for opener in (open_pairs, open_stream):
         try:
             pairs = opener(str(path), "train")
@@ -129,7 +127,7 @@ def test_any_json_lines_open_or_are_refused(cache, tmp_path, rows):
     def encodable(value):
         return value.hex() if isinstance(value, bytes) else str(value)
 
-    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "a.png").write_bytes(IMAGE)
     path = tmp_path / f"{os.urandom(6).hex()}.jsonl"
     path.write_text("".join(json.dumps(row, default=encodable) + "\n" for row in rows))
     try:

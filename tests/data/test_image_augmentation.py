@@ -1,4 +1,4 @@
-"""The fast way from bytes to pixels beside the plain one: timm's transforms on a picture that PIL has read in full."""
+"""The fast way from bytes to pixels beside the plain one: timm's transforms on an image that PIL has read in full."""
 
 import io
 import random
@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from collator_items import MEAN, SIZE, encode, picture, seed_everything
+from collator_items import MEAN, SIZE, draw_image, encode, seed_everything
 from PIL import ExifTags, Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
 from modeling_cots.data.image_augmentation import ImageTransform, read_resized
-from modeling_cots.data.image_reading import PictureFile, UnreadableImageError, read_image
+from modeling_cots.data.image_reading import ImageFile, UnreadableImageError, read_image
 
 POLICY = "rand-m9-n2-mstd0.5"
 
@@ -69,14 +69,14 @@ def test_at_full_scale_it_equals_pil_to_two_grey_levels(format, seed):
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_decoded_at_a_fraction_it_stays_close_to_pil(reduction):
-    """Where no edge needs rounding; in grey levels of 256."""
+    """Where no edge needs rounding; in gray levels of 256."""
     image_size = (96, 128)
     for seed in range(4):
         data = encode(scenery(800, 1120, seed), "JPEG", quality=90)
         top, left = 8 * seed, 24 * seed
         height, width = (reduction * side + 8 * seed for side in image_size)
         height, width = min(height, 800 - top), min(width, 1120 - left)
-        with PictureFile(data) as opened:
+        with ImageFile(data) as opened:
             found = read_resized(opened, (top, left, height, width), image_size)
             assert opened.reduction == (reduction if height >= reduction * 96 else reduction // 2)
         part = read_image(data).crop((left, top, left + width, top + height))
@@ -87,7 +87,7 @@ def test_decoded_at_a_fraction_it_stays_close_to_pil(reduction):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rounded_edges_move_a_crop_by_less_than_a_pixel(seed):
-    """Of the result. A picture that tells each pixel's own place shows it."""
+    """Of the result. An image that tells each pixel's own place shows it."""
     rows, columns = np.mgrid[0:800, 0:1000] / 4
     data = encode(Image.fromarray(np.stack([rows, columns, rows], axis=2).astype(np.uint8)), "JPEG", quality=98)
     found, expected = (make(data, (96, 128), seed, min_crop_scale=0.3) for make in (fast, plain))
@@ -100,19 +100,19 @@ def test_rounded_edges_move_a_crop_by_less_than_a_pixel(seed):
 @pytest.mark.parametrize("horizontal_flip", [0.0, 0.5])
 def test_draws_are_those_of_timm(auto_augment, horizontal_flip):
     """Afterwards the generators are where timm's transforms leave them."""
-    data = encode(picture(0, 50, 70))
+    data = encode(draw_image(0, 50, 70))
     options = {"horizontal_flip": horizontal_flip, "auto_augment": auto_augment}
     for seed in range(10):
         found = fast(data, (SIZE, SIZE), seed, **options)
         mine = random.random(), np.random.random(), torch.rand(1).item()
         expected = plain(data, (SIZE, SIZE), seed, **options)
         assert (random.random(), np.random.random(), torch.rand(1).item()) == mine
-        if auto_augment is None:  # policies such as posterising make much of a difference of one grey level
+        if auto_augment is None:  # policies such as posterizing make much of a difference of one gray level
             assert difference(found, expected).max() <= 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_are_cropped_upright(orientation):
+def test_turned_images_are_cropped_upright(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(scenery(400, 640), "JPEG", quality=95, exif=exif)
@@ -155,16 +155,16 @@ def test_sixteen_bits_become_eight():
 def test_a_jpeg_is_decoded_no_smaller_than_the_target(size, target, reduction):
     file = io.BytesIO()
     Image.new("RGB", size).save(file, "JPEG")
-    with PictureFile(file.getvalue()) as opened:
+    with ImageFile(file.getvalue()) as opened:
         assert opened.size == size
         pixels = read_resized(opened, (0, 0, size[1], size[0]), (target, target))
         assert opened.reduction == reduction
     assert pixels.shape == (3, target, target)
 
 
-def test_a_small_crop_of_a_large_picture_is_decoded_in_full():
+def test_a_small_crop_of_a_large_image_is_decoded_in_full():
     data = encode(scenery(800, 800), "JPEG", quality=95)
-    with PictureFile(data) as opened:
+    with ImageFile(data) as opened:
         pixels = read_resized(opened, (300, 200, 64, 64), (64, 64))
         assert opened.reduction == 1
     assert torch.equal(pixels, pil_to_tensor(read_image(data))[:, 300:364, 200:264])
@@ -172,7 +172,7 @@ def test_a_small_crop_of_a_large_picture_is_decoded_in_full():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (3, 2), (17, 33)])
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_the_smallest_and_narrowest_pictures(size, format):
+def test_the_smallest_and_narrowest_images(size, format):
     data = encode(Image.new("RGB", size, (200, 100, 50)), format)
     for seed in range(3):
         pixels = fast(data, (16, 8), seed)
@@ -183,7 +183,7 @@ def test_the_smallest_and_narrowest_pictures(size, format):
 
 
 @pytest.mark.parametrize("side", [40, 600])
-def test_truncated_pictures_are_refused_wherever_they_end(side):
+def test_truncated_images_are_refused_wherever_they_end(side):
     """As they are in full: whatever is decoded at a fraction must not be what PIL calls damaged."""
     data = encode(scenery(side, side), "JPEG", quality=80)
     transform = ImageTransform((SIZE, SIZE), MEAN)
@@ -205,12 +205,12 @@ def test_decompression_bombs_are_refused(monkeypatch):
 
 
 def test_a_refused_source_and_another_format_are_refused():
-    for source in ({"bytes": None, "path": None, "refused": "it leads out"}, encode(picture(0), "TGA")):
+    for source in ({"bytes": None, "path": None, "refused": "it leads out"}, encode(draw_image(0), "TGA")):
         with pytest.raises(UnreadableImageError):
             ImageTransform((SIZE, SIZE), MEAN)(source)
 
 
-def test_a_picture_in_memory_is_taken_and_stays_open():
+def test_a_image_in_memory_is_taken_and_stays_open():
     image = scenery(60, 80)
     transform = ImageTransform((60, 80), MEAN, min_crop_scale=1.0)
     assert torch.equal(transform(image), pil_to_tensor(image))
@@ -220,7 +220,7 @@ def test_a_picture_in_memory_is_taken_and_stays_open():
 # What is drawn
 
 
-def test_without_crop_it_is_a_resize_of_the_whole_picture():
+def test_without_crop_it_is_a_resize_of_the_whole_image():
     """Also of one wider than timm's crops, which keep the sides within 4 : 3; and it is the same every time."""
     image = scenery(60, 200)
     transform = ImageTransform((16, 24), MEAN, min_crop_scale=1.0)
@@ -236,14 +236,14 @@ def test_mirroring_is_told():
     seen = set()
     for seed in range(10):
         seed_everything(seed)
-        pixels, is_mirrored = transform.draw(image)
-        assert torch.equal(pixels, plain_pixels.flip(-1) if is_mirrored else plain_pixels)
-        seen.add(is_mirrored)
+        pixels, is_flipped = transform.draw(image)
+        assert torch.equal(pixels, plain_pixels.flip(-1) if is_flipped else plain_pixels)
+        seen.add(is_flipped)
     assert seen == {True, False}
 
 
 @pytest.mark.parametrize("min_crop_scale", [0.2, 0.5, 0.9])
-def test_crops_keep_their_share_of_the_picture(min_crop_scale):
+def test_crops_keep_their_share_of_the_image(min_crop_scale):
     """Each pixel tells its own place, so that a crop's first and last ones tell its area."""
     rows, columns = np.mgrid[0:128, 0:128].astype(np.uint8)
     image = Image.fromarray(np.stack([rows, columns, rows], axis=2))
@@ -257,19 +257,19 @@ def test_crops_keep_their_share_of_the_picture(min_crop_scale):
     assert max(areas) <= 1
 
 
-def test_auto_augment_changes_the_picture_beyond_the_crop():
+def test_auto_augment_changes_the_image_beyond_the_crop():
     plain, augmented = (
         ImageTransform((SIZE, SIZE), MEAN, min_crop_scale=1.0, auto_augment=policy)
         for policy in (None, "rand-m9-n2-mstd0.5")
     )
-    image = picture(0, SIZE, SIZE)
+    image = draw_image(0, SIZE, SIZE)
     seed_everything(0)
     changed = [not torch.equal(plain(image), augmented(image)) for _ in range(20)]
     assert any(changed)
 
 
 @pytest.mark.parametrize("horizontal_flip", [0.0, 0.5, 1.0])
-def test_pictures_are_mirrored_as_often_as_asked_for(horizontal_flip):
+def test_images_are_flipped_as_often_as_asked_for(horizontal_flip):
     image = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], (64, 1, 3)))
     transform = ImageTransform((SIZE, SIZE), MEAN, horizontal_flip=horizontal_flip)
     seed_everything(0)

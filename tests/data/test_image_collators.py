@@ -1,4 +1,4 @@
-"""From items to batches: what a row depends on, tokens, augmentation, and pictures that cannot be read."""
+"""From items to batches: what a row depends on, tokens, augmentation, and images that cannot be read."""
 
 import random
 from collections import Counter
@@ -15,10 +15,10 @@ from collator_items import (
     ambient_states,
     assert_equal,
     collator,
+    draw_image,
     encode,
     grid_collator,
     item,
-    picture,
     row_of,
     seed_everything,
 )
@@ -74,9 +74,9 @@ def test_captions_are_cut_and_padded_to_the_longest_of_the_batch(tiny_processor)
 
 
 def test_each_caption_of_an_image_is_as_likely(tiny_tokenizer):
-    captions, num_draws = ["a", "e", "o", "s", "t"], 1000  # letters, so single word pieces
+    captions, num_draws = ["a", "e", "o", "s", "t"], 1000  # letters, so single tokens
     batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False, mask_texts=False)(
-        [item(0, captions, picture(0, 2, 2), seed=seed) for seed in range(num_draws)]
+        [item(0, captions, draw_image(0, 2, 2), seed=seed) for seed in range(num_draws)]
     )
     counts = Counter(batch["input_ids"][:, 1].tolist())
     assert counts.keys() == {tiny_tokenizer.convert_tokens_to_ids(caption) for caption in captions}
@@ -113,9 +113,9 @@ def test_worker_processes_change_nothing(tiny_processor):
         dataset.set_epoch(epoch)
         return list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collator(tiny_processor)))
 
-    alone, helped = batches(0, epoch=1), batches(2, epoch=1)
-    assert len(alone) == len(helped) == 3
-    for left, right in zip(alone, helped, strict=True):
+    alone, conditioned = batches(0, epoch=1), batches(2, epoch=1)
+    assert len(alone) == len(conditioned) == 3
+    for left, right in zip(alone, conditioned, strict=True):
         assert_equal(left, right)
     assert not torch.equal(alone[0]["pixel_values"], batches(0, epoch=2)[0]["pixel_values"])
 
@@ -127,7 +127,7 @@ def test_ambient_random_numbers_are_left_alone(tiny_processor):
     assert ambient_states() == before
 
 
-def test_an_error_of_the_augmentation_is_not_taken_for_a_bad_picture(tiny_processor):
+def test_an_error_of_the_augmentation_is_not_taken_for_a_bad_image(tiny_processor):
     def broken_transform(image):
         random.random(), torch.rand(1)
         raise OSError("disk full")
@@ -150,16 +150,16 @@ def test_items_without_a_seed_draw_from_the_ambient_generators(tiny_processor):
     assert not torch.equal(first["text_targets"], second["text_targets"])
 
 
-# Pictures in the wild
+# Images in the wild
 
 
-def test_pictures_of_every_mode_and_shape_are_trained_through(tiny_processor):
-    colours = picture(0)
+def test_images_of_every_mode_and_shape_are_trained_through(tiny_processor):
+    colors = draw_image(0)
     images = [
-        *(encode(colours.convert(mode)) for mode in ("1", "L", "LA", "P", "RGBA")),
-        *(encode(colours.convert("CMYK"), format) for format in ("JPEG", "TIFF")),
+        *(encode(colors.convert(mode)) for mode in ("1", "L", "LA", "P", "RGBA")),
+        *(encode(colors.convert("CMYK"), format) for format in ("JPEG", "TIFF")),
         encode(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)),
-        *(encode(picture(0, *shape)) for shape in ((1, 1), (1, 400), (400, 1))),
+        *(encode(draw_image(0, *shape)) for shape in ((1, 1), (1, 400), (400, 1))),
     ]
     items = [item(i, image={"bytes": data, "path": None}) for i, data in enumerate(images)]
     for batch in (collator(tiny_processor)(items), evaluation_collator(tiny_processor)(items)):
@@ -180,8 +180,8 @@ def warnings_logged(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("build", [collator, evaluation_collator])
-def test_unreadable_pictures_keep_their_row_and_are_named_once(tiny_processor, warnings_logged, build):
-    damaged = {"bytes": encode(picture(1), "JPEG")[:400], "path": None}
+def test_unreadable_images_keep_their_row_and_are_named_once(tiny_processor, warnings_logged, build):
+    damaged = {"bytes": encode(draw_image(1), "JPEG")[:400], "path": None}
     missing = {"bytes": None, "path": "no/such/file.jpg"}
     items = [item(0), item(1, image=damaged), item(2), item(3, image=missing)]
     collate = build(tiny_processor)
@@ -195,7 +195,7 @@ def test_unreadable_pictures_keep_their_row_and_are_named_once(tiny_processor, w
     assert "FileNotFoundError" in warnings_logged[1]
 
 
-def test_rows_without_a_picture_are_blank(tiny_processor, warnings_logged):
+def test_rows_without_a_image_are_blank(tiny_processor, warnings_logged):
     batch = collator(tiny_processor)([item(0, image={"bytes": b"", "path": None})])
     assert not batch["valid"].any()
     assert torch.equal(batch["pixel_values"], torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
@@ -212,13 +212,13 @@ def test_no_more_than_a_hundred_names_are_logged(tiny_tokenizer, warnings_logged
 # Evaluation
 
 
-def test_evaluation_takes_the_picture_as_the_processor_prepares_it_and_all_captions(tiny_processor):
+def test_evaluation_takes_the_image_as_the_processor_prepares_it_and_all_captions(tiny_processor):
     captions = [["a dog", ""], ["two green triangles"], ["dog " * 500, "a", "the beach"]]
     items = [item(10 + i, texts) for i, texts in enumerate(captions)]
     before = ambient_states()
     batch = evaluation_collator(tiny_processor)(items)
     assert ambient_states() == before
-    prepared = tiny_processor.image_processor([picture(10 + i) for i in range(3)], return_tensors="pt")
+    prepared = tiny_processor.image_processor([draw_image(10 + i) for i in range(3)], return_tensors="pt")
     torch.testing.assert_close(
         PixelNormalizer(tiny_processor)(batch)["pixel_values"], prepared["pixel_values"], rtol=0, atol=1e-6
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from collator_items import TEXT, grid_collator, item, picture
+from collator_items import TEXT, draw_image, grid_collator, item
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ def largest_blocks(masks: torch.Tensor) -> torch.Tensor:
 
 def image_masks(tokenizer, grid: tuple[int, int], num_masks: int, ratio: float = 0.4) -> torch.Tensor:
     collate = grid_collator(tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
-    return collate([item(i, image=picture(0, 2, 2), seed=i) for i in range(num_masks)])["bool_masked_pos"]
+    return collate([item(i, image=draw_image(0, 2, 2), seed=i) for i in range(num_masks)])["bool_masked_pos"]
 
 
 @given(
@@ -34,7 +34,7 @@ def image_masks(tokenizer, grid: tuple[int, int], num_masks: int, ratio: float =
 @settings(max_examples=40, deadline=None)
 def test_no_mask_covers_more_than_its_ratio(tiny_tokenizer, grid, ratio, first_seed):
     collate = grid_collator(tiny_tokenizer, grid, image_mask_ratio=ratio, mask_texts=False)
-    items = [item(i, image=picture(0, 2, 2), seed=first_seed + i) for i in range(4)]
+    items = [item(i, image=draw_image(0, 2, 2), seed=first_seed + i) for i in range(4)]
     masks = collate(items)["bool_masked_pos"]
     assert masks.shape == (4, grid[0] * grid[1])
     assert masks.sum(dim=1).max() <= round(ratio * grid[0] * grid[1])
@@ -68,15 +68,15 @@ def test_blocks_have_the_least_size_of_beit(tiny_tokenizer):
 def test_no_patch_is_out_of_reach_and_mirror_images_are_masked_alike(tiny_tokenizer):
     often = image_masks(tiny_tokenizer, (6, 6), 500).float().mean(dim=0).view(6, 6)
     assert often.min() > 0.05
-    for mirrored in (often.flip(0), often.flip(1)):
-        assert (often - mirrored).abs().max() < 5 * (2 * 0.25 / 500) ** 0.5  # five standard deviations at most
+    for flipped in (often.flip(0), often.flip(1)):
+        assert (often - flipped).abs().max() < 5 * (2 * 0.25 / 500) ** 0.5  # five standard deviations at most
 
 
 @given(captions=st.lists(TEXT, min_size=1, max_size=4), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**63 - 10))
 @settings(max_examples=60, deadline=None)
 def test_word_masks_spare_special_tokens_and_tell_the_truth(tiny_tokenizer, captions, ratio, seed):
     collate = grid_collator(tiny_tokenizer, (2, 2), text_mask_ratio=ratio, mask_images=False)
-    items = [item(i, [caption], picture(0, 2, 2), seed=seed + i) for i, caption in enumerate(captions)]
+    items = [item(i, [caption], draw_image(0, 2, 2), seed=seed + i) for i, caption in enumerate(captions)]
     batch = collate(items)
     input_ids, targets, masked = batch["input_ids"], batch["text_targets"], batch["masked_input_ids"]
     predicted = targets != -100
@@ -87,9 +87,9 @@ def test_word_masks_spare_special_tokens_and_tell_the_truth(tiny_tokenizer, capt
 
 
 def test_words_are_corrupted_as_in_bert(tiny_tokenizer):
-    """15 % of the word pieces; of these 80 % become [MASK], 10 % any piece and 10 % stay."""
+    """15 % of the tokens; of these 80 % become [MASK], 10 % any piece and 10 % stay."""
     num_draws, num_pieces = 1500, 20
-    items = [item(i, ["a e o s t " * 4], picture(0, 2, 2), seed=i) for i in range(num_draws)]
+    items = [item(i, ["a e o s t " * 4], draw_image(0, 2, 2), seed=i) for i in range(num_draws)]
     batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False)(items)
     assert batch["input_ids"].shape == (num_draws, num_pieces + 2)
     predicted = batch["text_targets"] != -100

@@ -1,4 +1,4 @@
-"""`read_image` on real encoded bytes: every mode, orientation and damage that a folder of pictures may hold."""
+"""`read_image` on real encoded bytes: every mode, orientation and damage that a folder of images may hold."""
 
 import io
 import struct
@@ -11,9 +11,9 @@ from PIL import ExifTags, Image, ImageFile
 
 from modeling_cots.data.image_reading import UnreadableImageError, check_readable, read_image
 
-COLOUR = (200, 100, 50)
-GREY = 117
-# How a picture is stored under each value of EXIF's orientation tag (EXIF 2.3, tag 0x0112).
+COLOR = (200, 100, 50)
+GRAY = 117
+# How an image is stored under each value of EXIF's orientation tag (EXIF 2.3, tag 0x0112).
 STORED_AS = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -32,7 +32,7 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def picture(height: int = 5, width: int = 7) -> np.ndarray:
+def draw_image(height: int = 5, width: int = 7) -> np.ndarray:
     """(height, width, 3) noise: no two of its eight orientations are alike."""
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
@@ -56,36 +56,36 @@ def png_header(width: int, height: int) -> bytes:
 # Modes
 
 
-def plain(mode: str, colour) -> Image.Image:
-    return Image.new(mode, (8, 8), colour)
+def plain(mode: str, color) -> Image.Image:
+    return Image.new(mode, (8, 8), color)
 
 
-PLAIN_PICTURES = {
-    "rgb": (encode(plain("RGB", COLOUR), "PNG"), COLOUR),
-    "jpeg": (encode(plain("RGB", COLOUR), "JPEG", quality=95), COLOUR),
-    "webp": (encode(plain("RGB", COLOUR), "WEBP", lossless=True), COLOUR),
-    "gif": (encode(plain("RGB", COLOUR), "GIF"), COLOUR),
-    "grey": (encode(plain("L", GREY), "PNG"), (GREY,) * 3),
-    "grey jpeg": (encode(plain("L", GREY), "JPEG"), (GREY,) * 3),
-    "grey with alpha": (encode(plain("LA", (GREY, 255)), "PNG"), (GREY,) * 3),
+PLAIN_IMAGES = {
+    "rgb": (encode(plain("RGB", COLOR), "PNG"), COLOR),
+    "jpeg": (encode(plain("RGB", COLOR), "JPEG", quality=95), COLOR),
+    "webp": (encode(plain("RGB", COLOR), "WEBP", lossless=True), COLOR),
+    "gif": (encode(plain("RGB", COLOR), "GIF"), COLOR),
+    "grey": (encode(plain("L", GRAY), "PNG"), (GRAY,) * 3),
+    "gray jpeg": (encode(plain("L", GRAY), "JPEG"), (GRAY,) * 3),
+    "gray with alpha": (encode(plain("LA", (GRAY, 255)), "PNG"), (GRAY,) * 3),
     "black and white": (encode(plain("1", 1), "PNG"), (255,) * 3),
-    "palette": (encode(plain("RGB", COLOUR).quantize(4), "PNG"), COLOUR),
-    "transparent palette": (encode(plain("RGB", COLOUR).quantize(4), "PNG", transparency=b"\xff\x80"), COLOUR),
-    "rgba": (encode(plain("RGBA", (*COLOUR, 255)), "PNG"), COLOUR),
-    "half transparent": (encode(plain("RGBA", (*COLOUR, 128)), "PNG"), COLOUR),
-    "cmyk": (encode(plain("CMYK", (55, 155, 205, 0)), "TIFF"), COLOUR),
-    "cmyk jpeg": (encode(plain("CMYK", (55, 155, 205, 0)), "JPEG", quality=95), COLOUR),
-    "luma and chroma": (encode(plain("RGB", COLOUR).convert("YCbCr"), "JPEG", quality=95), COLOUR),
+    "palette": (encode(plain("RGB", COLOR).quantize(4), "PNG"), COLOR),
+    "transparent palette": (encode(plain("RGB", COLOR).quantize(4), "PNG", transparency=b"\xff\x80"), COLOR),
+    "rgba": (encode(plain("RGBA", (*COLOR, 255)), "PNG"), COLOR),
+    "half transparent": (encode(plain("RGBA", (*COLOR, 128)), "PNG"), COLOR),
+    "cmyk": (encode(plain("CMYK", (55, 155, 205, 0)), "TIFF"), COLOR),
+    "cmyk jpeg": (encode(plain("CMYK", (55, 155, 205, 0)), "JPEG", quality=95), COLOR),
+    "luma and chroma": (encode(plain("RGB", COLOR).convert("YCbCr"), "JPEG", quality=95), COLOR),
 }
 
 
-@pytest.mark.parametrize("name", PLAIN_PICTURES)
+@pytest.mark.parametrize("name", PLAIN_IMAGES)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-def test_every_mode_becomes_rgb_of_the_same_colour(name):
-    data, colour = PLAIN_PICTURES[name]
+def test_every_mode_becomes_rgb_of_the_same_color(name):
+    data, color = PLAIN_IMAGES[name]
     image = read_image(data)
     assert (image.mode, image.size) == ("RGB", (8, 8))
-    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 3  # JPEG rounds
+    assert np.abs(np.asarray(image).astype(int) - color).max() <= 3  # JPEG rounds
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "PGM", "32-bit pixels"])
@@ -112,13 +112,13 @@ def test_wider_values_than_sixteen_bits_are_clipped_and_do_not_wrap_around():
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_pictures_stand_upright(orientation, format):
-    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](picture())))
+def test_images_stand_upright(orientation, format):
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](draw_image())))
     image = read_image(encode(stored, format, exif=exif(orientation)))
-    assert np.array_equal(np.asarray(image), picture())
+    assert np.array_equal(np.asarray(image), draw_image())
 
 
-def test_sixteen_bit_pictures_stand_upright_too():
+def test_sixteen_bit_images_stand_upright_too():
     levels = np.arange(0, 35 * 256, 256, dtype=np.uint16).reshape(5, 7)
     data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(levels))), "PNG", exif=exif(6))
     assert np.array_equal(np.asarray(read_image(data))[:, :, 0], levels // 256)
@@ -129,8 +129,8 @@ def test_an_orientation_counts_though_another_tag_is_damaged():
     # One of its tags claims to be text where a number must stand.
     tags = struct.pack(">HHIIHHIHH", 0x0119, 2, 5, 0x26, 0x0112, 3, 1, 6, 0)
     data = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + tags + bytes(4) + b"text\0"
-    stored = Image.fromarray(np.ascontiguousarray(np.rot90(picture())))
-    assert np.array_equal(np.asarray(read_image(encode(stored, "PNG", exif=data))), picture())
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(draw_image())))
+    assert np.array_equal(np.asarray(read_image(encode(stored, "PNG", exif=data))), draw_image())
 
 
 @pytest.mark.parametrize(
@@ -145,16 +145,16 @@ def test_an_orientation_counts_though_another_tag_is_damaged():
 )
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_data_does_not_cost_the_picture(data, format):
-    image = read_image(encode(plain("RGB", COLOUR), format, exif=data))
-    assert np.abs(np.asarray(image).astype(int) - COLOUR).max() <= 3
+def test_damaged_exif_data_does_not_cost_the_image(data, format):
+    image = read_image(encode(plain("RGB", COLOR), format, exif=data))
+    assert np.abs(np.asarray(image).astype(int) - COLOR).max() <= 3
 
 
 # Sources
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
-    data = encode(Image.fromarray(picture()), "PNG")
+def test_every_kind_of_source_gives_the_same_image(tmp_path):
+    data = encode(Image.fromarray(draw_image()), "PNG")
     (tmp_path / "a.png").write_bytes(data)
     sources = [
         data,
@@ -164,23 +164,23 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
         {"path": str(tmp_path / "a.png")},
         str(tmp_path / "a.png"),
         tmp_path / "a.png",
-        Image.fromarray(picture()),
+        Image.fromarray(draw_image()),
     ]
-    assert all(np.array_equal(np.asarray(read_image(source)), picture()) for source in sources)
+    assert all(np.array_equal(np.asarray(read_image(source)), draw_image()) for source in sources)
 
 
 def test_an_image_given_as_such_is_left_alone():
-    image = Image.fromarray(picture())
+    image = Image.fromarray(draw_image())
     read_image(image).paste((0, 0, 0), (0, 0, 7, 5))
-    assert np.array_equal(np.asarray(image), picture())
+    assert np.array_equal(np.asarray(image), draw_image())
 
 
 # Damage
 
 
 def damaged_sources() -> dict:
-    jpeg = encode(Image.fromarray(picture(64, 64)), "JPEG")
-    png = encode(Image.fromarray(picture(64, 64)), "PNG")
+    jpeg = encode(Image.fromarray(draw_image(64, 64)), "JPEG")
+    png = encode(Image.fromarray(draw_image(64, 64)), "PNG")
     broken_middle = bytearray(png)
     broken_middle[len(png) // 2] ^= 0xFF
     return {
@@ -215,9 +215,9 @@ def test_decompression_bombs_are_refused_every_time(rows_too_many):
 
 def test_the_limit_itself_is_allowed(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)
-    assert read_image(encode(Image.fromarray(picture(5, 7)), "PNG")).size == (7, 5)
+    assert read_image(encode(Image.fromarray(draw_image(5, 7)), "PNG")).size == (7, 5)
     with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        read_image(encode(Image.fromarray(picture(6, 6)), "PNG"))
+        read_image(encode(Image.fromarray(draw_image(6, 6)), "PNG"))
 
 
 def test_settings_of_pil_and_of_warnings_stay_as_they_are():
@@ -245,7 +245,7 @@ class Items(list):
 
 
 def test_one_readable_image_is_enough_and_ends_the_search():
-    dataset = Items([b"", b"", encode(Image.fromarray(picture()), "PNG"), b""])
+    dataset = Items([b"", b"", encode(Image.fromarray(draw_image()), "PNG"), b""])
     check_readable(dataset)
     assert dataset.asked == [0, 1, 2]
 
@@ -258,7 +258,7 @@ def test_no_readable_image_is_refused_by_name(num_images, num_named):
     assert dataset.asked == list(range(num_named))
 
 
-def test_formats_that_nobody_keeps_pictures_in_are_not_even_tried(monkeypatch):
+def test_formats_that_nobody_keeps_images_in_are_not_even_tried(monkeypatch):
     """PIL would hand EPS, a programming language, to Ghostscript."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("another program"))
     for format in ("EPS", "PCX", "ICO", "TGA", "PDF", "DDS"):
@@ -266,7 +266,7 @@ def test_formats_that_nobody_keeps_pictures_in_are_not_even_tried(monkeypatch):
             read_image(encode(Image.new("RGB", (8, 8)), format))
 
 
-def test_a_refused_picture_is_not_read_whatever_else_is_said_of_it():
+def test_a_refused_image_is_not_read_whatever_else_is_said_of_it():
     refused = {"bytes": encode(Image.new("RGB", (8, 8)), "PNG"), "path": None, "refused": "it is a link"}
     with pytest.raises(UnreadableImageError, match="^it is a link$"):
         read_image(refused)

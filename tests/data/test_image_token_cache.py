@@ -39,7 +39,7 @@ def with_tokens(num_views: int = 1, **changes) -> WithTokens:
 # The fingerprint
 
 
-def test_equal_tokenizers_have_equal_sources_whatever_the_normalisation():
+def test_equal_tokenizers_have_equal_sources_whatever_the_normalization():
     source = TokenSource.of(tokenizer(), (32, 32), (8, 8))
     assert source == TokenSource.of(tokenizer(mean=0.2), (32, 32), (8, 8))
     assert source == TokenSource.from_json(source.to_json())
@@ -95,9 +95,9 @@ def item(tokens, source: TokenSource = SOURCE) -> dict:
 def test_the_row_of_the_view_is_taken():
     tokens = np.stack([np.arange(16), np.arange(16) + 65_000]).astype(np.uint16)
     for rows in (tokens, tokens.tolist()):
-        plain, mirrored = (SOURCE.read(item(rows), is_mirrored) for is_mirrored in (False, True))
-        assert plain.dtype == mirrored.dtype == torch.int64
-        assert plain.tolist() == list(range(16)) and mirrored.tolist() == list(range(65_000, 65_016))
+        plain, flipped = (SOURCE.read(item(rows), is_flipped) for is_flipped in (False, True))
+        assert plain.dtype == flipped.dtype == torch.int64
+        assert plain.tolist() == list(range(16)) and flipped.tolist() == list(range(65_000, 65_016))
 
 
 def test_tokens_of_another_source_further_on_are_refused():
@@ -105,13 +105,13 @@ def test_tokens_of_another_source_further_on_are_refused():
         SOURCE.read(item([[0] * 16], dataclasses.replace(SOURCE, codebook="xyz")), False)
 
 
-@pytest.mark.parametrize(("tokens", "is_mirrored"), [([[0] * 15], False), ([[0] * 16], True), ([0] * 16, False)])
-def test_tokens_of_a_wrong_shape_are_refused(tokens, is_mirrored):
+@pytest.mark.parametrize(("tokens", "is_flipped"), [([[0] * 15], False), ([[0] * 16], True), ([0] * 16, False)])
+def test_tokens_of_a_wrong_shape_are_refused(tokens, is_flipped):
     with pytest.raises(ValueError, match="a.jpg has image tokens of shape"):
-        SOURCE.read(item(tokens), is_mirrored)
+        SOURCE.read(item(tokens), is_flipped)
 
 
-def test_a_picture_without_tokens_is_skipped_as_unreadable():
+def test_a_image_without_tokens_is_skipped_as_unreadable():
     with pytest.raises(UnreadableImageError):
         SOURCE.read(item(None), False)
 
@@ -128,13 +128,13 @@ def test_fitting_tokens_replace_the_tokenizer(make_trainer):
 
 
 @pytest.mark.parametrize("options", [{"min_crop_scale": 0.9}, {"min_crop_scale": 1.0, "auto_augment": "rand-m5-n2"}])
-def test_tokens_of_whole_pictures_do_not_go_with_others(make_trainer, options):
+def test_tokens_of_whole_images_do_not_go_with_others(make_trainer, options):
     """The message has both ways out."""
     with pytest.raises(ValueError, match="set (min_crop_scale to 1.0|auto_augment to None).*without the column"):
         make_trainer(train_dataset=with_tokens(), **options)
 
 
-def test_mirrored_pictures_need_mirrored_tokens(make_trainer):
+def test_flipped_images_need_flipped_tokens(make_trainer):
     options = {"min_crop_scale": 1.0, "horizontal_flip": 0.5}
     with pytest.raises(ValueError, match="--mirrored.*set horizontal_flip to 0"):
         make_trainer(train_dataset=with_tokens(), **options)

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import tokenize_images
 import torch
-from collator_items import encode, picture
-from pair_writers import CAPTIONS, NAMES, picture_of, write_jsonl
+from collator_items import draw_image, encode
+from pair_writers import CAPTIONS, NAMES, image_of, write_jsonl
 from transformers import set_seed
 
 from modeling_cots import ImageTokenizer, ScenesDataset
-from modeling_cots.data.image_token_writing import TokenWriter, encoded_picture
+from modeling_cots.data.image_token_writing import TokenWriter, encoded_image
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
 
@@ -29,8 +29,8 @@ def image_tokenizer() -> ImageTokenizer:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of three pictures, the second of which is damaged, with two captions each."""
-    contents = [encode(picture(i, 40 + i, 60), "JPEG") for i in range(3)]
+    """A folder of three images, the second of which is damaged, with two captions each."""
+    contents = [encode(draw_image(i, 40 + i, 60), "JPEG") for i in range(3)]
     contents[1] = contents[1][:300]
     (tmp_path / "photos").mkdir()
     for name, content in zip(NAMES, contents, strict=True):
@@ -49,17 +49,17 @@ def write(dataset, output_dir, image_tokenizer, **options) -> list[Path]:
 # The files
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_pictures_captions_and_names_stay_and_tokens_are_beside(folder, tmp_path, image_tokenizer, mirrored):
+@pytest.mark.parametrize("flipped", [False, True])
+def test_images_captions_and_names_stay_and_tokens_are_beside(folder, tmp_path, image_tokenizer, flipped):
     before = open_pairs(str(folder), "train")
-    write(before, tmp_path / "out", image_tokenizer, mirrored=mirrored, batch_size=2)
+    write(before, tmp_path / "out", image_tokenizer, flipped=flipped, batch_size=2)
     after = open_pairs(str(tmp_path / "out"), "train")
-    assert [picture_of(item) for item in after] == [picture_of(item) for item in before]
+    assert [image_of(item) for item in after] == [image_of(item) for item in before]
     for name in ("captions", "name", "pair_id", "seed"):
         assert [item[name] for item in after] == [item[name] for item in before]
     tokens = [item["image_tokens"] for item in after]
     assert tokens[1] is None, "the damaged one"
-    assert np.asarray(tokens[0]).shape == np.asarray(tokens[2]).shape == (1 + mirrored, 16)
+    assert np.asarray(tokens[0]).shape == np.asarray(tokens[2]).shape == (1 + flipped, 16)
     assert after.metadata(0) == before.metadata(0) == {}
 
 
@@ -90,7 +90,7 @@ def test_files_of_something_else_are_not_mixed_with(tmp_path, image_tokenizer):
     other = ImageTokenizer.random(50, [0.5] * 3, [0.5] * 3, seed=1)
     for changed in (
         lambda: write(scenes, tmp_path / "out", other, shard_rows=4),
-        lambda: write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4, mirrored=True),
+        lambda: write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4, flipped=True),
         lambda: write(scenes, tmp_path / "out", image_tokenizer, shard_rows=3),
         lambda: write(ScenesDataset("train", 7, 32), tmp_path / "out", image_tokenizer, shard_rows=4),
     ):
@@ -101,10 +101,10 @@ def test_files_of_something_else_are_not_mixed_with(tmp_path, image_tokenizer):
 def test_what_cannot_be_read_gets_no_bytes(tmp_path):
     (tmp_path / "secret").write_bytes(b"of somebody else")
     refused = {"bytes": None, "path": str(tmp_path / "secret"), "refused": "it leads out"}
-    assert encoded_picture(refused) == b""
-    assert encoded_picture({"bytes": None, "path": str(tmp_path / "missing")}) == b""
-    assert encoded_picture({"bytes": None, "path": None}) == b""
-    assert encoded_picture({"bytes": None, "path": str(tmp_path / "secret")}) == b"of somebody else"
+    assert encoded_image(refused) == b""
+    assert encoded_image({"bytes": None, "path": str(tmp_path / "missing")}) == b""
+    assert encoded_image({"bytes": None, "path": None}) == b""
+    assert encoded_image({"bytes": None, "path": str(tmp_path / "secret")}) == b"of somebody else"
 
 
 # Training
@@ -127,7 +127,7 @@ def trained(make_trainer, tmp_path):
         return logs[:-1], trainer.model.state_dict()
 
     tokenizer = make_trainer().image_tokenizer
-    write(scenes, tmp_path / "cached", tokenizer, mirrored=True, shard_rows=10, batch_size=7)
+    write(scenes, tmp_path / "cached", tokenizer, flipped=True, shard_rows=10, batch_size=7)
     plain = tmp_path / "plain"
     plain.mkdir()
     for path in sorted((tmp_path / "cached").iterdir()):
@@ -137,7 +137,7 @@ def trained(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("horizontal_flip", [0.0, 0.5])
 def test_training_on_cached_tokens_is_training_on_computed_ones(trained, horizontal_flip):
-    """Bit for bit, losses and weights, mirrored pictures too; with the tokenizer and without."""
+    """Bit for bit, losses and weights, flipped images too; with the tokenizer and without."""
     logs, weights = trained("plain", horizontal_flip=horizontal_flip)
     assert len(logs) == 3 and logs[0]["loss_cmvm"] > 0
     for options in ({}, {"image_tokenizer": None}):

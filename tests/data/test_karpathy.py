@@ -45,7 +45,7 @@ def test_coco_trains_on_restval_too(tmp_path, split, expected):
     assert all((root / name).is_file() for name in rows["file_name"])
 
 
-def test_the_file_or_its_folder_is_recognised_and_named(tmp_path):
+def test_the_file_or_its_folder_is_recognized_and_named(tmp_path):
     file = write_karpathy(tmp_path, ["train"])
     assert is_karpathy(str(file)) and is_karpathy(str(tmp_path)) and not is_karpathy("scenes")
     assert karpathy_name(str(tmp_path)) == karpathy_name(str(file)) == "flickr30k"

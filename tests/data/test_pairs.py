@@ -10,13 +10,13 @@ import pytest
 from pair_writers import (
     CAPTIONS,
     IMAGE_TYPE,
+    IMAGES,
     NAMES,
-    PICTURES,
     a_row_a_caption,
     a_row_an_image,
     check_pairs,
     embedded,
-    picture_of,
+    image_of,
     write_csv,
     write_images,
     write_jsonl,
@@ -87,7 +87,7 @@ def test_text_files_of_a_folder_are_chosen_by_split(tmp_path):
 
 @pytest.mark.parametrize(
     "images",
-    [embedded(), PICTURES, [{"bytes": picture, "path": None} for picture in PICTURES]],
+    [embedded(), IMAGES, [{"bytes": image, "path": None} for image in IMAGES]],
     ids=["struct", "bytes", "struct without path"],
 )
 def test_parquet_with_embedded_images(tmp_path, images):
@@ -151,7 +151,7 @@ def test_a_hub_data_set_is_opened_by_its_id(tmp_path, monkeypatch):
 def shard(numbers, *, as_json: bool) -> dict[str, bytes]:
     members = {}
     for i in numbers:
-        members[f"{i:03d}.png"] = PICTURES[i]
+        members[f"{i:03d}.png"] = IMAGES[i]
         if as_json:
             members[f"{i:03d}.json"] = json.dumps({"caption": CAPTIONS[i], "width": 4}).encode()
         else:
@@ -169,7 +169,7 @@ def test_webdataset_shards(tmp_path, as_json, dataset):
 
 
 def test_a_single_webdataset_shard_and_a_named_field(tmp_path):
-    write_tar(tmp_path / "any.tar", {"0.webp": PICTURES[0], "0.json": b'{"alt": "a hill", "caption": "no"}'})
+    write_tar(tmp_path / "any.tar", {"0.webp": IMAGES[0], "0.json": b'{"alt": "a hill", "caption": "no"}'})
     pairs = open_pairs(str(tmp_path / "any.tar"), "train", caption_column="json.alt")
     assert pairs[0]["captions"] == ["a hill"] and pairs[0]["name"] == "0.webp"
     with pytest.raises(ValueError, match="no field for captions; they have alt, caption"):
@@ -213,7 +213,7 @@ def test_rows_of_one_image_become_one_item_by_path(tmp_path):
 @pytest.mark.parametrize("with_path", [False, True])
 def test_rows_of_one_image_become_one_item_by_its_bytes(tmp_path, with_path):
     order = [0, 1, 0, 2, 1]
-    images = [{"bytes": PICTURES[i], "path": NAMES[i] if with_path else None} for i in order]
+    images = [{"bytes": IMAGES[i], "path": NAMES[i] if with_path else None} for i in order]
     columns = {"image": pa.array(images, IMAGE_TYPE), "caption": [f"{row} of {i}" for row, i in enumerate(order)]}
     write_parquet(tmp_path / "any.parquet", columns)
     expected = [["0 of 0", "2 of 0"], ["1 of 1", "4 of 1"], ["3 of 2"]]
@@ -221,8 +221,8 @@ def test_rows_of_one_image_become_one_item_by_its_bytes(tmp_path, with_path):
 
 
 def test_images_of_equal_name_and_length_are_told_apart(tmp_path):
-    pictures = [b"x" * 9 + bytes([i]) for i in range(3)]
-    columns = {"image": embedded(["same.png"] * 3, pictures), "caption": ["p", "q", "r"]}
+    images = [b"x" * 9 + bytes([i]) for i in range(3)]
+    columns = {"image": embedded(["same.png"] * 3, images), "caption": ["p", "q", "r"]}
     write_parquet(tmp_path / "any.parquet", columns)
     assert [item["captions"] for item in open_pairs(str(tmp_path / "any.parquet"), "train")] == [["p"], ["q"], ["r"]]
 
@@ -230,12 +230,12 @@ def test_images_of_equal_name_and_length_are_told_apart(tmp_path):
 def test_grouping_equals_a_slow_twin(tmp_path):
     rng = np.random.default_rng(0)
     order = rng.integers(0, 40, 200)
-    pictures = [rng.bytes(30 + i % 3) for i in range(40)]
+    images = [rng.bytes(30 + i % 3) for i in range(40)]
     captions = [[f"{row}.{k}" for k in range(rng.integers(1, 4))] for row in range(200)]
-    write_parquet(tmp_path / "any.parquet", {"image": [pictures[i] for i in order], "caption": captions})
+    write_parquet(tmp_path / "any.parquet", {"image": [images[i] for i in order], "caption": captions})
     expected: dict[bytes, list[str]] = {}
     for i, own in zip(order, captions, strict=True):
-        expected[pictures[i]] = expected.get(pictures[i], []) + own
+        expected[images[i]] = expected.get(images[i], []) + own
     pairs = open_pairs(str(tmp_path / "any.parquet"), "train")
     assert {item["image"]["bytes"]: item["captions"] for item in pairs} == expected
     assert len(pairs) == len(expected)
@@ -244,12 +244,12 @@ def test_grouping_equals_a_slow_twin(tmp_path):
 # What the wild brings
 
 
-def test_pictures_are_never_decoded(tmp_path):
-    pictures = [b"no picture", b"", PICTURES[2][:30]]
-    write_parquet(tmp_path / "any.parquet", {"image": embedded(pictures=pictures), "caption": CAPTIONS})
-    assert [item["image"]["bytes"] for item in open_pairs(str(tmp_path / "any.parquet"), "train")] == pictures
-    write_tar(tmp_path / "any.tar", {"0.jpg": b"no picture", "0.txt": b"one", "1.jpg": b"", "1.txt": b"two"})
-    assert [item["image"]["bytes"] for item in open_pairs(str(tmp_path / "any.tar"), "train")] == [b"no picture", b""]
+def test_images_are_never_decoded(tmp_path):
+    images = [b"no image", b"", IMAGES[2][:30]]
+    write_parquet(tmp_path / "any.parquet", {"image": embedded(images=images), "caption": CAPTIONS})
+    assert [item["image"]["bytes"] for item in open_pairs(str(tmp_path / "any.parquet"), "train")] == images
+    write_tar(tmp_path / "any.tar", {"0.jpg": b"no image", "0.txt": b"one", "1.jpg": b"", "1.txt": b"two"})
+    assert [item["image"]["bytes"] for item in open_pairs(str(tmp_path / "any.tar"), "train")] == [b"no image", b""]
 
 
 def test_a_missing_file_and_a_missing_image_keep_their_place(tmp_path):
@@ -258,7 +258,7 @@ def test_a_missing_file_and_a_missing_image_keep_their_place(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     pairs = open_pairs(str(tmp_path / "pairs.jsonl"), "train")
     assert [item["name"] for item in pairs] == ["gone.png", "row 1", "a.png", "row 3", "row 4"]
-    assert picture_of(pairs[2]) == PICTURES[0]
+    assert image_of(pairs[2]) == IMAGES[0]
 
 
 @pytest.mark.parametrize("captions", [["x", None, "z"], [["x"], [], ["z"]], [["x"], [None], [None, "z"]]])

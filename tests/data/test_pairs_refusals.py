@@ -7,8 +7,8 @@ import pytest
 from pair_writers import (
     CAPTIONS,
     IMAGE_TYPE,
+    IMAGES,
     NAMES,
-    PICTURES,
     a_row_an_image,
     check_pairs,
     embedded,
@@ -129,7 +129,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, name):
 def test_image_paths_that_leave_the_folder_are_refused(tmp_path, path):
     write_images(tmp_path / "x")
     write_images(tmp_path / "data")
-    (tmp_path / "secret.png").write_bytes(PICTURES[0])
+    (tmp_path / "secret.png").write_bytes(IMAGES[0])
     write_jsonl(tmp_path / "data" / "pairs.jsonl", [{"image": name, "caption": "x"} for name in ("a.png", path)])
     with pytest.raises(ValueError, match="leads out of"):
         open_pairs(str(tmp_path / "data" / "pairs.jsonl"), "train")

@@ -17,7 +17,7 @@ SETTINGS = {
     "usual": {},
     "other channels": {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.27, 0.26, 0.28]},
     "not rescaled": {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
-    "not normalised": {"do_normalize": False},
+    "not normalized": {"do_normalize": False},
 }
 
 
@@ -29,22 +29,22 @@ def processor(**settings) -> SimpleNamespace:
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Noise of two shapes, every level among it."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in ((40, 24), (16, 16))]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_pictures_equal_those_of_the_processor(settings, pictures):
+def test_images_equal_those_of_the_processor(settings, images):
     part = processor(**settings).image_processor
-    raw = part(pictures, **RAW_PIXELS)["pixel_values"]
+    raw = part(images, **RAW_PIXELS)["pixel_values"]
     assert raw.dtype == torch.uint8
-    normalised = PixelNormalizer(processor(**settings))({"pixel_values": raw})
-    expected = part(pictures, return_tensors="pt")["pixel_values"]
-    assert raw.nbytes * 4 == normalised["pixel_values"].nbytes
-    torch.testing.assert_close(normalised["pixel_values"], expected.float(), rtol=1e-6, atol=1e-6)
-    assert torch.equal(normalised["raw_pixels"], raw)
+    normalized = PixelNormalizer(processor(**settings))({"pixel_values": raw})
+    expected = part(images, return_tensors="pt")["pixel_values"]
+    assert raw.nbytes * 4 == normalized["pixel_values"].nbytes
+    torch.testing.assert_close(normalized["pixel_values"], expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(normalized["raw_pixels"], raw)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -53,17 +53,17 @@ def test_videos_equal_those_of_the_processor(settings):
     part = processor(**settings).video_processor
     raw = part(video, **RAW_PIXELS)["pixel_values_videos"]
     assert raw.dtype == torch.uint8
-    normalised = PixelNormalizer(processor(**settings))({"pixel_values_videos": raw})
+    normalized = PixelNormalizer(processor(**settings))({"pixel_values_videos": raw})
     expected = part(video, return_tensors="pt")["pixel_values_videos"]
-    torch.testing.assert_close(normalised["pixel_values_videos"], expected.float(), rtol=1e-6, atol=1e-6)
-    assert normalised.keys() == {"pixel_values_videos"}
+    torch.testing.assert_close(normalized["pixel_values_videos"], expected.float(), rtol=1e-6, atol=1e-6)
+    assert normalized.keys() == {"pixel_values_videos"}
 
 
-def test_floats_count_as_normalised_and_nothing_else_is_touched():
+def test_floats_count_as_normalized_and_nothing_else_is_touched():
     batch = {"pixel_values": torch.rand(2, 3, 4, 4), "input_ids": torch.ones(2, 3, dtype=torch.uint8)}
-    normalised = PixelNormalizer(processor())(batch)
-    assert normalised.keys() == batch.keys()
-    assert all(normalised[name] is batch[name] for name in batch)
+    normalized = PixelNormalizer(processor())(batch)
+    assert normalized.keys() == batch.keys()
+    assert all(normalized[name] is batch[name] for name in batch)
 
 
 def test_the_given_batch_keeps_its_bytes():

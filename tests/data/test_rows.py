@@ -1,4 +1,4 @@
-"""From a row to a picture and its captions."""
+"""From a row to an image and its captions."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,17 +26,17 @@ VALUES = st.recursive(
         ({"png": b"i", "a.b": "one"}, (None, "a.b"), ["one"]),
     ],
 )
-def test_pictures_and_captions(row, columns, expected):
+def test_images_and_captions(row, columns, expected):
     assert read_row(row, *columns) == (b"i", expected)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"txt": b"x"}, "no picture in one of image, .*; there is txt"),
+        ({"txt": b"x"}, "no image in one of image, .*; there is txt"),
         ({"__key__": "a"}, "there is nothing"),
-        ({"image": {"bytes": None, "path": "/etc/passwd"}, "txt": b"x"}, "no picture inside, only the name of a file"),
-        ({"image": "/etc/passwd", "txt": b"x"}, "no picture inside"),
+        ({"image": {"bytes": None, "path": "/etc/passwd"}, "txt": b"x"}, "no image inside, only the name of a file"),
+        ({"image": "/etc/passwd", "txt": b"x"}, "no image inside"),
         ({"png": b"i"}, "no caption in one of"),
         ({"png": b"i", "caption": []}, "has no caption"),
         ({"png": b"i", "json": b"{}"}, "has no caption"),

@@ -26,7 +26,7 @@ SIZE, NUM_FRAMES = 16, 16
 
 @pytest.fixture
 def processor(tiny_tokenizer) -> SimpleNamespace:
-    """Frames of 16 x 16 whose pixels tell their numbers: not normalised."""
+    """Frames of 16 x 16 whose pixels tell their numbers: not normalized."""
     size = {"height": SIZE, "width": SIZE}
     return SimpleNamespace(
         tokenizer=tiny_tokenizer, video_processor=COTSVideoProcessor(size=size, do_normalize=False, do_rescale=False)
@@ -43,7 +43,7 @@ def dataset_of(*paths, captions=("a red circle", "the white dog runs"), seed: in
 
 
 def numbers(videos: torch.Tensor) -> list[list[int]]:
-    """The numbers that the grey levels of frames (B, T, 3, H, W) tell."""
+    """The numbers that the gray levels of frames (B, T, 3, H, W) tell."""
     return (videos.float().mean(dim=(2, 3, 4)) / LEVELS).round().int().tolist()
 
 
@@ -81,7 +81,7 @@ def test_training_takes_a_random_frame_of_each_segment_by_the_items_seed(tmp_pat
         "pair_ids",
         "valid",
     }
-    torch.manual_seed(5)  # neither the ambient randomness nor the neighbours count
+    torch.manual_seed(5)  # neither the ambient randomness nor the neighbors count
     alone = training([dataset[2]])
     assert numbers(alone["pixel_values_videos"]) == [found[2]]
     dataset.set_epoch(1)
@@ -110,21 +110,21 @@ def test_every_caption_is_drawn(tmp_path, processor):
 # Crops
 
 
-def test_all_frames_of_a_video_are_cropped_and_mirrored_alike(tmp_path, processor):
-    """Of a still picture every frame comes out the same; without a crop it is the picture of evaluation."""
-    picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    dataset = dataset_of(*[write_video(tmp_path / "a.mp4", [picture] * 20, options={})] * 8)
+def test_all_frames_of_a_video_are_cropped_and_flipped_alike(tmp_path, processor):
+    """Of a still image every frame comes out the same; without a crop it is the image of evaluation."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    dataset = dataset_of(*[write_video(tmp_path / "a.mp4", [image] * 20, options={})] * 8)
     items = [dataset[index] for index in range(8)]
     cropped = collators(processor, min_crop_scale=0.2, horizontal_flip=0.5)[0](items)["pixel_values_videos"].float()
-    # Compression changes pixels a little from frame to frame; another crop would change them by a whole picture.
+    # Compression changes pixels a little from frame to frame; another crop would change them by a whole image.
     apart = (cropped - cropped[:, :1]).abs().mean(dim=(1, 2, 3, 4))
     between = (cropped[1:, 0] - cropped[:-1, 0]).abs().mean(dim=(1, 2, 3))
     assert apart.max() < 4 < 15 < between.min()
     training, evaluation = collators(processor)
     whole = evaluation(items)["pixel_values_videos"].float()
     assert (training(items)["pixel_values_videos"].float() - whole).abs().mean() < 2
-    mirrored = collators(processor, horizontal_flip=1.0)[0](items)["pixel_values_videos"].float()
-    assert (mirrored - whole.flip(-1)).abs().mean() < 2 < 15 < (mirrored - whole).abs().mean()
+    flipped = collators(processor, horizontal_flip=1.0)[0](items)["pixel_values_videos"].float()
+    assert (flipped - whole.flip(-1)).abs().mean() < 2 < 15 < (flipped - whole).abs().mean()
 
 
 # Files of every kind

@@ -62,7 +62,7 @@ def texts(browser, selector: str) -> list[str]:
 
 
 def expected_texts(app, collection, image_id: int) -> list[str]:
-    return [f"{text} ({score:.2f})" for text, score in app.find_texts(collection, collection.picture(image_id))]
+    return [f"{text} ({score:.2f})" for text, score in app.find_texts(collection, collection.image(image_id))]
 
 
 def search(browser, app, collection, query: str, key: str) -> list[int]:
@@ -70,24 +70,24 @@ def search(browser, app, collection, query: str, key: str) -> list[int]:
     box = wait(browser, lambda: elements(browser, "#query textarea"), "no box for the query")[0]
     box.clear()
     box.send_keys(query + key)
-    found = app.find_pictures(collection, query)
+    found = app.find_images(collection, query)
     alts = [
         f"{place}. ({score:.2f}) {collection.items[image_id]['captions'][0]}"
         for place, (image_id, score) in enumerate(found, start=1)
     ]
     images = "#found button img"
-    wait(browser, lambda: [e.get_attribute("alt") for e in elements(browser, images)] == alts, "not these pictures")
+    wait(browser, lambda: [e.get_attribute("alt") for e in elements(browser, images)] == alts, "not these images")
     first = expected_texts(app, collection, found[0][0])
-    wait(browser, lambda: texts(browser, "#texts label") == first, "not the texts of the first picture")
+    wait(browser, lambda: texts(browser, "#texts label") == first, "not the texts of the first image")
     return [image_id for image_id, _ in found]
 
 
-def shown_picture(browser, selector: str) -> np.ndarray:
+def shown_image(browser, selector: str) -> np.ndarray:
     with urllib.request.urlopen(elements(browser, selector)[0].get_attribute("src")) as response:
         return np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"), dtype=float)
 
 
-def test_text_to_pictures_to_texts_to_words(app, collection, address):
+def test_text_to_images_to_texts_to_words(app, collection, address):
     skip_without_browser()
     from selenium.webdriver.common.keys import Keys
 
@@ -96,24 +96,24 @@ def test_text_to_pictures_to_texts_to_words(app, collection, address):
         ids = search(browser, app, collection, "a red circle", Keys.ENTER)
         assert wait(browser, lambda: texts(browser, "#word label"), "no words") == ["a", "red", "circle"]
 
-        # a click on another picture: its texts
+        # a click on another image: its texts
         elements(browser, "#found button")[2].click()
         third = expected_texts(app, collection, ids[2])
-        wait(browser, lambda: texts(browser, "#texts label") == third, "not the texts of the third picture")
+        wait(browser, lambda: texts(browser, "#texts label") == third, "not the texts of the third image")
 
         # a click on a text makes it the caption, whose words can be clicked on
         elements(browser, "#texts label")[1].click()
-        caption = app.find_texts(collection, collection.picture(ids[2]))[1][0]
+        caption = app.find_texts(collection, collection.image(ids[2]))[1][0]
         words = app.words_of(collection, caption)
         wait(browser, lambda: texts(browser, "#word label") == words, "not the words of that text")
         elements(browser, "#word label")[1].click()
         wait(browser, lambda: elements(browser, "#heat img"), "no map")
         wait(browser, lambda: words[1] in elements(browser, "#heat img")[0].get_attribute("alt"), "not said")
         assert f"“{words[1]}”" in elements(browser, "#heat")[0].text
-        picture = Image.fromarray(shown_picture(browser, "#picture img").astype(np.uint8))
-        relevance = app.explain_pair(collection.model, collection.processor, picture, caption, [words[1]])
-        expected = np.asarray(app.overlay(picture, relevance.word_maps[0]), dtype=float)
-        assert np.abs(shown_picture(browser, "#heat img") - expected).mean() < 1
+        image = Image.fromarray(shown_image(browser, "#image img").astype(np.uint8))
+        relevance = app.explain_pair(collection.model, collection.processor, image, caption, [words[1]])
+        expected = np.asarray(app.overlay(image, relevance.word_maps[0]), dtype=float)
+        assert np.abs(shown_image(browser, "#heat img") - expected).mean() < 1
 
         check_labels(browser)
         assert overflow(browser) == 0
@@ -128,9 +128,9 @@ def check_labels(browser) -> None:
     for element in elements(browser, "textarea, input:not([type=file]), button, img, [role=radiogroup]"):
         if element.is_displayed():
             roles.setdefault(element.aria_role, []).append(element.accessible_name)
-    assert {"What should the pictures show?", "Caption"} <= set(roles["textbox"])
+    assert {"What should the images show?", "Caption"} <= set(roles["textbox"])
     assert {"Words", "Texts that fit it, best first"} <= set(roles["radiogroup"])
-    assert "Find pictures" in roles["button"] and len(roles["radio"]) > 5
+    assert "Find images" in roles["button"] and len(roles["radio"]) > 5
     assert all(name.strip() for names in roles.values() for name in names), roles
     assert elements(browser, "html")[0].get_attribute("lang") and browser.title
     assert [heading.tag_name for heading in elements(browser, "h1, h2")] == ["h1", "h2", "h2", "h2"]
@@ -144,7 +144,7 @@ def test_a_phone_and_the_keyboard_alone(app, collection, address):
         browser.get(address)
         ids = search(browser, app, collection, "two green triangles", Keys.TAB + Keys.ENTER)  # the button
         assert overflow(browser) == 0
-        # Tab on to the second picture, past the example and the first one; Enter takes it.
+        # Tab on to the second image, past the example and the first one; Enter takes it.
         for _ in range(30):
             focused = browser.switch_to.active_element
             if (focused.get_attribute("aria-label") or "").startswith("Thumbnail 2"):
@@ -152,7 +152,7 @@ def test_a_phone_and_the_keyboard_alone(app, collection, address):
             focused.send_keys(Keys.TAB)
         focused.send_keys(Keys.ENTER)
         second = expected_texts(app, collection, ids[1])
-        wait(browser, lambda: texts(browser, "#texts label") == second, "not the texts of the second picture")
+        wait(browser, lambda: texts(browser, "#texts label") == second, "not the texts of the second image")
         elements(browser, "#word input")[0].send_keys(Keys.SPACE)
         wait(browser, lambda: elements(browser, "#heat img"), "no map")
         assert overflow(browser) == 0
@@ -166,7 +166,7 @@ def test_an_empty_query_is_told_and_markup_is_text(app, collection, address):
         browser.get(address)
         box = wait(browser, lambda: elements(browser, "#query textarea"), "no box for the query")[0]
         box.send_keys("  " + Keys.ENTER)
-        wait(browser, lambda: "Type what the pictures should show" in elements(browser, "body")[0].text, "not told")
+        wait(browser, lambda: "Type what the images should show" in elements(browser, "body")[0].text, "not told")
         search(browser, app, collection, "<img src=x onerror=document.title=1> circle", Keys.ENTER)
         wait(browser, lambda: "circle" in texts(browser, "#word label"), "no words")
         assert browser.title.startswith("COTS")
@@ -180,7 +180,7 @@ def test_says_what_to_do_without_a_model(app, tmp_path, monkeypatch):
 
 
 def test_texts_are_told_once_and_words_have_places(app, collection):
-    found = app.find_texts(collection, collection.picture(3))
+    found = app.find_texts(collection, collection.image(3))
     assert len({text for text, _ in found}) == app.NUM_TEXTS
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
     assert app.words_of(collection, "a dog and a boat") == ["a", "dog", "and", "boat"]

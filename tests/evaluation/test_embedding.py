@@ -29,7 +29,7 @@ def embed(model, dataset, processor, batch_size: int):
     )
 
 
-def test_equals_one_picture_and_one_caption_at_a_time(model, tiny_processor):
+def test_equals_one_image_and_one_caption_at_a_time(model, tiny_processor):
     dataset = ScenesDataset("validation", 5, 32)
     embeds = embed(model, dataset, tiny_processor, batch_size=3)
     model.eval()
@@ -94,7 +94,7 @@ def test_leaves_the_mode_and_the_random_numbers_as_they_were(model, tiny_process
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_captions_are_encoded_by_length_and_stay_with_their_picture(model, tiny_processor, monkeypatch):
+def test_captions_are_encoded_by_length_and_stay_with_their_image(model, tiny_processor, monkeypatch):
     """Captions of very different lengths, in batches of a few: the same embeddings as all in one padded batch."""
 
     class Uneven(ScenesDataset):

@@ -11,8 +11,8 @@ from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.evaluation.pair_scores import load_scoring_model, score_pairs, write_scores
 
 
-class WithABadPicture(Dataset):
-    """Ten scenes, one of which is no picture."""
+class WithABadImage(Dataset):
+    """Ten scenes, one of which is no image."""
 
     def __init__(self):
         self.scenes = ScenesDataset("train", 10, 32)
@@ -24,7 +24,7 @@ class WithABadPicture(Dataset):
         item = self.scenes[index]
         item["captions"] = item["captions"][: 1 + index % 3]
         if index == 4:
-            item["image"] = {"bytes": b"no picture", "path": None}
+            item["image"] = {"bytes": b"no image", "path": None}
         return item
 
 
@@ -35,7 +35,7 @@ def model(tiny_config) -> COTSModel:
 
 
 def test_scores_equal_those_of_one_pair_at_a_time(model, tiny_processor, tmp_path):
-    dataset = WithABadPicture()
+    dataset = WithABadImage()
     pairs = score_pairs(model, dataset, tiny_processor, Accelerator(), batch_size=4, max_text_length=24, num_std=1.0)
     expected = []
     for index in range(10):
@@ -101,6 +101,6 @@ def test_refuses_a_momentum_copy_of_another_model(make_trainer, tmp_path, tiny_c
 
 
 def test_unreadable_data_is_an_error(model, tiny_processor):
-    dataset = [{**WithABadPicture()[4], "image": Image.Image}]
+    dataset = [{**WithABadImage()[4], "image": Image.Image}]
     with pytest.raises(ValueError, match="None of the 1 images"):
         score_pairs(model, dataset, tiny_processor, Accelerator(), max_text_length=24)

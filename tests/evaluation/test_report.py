@@ -20,14 +20,14 @@ def test_each_caption_stands_above_what_it_finds():
     examples = ExampleRetrievals(1234, [0, 5], [[0, 3, 1], [2, 5, 4]])
     told = [dataset[number]["captions"][0] for number in range(6)]
     assert format_example_retrievals(examples, dataset).splitlines() == [
-        "What the model finds for a few captions among 1,234 held-out pictures:",
+        "What the model finds for a few captions among 1,234 held-out images:",
         f'  "{told[0]}"',
-        f'    1. validation-00000: "{told[0]}"  <- its own picture',
+        f'    1. validation-00000: "{told[0]}"  <- its own image',
         f'    2. validation-00003: "{told[3]}"',
         f'    3. validation-00001: "{told[1]}"',
         f'  "{told[5]}"',
         f'    1. validation-00002: "{told[2]}"',
-        f'    2. validation-00005: "{told[5]}"  <- its own picture',
+        f'    2. validation-00005: "{told[5]}"  <- its own image',
         f'    3. validation-00004: "{told[4]}"',
     ]
 

@@ -107,27 +107,27 @@ def test_writes_the_repository_of_a_checkpoint(run, trained, tmp_path):
     assert "# Measured" not in (tmp_path / "out" / "README.md").read_text()  # that was of the finished model
 
 
-def test_a_card_edited_in_the_folder_goes_as_it_is_with_its_pictures(run, trained, tmp_path):
+def test_a_card_edited_in_the_folder_goes_as_it_is_with_its_images(run, trained, tmp_path):
     (tmp_path / "secret.png").write_bytes(b"not in the folder")
-    (trained / "pictures").mkdir()
+    (trained / "images").mkdir()
     for name in ("shown.png", "other.png"):
-        (trained / "pictures" / name).write_bytes(b"picture")
-    text = "---\nwidget:\n- src: pictures/shown.png\n- src: pictures/missing.png\n- src: ../../secret.png\n---\n"
+        (trained / "images" / name).write_bytes(b"image")
+    text = "---\nwidget:\n- src: images/shown.png\n- src: images/missing.png\n- src: ../../secret.png\n---\n"
     (trained / "README.md").write_text(f'{text}# Mine, not of from_pretrained("tiny"): {tmp_path}/secret.png\n')
     run(model=trained, output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == (trained / "README.md").read_text()
-    assert {name for name in files_of(tmp_path / "out") if name.endswith(".png")} == {"pictures/shown.png"}
+    assert {name for name in files_of(tmp_path / "out") if name.endswith(".png")} == {"images/shown.png"}
 
 
 def test_writes_the_two_stock_models(run, trained, tmp_path):
     run(model=trained, kind="text_encoder", output_dir=tmp_path / "text")
     assert ModelCard.load(tmp_path / "text" / "README.md").data.pipeline_tag == "sentence-similarity"
-    pictures = tmp_path / "pictures" / "more"
-    pictures.mkdir(parents=True)
-    Image.radial_gradient("L").save(pictures / "a.png")
-    (pictures / "b.txt").write_text("no picture")
+    images = tmp_path / "images" / "more"
+    images.mkdir(parents=True)
+    Image.radial_gradient("L").save(images / "a.png")
+    (images / "b.txt").write_text("no image")
     run(model=trained, kind="zero_shot_classifier", labels=LABELS, output_dir=tmp_path / "one")
-    run(model=trained, kind="zero_shot_classifier", labels=LABELS, output_dir=tmp_path / "two", images=pictures.parent)
+    run(model=trained, kind="zero_shot_classifier", labels=LABELS, output_dir=tmp_path / "two", images=images.parent)
     cards = [ModelCard.load(tmp_path / name / "README.md") for name in ("one", "two")]
     assert all(card.data.pipeline_tag == "image-classification" for card in cards)
     assert cards[0].text != cards[1].text
@@ -138,15 +138,15 @@ def test_writes_the_two_stock_models(run, trained, tmp_path):
     ("options", "message"),
     [
         ({}, "Say where to"),
-        ({"output_dir": "out", "kind": "picture"}, "--kind must be one of"),
+        ({"output_dir": "out", "kind": "image"}, "--kind must be one of"),
         ({"output_dir": "out", "tag": "v1"}, "give --repo_id as well"),
         ({"output_dir": "out", "private": "true"}, "give --repo_id as well"),
         ({"output_dir": "out", "kind": "zero_shot_classifier"}, "needs its classes"),
         ({"output_dir": "out", "labels": LABELS}, "belong to --kind zero_shot_classifier"),
-        ({"output_dir": "out", "kind": "text_encoder", "images": "pictures"}, "belong to --kind"),
+        ({"output_dir": "out", "kind": "text_encoder", "images": "images"}, "belong to --kind"),
         ({"output_dir": "full"}, "is not empty"),
         ({"output_dir": "out", "model": "nowhere"}, "No COTS model with its processor can be loaded from nowhere"),
-        ({"output_dir": "out", "kind": "zero_shot_classifier", "labels": LABELS, "images": "full"}, "no picture"),
+        ({"output_dir": "out", "kind": "zero_shot_classifier", "labels": LABELS, "images": "full"}, "no image"),
     ],
 )
 def test_refuses_what_does_not_go_together(run, trained, tmp_path, monkeypatch, options, message):

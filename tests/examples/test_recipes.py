@@ -55,7 +55,7 @@ def test_every_value_of_the_papers_recipes_has_its_source(name):
 
 @pytest.mark.parametrize("name", ["pretrain_5m", "pretrain_15m"])
 def test_pretraining_is_that_of_the_method(name):
-    """METHOD: the same optimiser, m and tau as in fine-tuning; 12,800; 5e-5 for 5 epochs; 384 pixels, 256 numbers."""
+    """METHOD: the same optimizer, m and tau as in fine-tuning; 12,800; 5e-5 for 5 epochs; 384 pixels, 256 numbers."""
     _, args = parse(CONFIGS / f"{name}.yaml")
     assert (args.momentum, args.queue_size, args.learning_rate, args.lr_hold_epochs) == (0.99, 12_800, 5e-5, 5)
     assert (args.weight_decay, args.lr_scheduler_type, args.filter_num_std) == (0.02, "linear", 2)
@@ -71,7 +71,7 @@ def test_the_two_pretraining_recipes_differ_in_their_data_only():
     assert {key for key in small if small[key] != large[key]} == {"output_dir"}
 
 
-def test_a_pretraining_recipe_runs_on_a_few_pictures(tmp_path, monkeypatch):
+def test_a_pretraining_recipe_runs_on_a_few_images(tmp_path, monkeypatch):
     BertModel(BertConfig(**ENCODER, vocab_size=150)).save_pretrained(tmp_path / "bert")
     ViTModel(ViTConfig(**ENCODER, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")

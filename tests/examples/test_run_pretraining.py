@@ -1,4 +1,4 @@
-"""The pre-training script from end to end, as a user starts it: every kind of data, bad input, damaged pictures."""
+"""The pre-training script from end to end, as a user starts it: every kind of data, bad input, damaged images."""
 
 import io
 import json
@@ -52,14 +52,14 @@ def test_scenes_end_in_a_folder_that_loads(run, capsys):
     metrics = json.loads((folder / "eval_results.json").read_text())
     assert 0 <= metrics["eval_t2i_recall_at_1"] <= 100
     assert not list(folder.glob("*momentum*"))
-    assert "On scenes, 4,000 images, for 3 optimiser steps." in (folder / "README.md").read_text()
+    assert "On scenes, 4,000 images, for 3 optimizer steps." in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("write", [write_folder, write_parquet, write_jsonl, write_shards])
 def test_takes_every_form_of_data(run, tmp_path, scenes, write):
     options = {"eval_split": "none"}
     if write is write_parquet:
-        options = {"image_column": "picture", "caption_column": "sentences"}
+        options = {"image_column": "photo", "caption_column": "sentences"}
     folder = run(write(tmp_path / "data", scenes), **options)
     assert COTSModel.from_pretrained(folder).config.vision_config.image_size == 32
     assert (folder / "eval_results.json").exists() == (write is write_parquet)
@@ -121,8 +121,8 @@ def test_takes_pre_trained_encoders_with_their_tokenizer(run, tmp_path, scenes):
     assert AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-def damaged_pictures(image: Image.Image) -> dict[str, bytes]:
-    """Every kind of picture that the web holds; the first three cannot be read."""
+def damaged_images(image: Image.Image) -> dict[str, bytes]:
+    """Every kind of image that the web holds; the first three cannot be read."""
     jpeg = io.BytesIO()
     image.resize((64, 64)).save(jpeg, "JPEG")
     files = {
@@ -142,14 +142,14 @@ def damaged_pictures(image: Image.Image) -> dict[str, bytes]:
     return files
 
 
-def test_damaged_pictures_and_odd_captions_are_trained_through_counted_and_named(run, tmp_path, scenes, monkeypatch):
+def test_damaged_images_and_odd_captions_are_trained_through_counted_and_named(run, tmp_path, scenes, monkeypatch):
     from modeling_cots.data import skip_report
 
     messages = []
     monkeypatch.setattr(skip_report.logger, "warning", messages.append)
     folder = write_folder(tmp_path / "data", scenes)
     rows = []
-    for index, (name, content) in enumerate(damaged_pictures(scenes[0]["image"]).items()):
+    for index, (name, content) in enumerate(damaged_images(scenes[0]["image"]).items()):
         (folder / name).write_bytes(content)
         rows.append({"file_name": name, "caption": ["", "word " * 500, "a star"][index % 3]})
     with (folder / "metadata.jsonl").open("a") as metadata:
@@ -189,7 +189,7 @@ def test_refuses_bad_input_before_training(run, tmp_path, scenes):
 
 @pytest.mark.slow
 def test_quick_start_and_everything_that_the_readme_does_with_it(hub, tmp_path):
-    """The one command of the README, in a process of its own; then its code, against a hub, and its picture."""
+    """The one command of the README, in a process of its own; then its code, against a hub, and its image."""
     folder = tmp_path / "runs" / "quickstart"
 
     def python(*arguments: str, cwd: Path = ROOT, **options) -> str:

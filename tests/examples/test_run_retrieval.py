@@ -103,7 +103,7 @@ def test_measures_on_every_form_that_pre_training_takes(run, checkpoint, tmp_pat
     data = write(tmp_path / "data", scenes)
     options = {"eval_split": "train", "train_split": "none", "model": str(checkpoint)}
     if write in (write_parquet, write_repository):
-        options.update(image_column="picture", caption_column="sentences")
+        options.update(image_column="photo", caption_column="sentences")
     results = results_of(run(data, **options, zero_shot_protocol="pretrained"))
     several = write in (write_parquet, write_jsonl, write_repository)
     assert results["num_images"] == 8 and results["num_captions"] == (40 if several else 8)
@@ -120,7 +120,7 @@ def test_other_counts_than_the_protocols_are_refused_before_training(run, tmp_pa
 def test_an_unreadable_test_image_costs_the_name_of_the_protocol(run, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "flickr30k-1k", (5, 10))
     write_karpathy(tmp_path / "data", SPLITS)
-    (tmp_path / "data" / "images" / "12.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "images" / "12.png").write_bytes(b"no image")
     results = results_of(run(tmp_path / "data", protocol="flickr30k-1k"))
     assert results["protocol"] is None and results["num_skipped"] == 1
     assert "this is not flickr30k-1k" in results["note"]
@@ -129,9 +129,9 @@ def test_an_unreadable_test_image_costs_the_name_of_the_protocol(run, tmp_path, 
 
 
 def paint(folder: Path, form: str) -> Path:
-    """Four pictures, each of one colour that no crop changes, with three captions each, in one of two forms."""
+    """Four images, each of one color that no crop changes, with three captions each, in one of two forms."""
     folder.mkdir()
-    captions = [[f"picture {number} told {times} times" for times in ("one", "two", "six")] for number in range(4)]
+    captions = [[f"image {number} told {times} times" for times in ("one", "two", "six")] for number in range(4)]
     for number in range(4):
         Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(folder / f"{number}.png")
     if form == "karpathy":
@@ -149,32 +149,32 @@ def paint(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["karpathy", "one caption a row"])
 def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch, form):
-    """By what the pictures show, not by the ids that the code goes by: a candidate counts if it is another picture."""
+    """By what the images show, not by the ids that the code goes by: a candidate counts if it is another image."""
     queue_size, history, checked = 8, [], []
 
     class Watching(run_retrieval.COTSTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            self.colours = inputs["pixel_values"][:, 0, 0, 0].clone()
+            self.colors = inputs["pixel_values"][:, 0, 0, 0].clone()
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            history.extend(self.colours.tolist())
+            history.extend(self.colors.tolist())
             return loss
 
         def _contrast(self, outputs, everyone, mine):
             logits = super()._contrast(outputs, everyone, mine)
             slots = [None] * queue_size
-            for number, colour in enumerate(history):
-                slots[number % queue_size] = colour
+            for number, color in enumerate(history):
+                slots[number % queue_size] = color
             for side in logits:
-                for row, colour in zip(side.tolist(), self.colours.tolist(), strict=True):
+                for row, color in zip(side.tolist(), self.colors.tolist(), strict=True):
                     counts = [logit > -1e6 for logit in row[1:]]
-                    assert counts == [slot is not None and abs(slot - colour) > 1e-3 for slot in slots]
-                    checked.append(sum(slot is not None and abs(slot - colour) <= 1e-3 for slot in slots))
+                    assert counts == [slot is not None and abs(slot - color) > 1e-3 for slot in slots]
+                    checked.append(sum(slot is not None and abs(slot - color) <= 1e-3 for slot in slots))
             return logits
 
     monkeypatch.setattr(run_retrieval, "COTSTrainer", Watching)
     run(paint(tmp_path / "data", form), max_steps=6, queue_size=queue_size, per_device_train_batch_size=3)
     assert len(set(history)) == 4
-    assert max(checked) >= 2 and len(checked) > 20, "pictures met their own in the queue, several times"
+    assert max(checked) >= 2 and len(checked) > 20, "images met their own in the queue, several times"
 
 
 def test_token_losses_are_off_unless_asked_for(run, tmp_path, caplog):
@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused(run, options, message):
 
 
 @pytest.mark.parametrize("recipe, protocol", [("flickr30k", "flickr30k-1k"), ("coco", "coco-5k")])
-def test_the_recipes_run_on_a_few_pictures(run, checkpoint, tmp_path, monkeypatch, recipe, protocol):
+def test_the_recipes_run_on_a_few_images(run, checkpoint, tmp_path, monkeypatch, recipe, protocol):
     monkeypatch.setitem(PROTOCOLS, protocol, (5, 10))
     write_karpathy(tmp_path / "data", SPLITS, name=recipe)
     folder = run(

@@ -91,7 +91,7 @@ def test_moving_scenes_end_in_a_folder_that_loads(run, capsys, tmp_path):
         for name in ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "mean_rank")
     }
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "On moving_scenes, 10 videos, for 3 optimiser steps." in card
+    assert "On moving_scenes, 10 videos, for 3 optimizer steps." in card
     assert f"| text to video | {results['metrics']['t2v_recall_at_1']:.1f} (" in card
     assert "type: t2v_recall_at_10" in card and "t2i" not in card
     assert "model.encode_video" in card and "Measured on moving_scenes validation (6 videos, 24 captions)" in card
@@ -151,7 +151,7 @@ def test_goes_on_from_a_checkpoint_or_only_measures_it_and_says_how_it_came_abou
     data = write_msrvtt(tmp_path / "data", clips, in_one_file=True)
     trained = run(data, eval_split="test", output_dir=str(tmp_path / "trained"))
     settings = trained / "processor_config.json"
-    settings.write_text(settings.read_text().replace("0.5", "0.4"))  # as an encoder with other pictures brings along
+    settings.write_text(settings.read_text().replace("0.5", "0.4"))  # as an encoder with other images brings along
     goes_on = run(data, model=str(trained), eval_split="test", output_dir=str(tmp_path / "goes_on"))
     assert list(AutoProcessor.from_pretrained(goes_on).video_processor.image_mean) == [0.4] * 3
     settings.write_text(settings.read_text().replace("0.4", "0.5"))

@@ -33,7 +33,7 @@ def start(monkeypatch):
 
 @pytest.fixture
 def model_folder(tiny_config, tiny_processor, tmp_path) -> Path:
-    """A model that has learnt nothing, with a tokenizer that knows the words of scenes."""
+    """A model that has learned nothing, with a tokenizer that knows the words of scenes."""
     tokenizer = train_tokenizer(ScenesDataset("train", 100).iter_captions(), 500)
     tokenizer.model_max_length = 40
     tiny_config.text_config.vocab_size = len(tokenizer)
@@ -147,16 +147,16 @@ def test_a_point_on_the_named_object_is_a_hit(tiny_config):
         heat[(top + bottom) // 2 // 8, (left + right) // 2 // 8] = 1
         return heat
 
-    game.play("colour", named, scene.objects, {"right": map_of(named), "wrong": map_of(other)})
-    centre = [
+    game.play("color", named, scene.objects, {"right": map_of(named), "wrong": map_of(other)})
+    center = [
         (8 * (side // 8) + 4) for side in ((named.box[1] + named.box[3]) // 2, (named.box[0] + named.box[2]) // 2)
     ]
-    assert game.hits["right", "colour"] == [float(pointing_game.is_inside(named.box, *centre))]
-    assert game.hits["wrong", "colour"] == [0.0]
+    assert game.hits["right", "color"] == [float(pointing_game.is_inside(named.box, *center))]
+    assert game.hits["wrong", "color"] == [0.0]
     inside = sum(
         pointing_game.is_inside(named.box, 8 * row + 4, 8 * column + 4) for row in range(4) for column in range(4)
     )
-    assert game.hits["chance", "colour"] == [inside / 16]
+    assert game.hits["chance", "color"] == [inside / 16]
 
 
 def test_rollout_equals_the_product_of_matrices():
@@ -175,6 +175,6 @@ def test_words_name_the_object_they_belong_to_and_no_word_twice():
             for kind, word, item in pointing_game.words_of_objects(scene, caption):
                 kinds.add(kind)
                 assert len(re.findall(rf"\b{word}\b", caption)) == 1
-                assert any(f"{item.colour} {shape}" in caption for shape in pointing_game.SHAPE_WORDS[item.shape])
-                assert word.split()[0] == item.colour or word in pointing_game.SHAPE_WORDS[item.shape]
+                assert any(f"{item.color} {shape}" in caption for shape in pointing_game.SHAPE_WORDS[item.shape])
+                assert word.split()[0] == item.color or word in pointing_game.SHAPE_WORDS[item.shape]
     assert kinds == set(pointing_game.KINDS)

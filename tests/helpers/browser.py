@@ -1,4 +1,4 @@
-"""Headless Chromium for tests and for the pictures in docs/; it talks to this machine alone."""
+"""Headless Chromium for tests and for the images in docs/; it talks to this machine alone."""
 
 import shutil
 import tempfile
@@ -60,7 +60,7 @@ def overflow(browser) -> int:
 
 
 def save_page(browser, path: str | Path, width: int) -> None:
-    """A picture of the whole page."""
+    """An image of the whole page."""
     resize(browser, width, 100)  # or a short page would be as high as the window was
     resize(browser, width, browser.execute_script("return document.documentElement.scrollHeight"))
     browser.save_screenshot(str(path))

@@ -25,13 +25,13 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
+def draw_image(seed: int, height: int = 40, width: int = 48) -> Image.Image:
     """Noise, so that no two crops are alike."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def item(number: int, captions=("a red circle",), image=None, **values) -> dict:
-    image = {"bytes": encode(picture(number)), "path": None} if image is None else image
+    image = {"bytes": encode(draw_image(number)), "path": None} if image is None else image
     return {
         "image": image,
         "captions": list(captions),
@@ -49,7 +49,7 @@ def collator(processor, **options) -> COTSDataCollator:
 
 
 def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollator:
-    """One that masks a grid of patches of 1 x 1 and has no pictures to speak of."""
+    """One that masks a grid of patches of 1 x 1 and has no images to speak of."""
     size = {"height": grid[0], "width": grid[1]}
     processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(size=size))
 
@@ -61,7 +61,7 @@ def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollat
 
 
 def row_of(batch: dict, index: int) -> dict[str, torch.Tensor]:
-    """One sample of a batch, without the padding that its neighbours cost it."""
+    """One sample of a batch, without the padding that its neighbors cost it."""
     length = int(batch["attention_mask"][index].sum())
     tokens = ("input_ids", "attention_mask", "masked_input_ids", "text_targets")
     return {name: value[index, :length] if name in tokens else value[index] for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Generated pictures in Karpathy's form, as the files of Flickr30k and COCO are laid out; shared by several tests."""
+"""Generated images in Karpathy's form, as the files of Flickr30k and COCO are laid out; shared by several tests."""
 
 import json
 from pathlib import Path

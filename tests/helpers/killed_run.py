@@ -32,7 +32,7 @@ CONTEXT.set_forkserver_preload(["torch", "timm.data", "datasets", "modeling_cots
 
 
 def write_data(folder: Path) -> Path:
-    """Pictures with captions, and the configuration of the model."""
+    """Images with captions, and the configuration of the model."""
     from modeling_cots import ScenesDataset
 
     folder.mkdir()

@@ -20,13 +20,13 @@ def png(shade: int) -> bytes:
     return file.getvalue()
 
 
-PICTURES = [png(shade) for shade in (50, 100, 150)]
+IMAGES = [png(shade) for shade in (50, 100, 150)]
 
 
 def write_images(folder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(NAMES, PICTURES, strict=True):
-        (folder / name).write_bytes(picture)
+    for name, image in zip(NAMES, IMAGES, strict=True):
+        (folder / name).write_bytes(image)
 
 
 def write_jsonl(path, rows: list[dict]) -> None:
@@ -56,8 +56,8 @@ def write_tar(path, members: dict[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
-def embedded(names=NAMES, pictures=PICTURES) -> list[dict]:
-    return [{"bytes": picture, "path": name} for name, picture in zip(names, pictures, strict=True)]
+def embedded(names=NAMES, images=IMAGES) -> list[dict]:
+    return [{"bytes": image, "path": name} for name, image in zip(names, images, strict=True)]
 
 
 def a_row_an_image(column: str = "image") -> list[dict]:
@@ -69,7 +69,7 @@ def a_row_a_caption(column: str = "image") -> list[dict]:
     return [{column: name, "caption": CAPTIONS[i][k]} for k in (0, 1) for i, name in enumerate(NAMES)]
 
 
-def picture_of(item: dict) -> bytes:
+def image_of(item: dict) -> bytes:
     image = item["image"]
     if image["bytes"] is not None:
         return image["bytes"]
@@ -80,7 +80,7 @@ def picture_of(item: dict) -> bytes:
 def check_pairs(pairs, captions=CAPTIONS) -> None:
     items = list(pairs)
     assert [item["captions"] for item in items] == captions
-    assert [picture_of(item) for item in items] == PICTURES
+    assert [image_of(item) for item in items] == IMAGES
     assert [item["pair_id"] for item in items] == [0, 1, 2] and len(pairs) == 3
     assert [set(item) for item in items] == [{"image", "captions", "pair_id", "name", "seed"}] * 3
     assert list(pairs.iter_captions()) == [caption for item in items for caption in item["captions"]]

@@ -28,7 +28,7 @@ def write_folder(folder: Path, scenes: list[dict]) -> Path:
 def write_parquet(folder: Path, scenes: list[dict]) -> Path:
     folder.mkdir()
     images = [{"bytes": png(item["image"]), "path": f"{i}.png"} for i, item in enumerate(scenes)]
-    table = pa.table({"picture": images, "sentences": [item["captions"] for item in scenes]})
+    table = pa.table({"photo": images, "sentences": [item["captions"] for item in scenes]})
     for split in ("train", "validation"):
         pq.write_table(table, folder / f"{split}.parquet")
     return folder

@@ -11,10 +11,10 @@ INFO = {"dim": DIM, "model": "m", "model_identity": "i"}
 
 
 def make_vectors(num: int, seed: int = 0) -> np.ndarray:
-    """(num, 16) unit vectors around eight centres."""
+    """(num, 16) unit vectors around eight centers."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).standard_normal((8, DIM))
-    vectors = centres[rng.integers(0, 8, num)] + 0.5 * rng.standard_normal((num, DIM))
+    centers = np.random.default_rng(7).standard_normal((8, DIM))
+    vectors = centers[rng.integers(0, 8, num)] + 0.5 * rng.standard_normal((num, DIM))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Shards for the tests of streams: small pictures in tar files, whole and damaged, and a server that lends them."""
+"""Shards for the tests of streams: small images in tar files, whole and damaged, and a server that lends them."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def png(number: int, size: int = 4) -> bytes:
-    """A picture that no other number has."""
+    """An image that no other number has."""
     file = io.BytesIO()
     Image.new("RGB", (size, size), (number % 256, number // 256 % 256, 20)).save(file, "PNG")
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Real video files for the tests, in which every frame tells its number by its grey level."""
+"""Real video files for the tests, in which every frame tells its number by its gray level."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-LEVELS = 6  # grey levels between neighbouring frames, more than compression changes
+LEVELS = 6  # gray levels between neighboring frames, more than compression changes
 CODECS = {
     ".mp4": "libx264",
     ".mov": "mpeg4",
@@ -28,11 +28,11 @@ def write_video(
     times: list[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> str:
-    """Encode one frame of `size` (height, width) for each number or picture, shown at `times` in ms if given."""
+    """Encode one frame of `size` (height, width) for each number or image, shown at `times` in ms if given."""
     codec = CODECS[path.suffix] if codec is None else codec
     if codec not in av.codecs_available:
         pytest.skip(f"this build of FFmpeg has no {codec}")
-    # Reordered frames; MPEG-4 would blur a small step of grey away.
+    # Reordered frames; MPEG-4 would blur a small step of gray away.
     encoder_options = {"libx264": {"bf": "2"}, "mpeg4": {"qmin": "1", "qmax": "2"}}.get(codec, {})
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=frame_rate, options=encoder_options)
@@ -44,8 +44,8 @@ def write_video(
             stream.codec_context.time_base = Fraction(1, 1000)
         container.start_encoding()  # writes the header, even if no frame follows
         for position, number in enumerate(numbers):
-            picture = number if isinstance(number, np.ndarray) else np.full((*size, 3), LEVELS * number, np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image = number if isinstance(number, np.ndarray) else np.full((*size, 3), LEVELS * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[position], Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -59,7 +59,7 @@ def numbers_of(frames: np.ndarray) -> list[int]:
 
 
 def write_audio(path: Path, cover: bytes | None = None) -> str:
-    """A tenth of a second of silence as mp3, with a cover picture (JPEG) if given."""
+    """A tenth of a second of silence as mp3, with a cover image (JPEG) if given."""
     with av.open(str(path), "w", format="mp3") as container:
         stream = container.add_stream("libmp3lame", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.int16), format="s16", layout="mono")

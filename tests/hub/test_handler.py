@@ -1,6 +1,6 @@
 """The handler of Inference Endpoints: right answers, and a refusal instead of an accident for everything else.
 
-How it reads pictures is in `test_hub_handler_images.py`.
+How it reads images is in `test_hub_handler_images.py`.
 """
 
 import base64
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from picture_files import as_base64, as_bytes
+from image_files import as_base64, as_bytes
 
 from modeling_cots import COTSModel
 from modeling_cots.hub import handler as hub_handler
@@ -22,7 +22,7 @@ LABELS = ["a red circle", "two dogs", "the sea"]
 
 
 class StubProcessor:
-    """Texts to counts of letters (`input_ids` (B, 26)), pictures to mean colours (`pixel_values` (B, 3))."""
+    """Texts to counts of letters (`input_ids` (B, 26)), images to mean colors (`pixel_values` (B, 3))."""
 
     def __call__(self, text=None, images=None, return_tensors=None, padding=False, truncation=False):
         assert return_tensors == "pt" and (text is None or (padding and truncation))
@@ -68,9 +68,9 @@ def test_code_and_weights_are_those_of_the_repository(handler):
     assert not handler.model.training
 
 
-def test_labels_are_ranked_by_their_probability(handler, picture):
-    answer = handler({"inputs": as_base64(picture), "parameters": {"candidate_labels": LABELS}})
-    inputs = StubProcessor()([f"This is a photo of {label}." for label in LABELS], [picture], "pt", True, True)
+def test_labels_are_ranked_by_their_probability(handler, image):
+    answer = handler({"inputs": as_base64(image), "parameters": {"candidate_labels": LABELS}})
+    inputs = StubProcessor()([f"This is a photo of {label}." for label in LABELS], [image], "pt", True, True)
     similarities = (
         20
         * handler.model.encode_text(inputs["input_ids"])
@@ -82,15 +82,15 @@ def test_labels_are_ranked_by_their_probability(handler, picture):
     assert {a["label"]: a["score"] for a in answer} == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_ways_to_ask_are_one_question(handler, picture):
-    text = as_base64(picture)
+def test_the_ways_to_ask_are_one_question(handler, image):
+    text = as_base64(image)
     labels = {"candidate_labels": LABELS, "hypothesis_template": "{}"}
     expected = handler({"inputs": text, "parameters": labels})
     assert {a["label"] for a in expected} == set(LABELS)
     for payload in [
         {"inputs": {"image": text, **labels}},
         {"inputs": {"image": text}, "parameters": labels},
-        {"inputs": picture, "parameters": labels},
+        {"inputs": image, "parameters": labels},
         {"inputs": text, "parameters": {**labels, "candidate_labels": ", ".join(LABELS)}},
     ]:
         assert handler(payload) == expected
@@ -106,14 +106,14 @@ def test_embeddings_of_texts(handler):
     assert len(handler({"inputs": {"text": url}})) == 3
 
 
-def test_embedding_of_a_picture_from_anywhere(handler, picture, monkeypatch):
-    expected = handler.model.encode_image(StubProcessor()(None, [picture], "pt")["pixel_values"])[0].tolist()
-    content, url = as_bytes(picture), "https://pictures.test/picture.png"
+def test_embedding_of_a_image_from_anywhere(handler, image, monkeypatch):
+    expected = handler.model.encode_image(StubProcessor()(None, [image], "pt")["pixel_values"])[0].tolist()
+    content, url = as_bytes(image), "https://images.test/image.png"
     monkeypatch.setattr(hub_handler, "fetch", {url: content}.get)
     text, lines = base64.b64encode(content).decode(), base64.encodebytes(content).decode()
-    for source in (picture, text, lines, f"data:image/png;base64,{text}", f"DATA:;base64,{text}", url):
+    for source in (image, text, lines, f"data:image/png;base64,{text}", f"DATA:;base64,{text}", url):
         assert handler({"inputs": {"image": source}}) == expected
-    for source in (picture, f"data:image/png;base64,{text}", url):
+    for source in (image, f"data:image/png;base64,{text}", url):
         assert handler({"inputs": source}) == expected
 
 
@@ -190,7 +190,7 @@ def test_an_accident_inside_is_told_without_its_details(handler, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_it_works_on_the_real_model_as_a_file_of_its_repository(tmp_path, tiny_config, tiny_processor, picture):
+def test_it_works_on_the_real_model_as_a_file_of_its_repository(tmp_path, tiny_config, tiny_processor, image):
     """Loaded as the endpoint's server does: by path, outside the package."""
     model = COTSModel(tiny_config).eval()
     model.save_pretrained(tmp_path)
@@ -199,13 +199,13 @@ def test_it_works_on_the_real_model_as_a_file_of_its_repository(tmp_path, tiny_c
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     handler = module.EndpointHandler(str(tmp_path))
-    inputs = tiny_processor(text=LABELS, images=[picture], padding=True, return_tensors="pt")
+    inputs = tiny_processor(text=LABELS, images=[image], padding=True, return_tensors="pt")
     with torch.no_grad():
         image_embeds = model.encode_image(inputs.pop("pixel_values"))
         text_embeds = model.encode_text(**inputs)
     torch.testing.assert_close(torch.tensor(handler({"inputs": LABELS})), text_embeds)
-    torch.testing.assert_close(torch.tensor(handler({"inputs": picture})), image_embeds[0])
-    answer = handler({"inputs": picture, "parameters": {"candidate_labels": LABELS, "hypothesis_template": "{}"}})
+    torch.testing.assert_close(torch.tensor(handler({"inputs": image})), image_embeds[0])
+    answer = handler({"inputs": image, "parameters": {"candidate_labels": LABELS, "hypothesis_template": "{}"}})
     logits = (image_embeds @ text_embeds.T)[0] / tiny_config.temperature
     expected = dict(zip(LABELS, logits.softmax(0).tolist(), strict=True))
     assert {a["label"]: a["score"] for a in answer} == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""How the handler of Inference Endpoints reads strangers' pictures: any mode, bounded, and from public addresses only.
+"""How the handler of Inference Endpoints reads strangers' images: any mode, bounded, and from public addresses only.
 
 Whatever is connected to here is on the loopback, which a test may declare public.
 """
@@ -15,7 +15,7 @@ import torch
 from hub_network import Answer, Network, Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from picture_files import as_base64, as_bytes
+from image_files import as_base64, as_bytes
 from PIL import Image
 
 from modeling_cots.hub import handler as hub_handler
@@ -23,9 +23,9 @@ from modeling_cots.hub.handler import RequestError, is_public, load_image
 
 
 @pytest.fixture
-def pictures(picture, monkeypatch):
-    """A server of pictures on the loopback, which counts as public for once; `answers` maps paths to answers."""
-    answers = {"/picture.png": Answer(content=as_bytes(picture))}
+def images(image, monkeypatch):
+    """A server of images on the loopback, which counts as public for once; `answers` maps paths to answers."""
+    answers = {"/image.png": Answer(content=as_bytes(image))}
     monkeypatch.setattr(hub_handler, "is_public", lambda address: address == "127.0.0.1")
     server = Server(Network(), lambda request: answers.get(request.path, Answer(404)))
     server.answers = answers
@@ -38,7 +38,7 @@ def pictures(picture, monkeypatch):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=200)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP"]), st.data())
-def test_a_damaged_picture_is_read_or_refused(format, data):
+def test_a_damaged_image_is_read_or_refused(format, data):
     content = bytearray(as_bytes(Image.radial_gradient("L").resize((20, 20)), format))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -46,10 +46,10 @@ def test_a_damaged_picture_is_read_or_refused(format, data):
     try:
         assert load_image(base64.b64encode(content).decode()).mode == "RGB"
     except RequestError as error:
-        assert "picture" in str(error)
+        assert "image" in str(error)
 
 
-def test_pictures_are_upright_and_of_any_mode():
+def test_images_are_upright_and_of_any_mode():
     ramp = Image.linear_gradient("L").resize((16, 8))  # dark above, light below
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
@@ -71,28 +71,28 @@ def png_of_size(width: int, height: int) -> str:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's, with 89 million pixels
 @pytest.mark.parametrize("size", [(7072, 7072), (10_000, 10_000), (50_000, 50_000)])
-def test_a_picture_of_too_many_pixels_is_not_decoded(size):
+def test_a_image_of_too_many_pixels_is_not_decoded(size):
     with pytest.raises(RequestError, match="more than 50000000 pixels"):
         load_image(png_of_size(*size))
 
 
-def test_bounds_of_pixels(monkeypatch, picture):
+def test_bounds_of_pixels(monkeypatch, image):
     monkeypatch.setattr(hub_handler, "MAX_IMAGE_PIXELS", 48)
-    assert load_image(picture).size == load_image(as_base64(picture)).size == (8, 6)
+    assert load_image(image).size == load_image(as_base64(image)).size == (8, 6)
     monkeypatch.setattr(hub_handler, "MAX_IMAGE_PIXELS", 47)
-    for source in (picture, as_base64(picture)):
+    for source in (image, as_base64(image)):
         with pytest.raises(RequestError, match="more than 47 pixels"):
             load_image(source)
 
 
-def test_bounds_of_bytes(monkeypatch, picture):
-    content = as_bytes(picture)
+def test_bounds_of_bytes(monkeypatch, image):
+    content = as_bytes(image)
     monkeypatch.setattr(hub_handler, "MAX_IMAGE_BYTES", len(content))
-    assert load_image(as_base64(picture)).size == (8, 6)
+    assert load_image(as_base64(image)).size == (8, 6)
     for too_small in (len(content) - 1, len(content) // 2):
         monkeypatch.setattr(hub_handler, "MAX_IMAGE_BYTES", too_small)
         with pytest.raises(RequestError, match=f"larger than {too_small} bytes"):
-            load_image(as_base64(picture))
+            load_image(as_base64(image))
     monkeypatch.setattr(base64, "b64decode", None)  # what is far too long is not even decoded
     with pytest.raises(RequestError, match="larger than"):
         load_image("A" * len(content) + "A")
@@ -103,21 +103,21 @@ def test_bounds_of_bytes(monkeypatch, picture):
     ["", "AAA", "not base64!", "/etc/hosts", "data:,", "data:image/png;base64,x", "data:image/png,%89PNG"]
     + [base64.b64encode(content).decode() for content in (b"", b"\x89PNG", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"II*\0")],
 )
-def test_what_is_no_picture(source):
+def test_what_is_no_image(source):
     with pytest.raises(RequestError):
         load_image(source)
 
 
 @pytest.mark.parametrize("source", ["{}!", "!{}", "data:image/png,{}", "data:image/png;base64;x,{}", "data:{}"])
-def test_nothing_is_guessed_about_an_encoding(picture, source):
+def test_nothing_is_guessed_about_an_encoding(image, source):
     with pytest.raises(RequestError, match="base64"):
-        load_image(source.format(as_base64(picture)))
+        load_image(source.format(as_base64(image)))
 
 
 @pytest.mark.parametrize("format", ["EPS", "TIFF", "ICO", "PPM"])
-def test_decoders_that_nobody_needs_are_not_within_reach(picture, format):
+def test_decoders_that_nobody_needs_are_not_within_reach(image, format):
     with pytest.raises(RequestError, match="none of BMP, GIF, JPEG, PNG, WEBP"):
-        load_image(as_base64(picture, format=format))
+        load_image(as_base64(image, format=format))
 
 
 # --- URLs
@@ -126,7 +126,7 @@ def test_decoders_that_nobody_needs_are_not_within_reach(picture, format):
 @pytest.mark.parametrize("scheme", ["file", "ftp", "gopher", "javascript", "HTTPX", "c"])
 def test_schemes(scheme):
     with pytest.raises(RequestError, match=f"scheme '{scheme.lower()}' is refused"):
-        load_image(f"{scheme}://127.0.0.1/picture.png")
+        load_image(f"{scheme}://127.0.0.1/image.png")
 
 
 LOOPBACK = ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "[::ffff:127.0.0.1]"]
@@ -135,12 +135,12 @@ LOOPBACK = ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", 
 @pytest.mark.parametrize(
     "host", [*LOOPBACK, "[::ffff:7f00:1]", "\uff11\uff12\uff17.0.0.1", "0", "127.0.0.1.", "0.0.0.0"]
 )
-def test_this_machine_is_refused_however_it_is_spelled(pictures, monkeypatch, host):
+def test_this_machine_is_refused_however_it_is_spelled(images, monkeypatch, host):
     monkeypatch.setattr(hub_handler, "is_public", is_public)
     with pytest.raises(RequestError, match="not public|cannot be fetched") as error:
-        load_image(f"http://{host}:{pictures.server_port}/picture.png")
+        load_image(f"http://{host}:{images.server_port}/image.png")
     assert "not public" in str(error.value) or host not in LOOPBACK  # the rest may resolve to nothing at all
-    assert pictures.network.requests == []
+    assert images.network.requests == []
 
 
 @pytest.mark.parametrize(
@@ -161,21 +161,21 @@ def test_an_address_mapped_into_ipv6_is_judged_as_itself(address):
     assert not is_public(str(ipaddress.IPv6Address((0x2002 << 112) | (int(address) << 80))))  # 6to4
 
 
-def test_redirects_are_checked_like_the_first_address(pictures, picture):
-    answers, port = pictures.answers, pictures.server_port
-    answers["/moved"] = Answer(302, {"Location": "picture.png"})
-    assert load_image(f"{pictures.url}/moved").tobytes() == picture.tobytes()
-    pictures.network.requests.clear()
-    answers["/inside"] = Answer(301, {"Location": f"http://127.0.0.2:{port}/picture.png"})
+def test_redirects_are_checked_like_the_first_address(images, image):
+    answers, port = images.answers, images.server_port
+    answers["/moved"] = Answer(302, {"Location": "image.png"})
+    assert load_image(f"{images.url}/moved").tobytes() == image.tobytes()
+    images.network.requests.clear()
+    answers["/inside"] = Answer(301, {"Location": f"http://127.0.0.2:{port}/image.png"})
     answers["/file"] = Answer(307, {"Location": "file:///etc/hosts"})
     answers["/round"] = Answer(308, {"Location": "/round"})
     for path, message in {"inside": "not public", "file": "scheme 'file'", "round": "more than 3 times"}.items():
         with pytest.raises(RequestError, match=message):
-            load_image(f"{pictures.url}/{path}")
-    assert [request.path for request in pictures.network.requests] == ["/inside", "/file"] + ["/round"] * 4
+            load_image(f"{images.url}/{path}")
+    assert [request.path for request in images.network.requests] == ["/inside", "/file"] + ["/round"] * 4
 
 
-def test_a_name_is_resolved_once_and_that_address_used(pictures, picture, monkeypatch):
+def test_a_name_is_resolved_once_and_that_address_used(images, image, monkeypatch):
     resolved = []
 
     def resolve(host, port, **kwargs):
@@ -184,56 +184,56 @@ def test_a_name_is_resolved_once_and_that_address_used(pictures, picture, monkey
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    assert load_image(f"http://pictures.test:{pictures.server_port}/picture.png").tobytes() == picture.tobytes()
-    assert resolved == ["pictures.test"]
-    assert pictures.network.requests[0].headers["host"] == f"pictures.test:{pictures.server_port}"
+    assert load_image(f"http://images.test:{images.server_port}/image.png").tobytes() == image.tobytes()
+    assert resolved == ["images.test"]
+    assert images.network.requests[0].headers["host"] == f"images.test:{images.server_port}"
 
 
-def test_the_usual_port_is_not_named_to_the_server(pictures, picture, monkeypatch):
+def test_the_usual_port_is_not_named_to_the_server(images, image, monkeypatch):
     """Signed addresses are signed for the bare name."""
-    monkeypatch.setitem(hub_handler.DEFAULT_PORTS, "http", pictures.server_port)
-    assert load_image("http://127.0.0.1/picture.png").tobytes() == picture.tobytes()
-    assert pictures.network.requests[0].headers["host"] == "127.0.0.1"
+    monkeypatch.setitem(hub_handler.DEFAULT_PORTS, "http", images.server_port)
+    assert load_image("http://127.0.0.1/image.png").tobytes() == image.tobytes()
+    assert images.network.requests[0].headers["host"] == "127.0.0.1"
 
 
-def test_https_wants_a_certificate_for_the_name_not_the_address(pictures, monkeypatch):
+def test_https_wants_a_certificate_for_the_name_not_the_address(images, monkeypatch):
     asked = []
 
     def distrust(context, sock, server_hostname, **kwargs):
         asked.append((server_hostname, context.verify_mode, context.check_hostname))
         raise ssl.SSLCertVerificationError
 
-    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", pictures.server_port))
+    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", images.server_port))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [entry])
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", distrust)
     with pytest.raises(RequestError, match="cannot be fetched"):
-        load_image(f"https://pictures.test:{pictures.server_port}/picture.png")
-    assert asked == [("pictures.test", ssl.CERT_REQUIRED, True)]
+        load_image(f"https://images.test:{images.server_port}/image.png")
+    assert asked == [("images.test", ssl.CERT_REQUIRED, True)]
 
 
-def test_one_private_address_among_public_ones_is_enough(pictures, monkeypatch):
+def test_one_private_address_among_public_ones_is_enough(images, monkeypatch):
     entries = [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, pictures.server_port)) for a in ("127.0.0.1", "127.0.0.2")
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, images.server_port)) for a in ("127.0.0.1", "127.0.0.2")
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: entries)
     with pytest.raises(RequestError, match="not public"):
-        load_image(f"http://pictures.test:{pictures.server_port}/picture.png")
+        load_image(f"http://images.test:{images.server_port}/image.png")
 
 
-def test_what_a_server_may_not_send(pictures, monkeypatch):
+def test_what_a_server_may_not_send(images, monkeypatch):
     monkeypatch.setattr(hub_handler, "MAX_IMAGE_BYTES", 1000)
-    pictures.answers["/large"] = Answer(content=bytes(1001))
-    pictures.answers["/zeros"] = Answer(content=bytes(1000))
-    pictures.answers["/html"] = Answer(content=b"<html>")
+    images.answers["/large"] = Answer(content=bytes(1001))
+    images.answers["/zeros"] = Answer(content=bytes(1000))
+    images.answers["/html"] = Answer(content=b"<html>")
     messages = {"large": "larger than 1000", "zeros": "cannot be read", "html": "cannot be read", "none": "status 404"}
     for path, message in messages.items():
         with pytest.raises(RequestError, match=message):
-            load_image(f"{pictures.url}/{path}")
-    for url in (f"https://127.0.0.1:{pictures.server_port}/", "http://127.0.0.1:99999/", "http://[/", "http://"):
+            load_image(f"{images.url}/{path}")
+    for url in (f"https://127.0.0.1:{images.server_port}/", "http://127.0.0.1:99999/", "http://[/", "http://"):
         with pytest.raises(RequestError, match="cannot be fetched|no host"):
             load_image(url)
     with pytest.raises(RequestError, match="or a user"):
-        load_image(f"http://me:word@127.0.0.1:{pictures.server_port}/picture.png")
+        load_image(f"http://me:word@127.0.0.1:{images.server_port}/image.png")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,6 @@ def test_a_server_that_never_ends_is_left(monkeypatch, sent):
         threading.Thread(target=lambda: drip(server.accept()[0]), daemon=True).start()
         try:
             with pytest.raises(RequestError, match="longer than 0.3 seconds"):
-                load_image(f"http://127.0.0.1:{server.getsockname()[1]}/picture.png")
+                load_image(f"http://127.0.0.1:{server.getsockname()[1]}/image.png")
         finally:
             gone.set()

@@ -34,10 +34,10 @@ def test_license_and_language_are_claimed_for_known_data_only(tiny_config):
 
 def test_numbers_stand_beside_chance(tiny_config):
     text = build_model_card(tiny_config, make_record(), model_name="first").text
-    # One of 200 pictures; five of 1,000 captions: 1 - C(995, k) / C(1000, k).
+    # One of 200 images; five of 1,000 captions: 1 - C(995, k) / C(1000, k).
     assert "| text to image | 10.1 (0.5) | 50.1 (2.5) | 100.1 (5.0) | 3.5 | 9.0 |" in text
     assert "| image to text | 10.1 (0.5) | 50.1 (2.5) | 100.1 (4.9) | 2.0 | 7.2 |" in text
-    assert "200 images, 1,000 captions" in text and "441 optimiser steps" in text and "1,234,567" in text
+    assert "200 images, 1,000 captions" in text and "441 optimizer steps" in text and "1,234,567" in text
     for setting in REPORTED_SETTINGS:
         assert f"| `{setting}` | value of {setting} |" in text
     assert "Not zero-shot" in text and "16 numbers" in text

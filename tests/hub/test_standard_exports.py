@@ -32,8 +32,8 @@ def model(tiny_config) -> COTSForPreTraining:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> list[Image.Image]:
-    """Pictures of several modes and sizes, also as files `0.png`, ..."""
+def images(tmp_path) -> list[Image.Image]:
+    """Images of several modes and sizes, also as files `0.png`, ..."""
     base = Image.radial_gradient("L").resize((60, 40))
     images = [base, base.rotate(90), Image.new("RGB", (20, 50), "red"), base.convert("RGBA"), Image.new("L", (9, 9))]
     for index, image in enumerate(images):
@@ -145,21 +145,21 @@ def classify(folder: Path, home: Path, num_images: int) -> dict:
 
 
 @pytest.fixture
-def similarities(model, tiny_processor, pictures) -> torch.Tensor:
-    """What COTS says: cosines of the pictures and the labels in their sentences."""
+def similarities(model, tiny_processor, images) -> torch.Tensor:
+    """What COTS says: cosines of the images and the labels in their sentences."""
     texts = [f"This is a photo of {label}." for label in LABELS]
-    images = encode_image(model.cots, tiny_processor, [image.convert("RGB") for image in pictures])
-    return images @ encode_text(model.cots, tiny_processor, texts).T
+    encoded = encode_image(model.cots, tiny_processor, [image.convert("RGB") for image in images])
+    return encoded @ encode_text(model.cots, tiny_processor, texts).T
 
 
-def test_the_classifier_is_stock_and_ranks_as_cots(model, tiny_processor, pictures, similarities, tmp_path):
+def test_the_classifier_is_stock_and_ranks_as_cots(model, tiny_processor, images, similarities, tmp_path):
     export_zero_shot_classifier(model, tiny_processor, LABELS, tmp_path / "classes-v1.0")
-    answer = classify(tmp_path / "classes-v1.0", tmp_path, len(pictures))
+    answer = classify(tmp_path / "classes-v1.0", tmp_path, len(images))
     assert answer["class"] == "ViTForImageClassification"
     logits = torch.tensor(answer["logits"])
     assert torch.equal(logits.argsort(), similarities.argsort())
     with torch.no_grad():
-        pixels = tiny_processor(images=[image.convert("RGB") for image in pictures], return_tensors="pt")
+        pixels = tiny_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         lengths = model.cots.get_image_features(**pixels).pooler_output.norm(dim=-1, keepdim=True)
     # Where scores differ: by the length of the image embedding, and by nothing else.
     expected = similarities / model.config.temperature * lengths
@@ -170,10 +170,10 @@ def test_the_classifier_is_stock_and_ranks_as_cots(model, tiny_processor, pictur
     assert all(label in card.text for label in LABELS) and "sharper" in card.text
 
 
-def test_typical_pictures_bring_the_scores_near_those_of_cots(model, tiny_processor, pictures, similarities, tmp_path):
-    export_zero_shot_classifier(model, tiny_processor, LABELS, tmp_path / "classes", images=pictures)
+def test_typical_images_bring_the_scores_near_those_of_cots(model, tiny_processor, images, similarities, tmp_path):
+    export_zero_shot_classifier(model, tiny_processor, LABELS, tmp_path / "classes", images=images)
     classifier = pipeline("image-classification", model=str(tmp_path / "classes"))
-    results = classifier(pictures, top_k=len(LABELS))
+    results = classifier(images, top_k=len(LABELS))
     scores = torch.tensor(
         [[{row["label"]: row["score"] for row in result}[name] for name in LABELS] for result in results]
     )
@@ -182,14 +182,14 @@ def test_typical_pictures_bring_the_scores_near_those_of_cots(model, tiny_proces
     torch.testing.assert_close(scores, expected, atol=0.05, rtol=0)
 
 
-def test_the_mean_length_is_that_of_every_picture_whatever_the_batches(model, tiny_processor, pictures, monkeypatch):
+def test_the_mean_length_is_that_of_every_image_whatever_the_batches(model, tiny_processor, images, monkeypatch):
     lengths = []
-    for picture in pictures:
-        pixels = tiny_processor(images=[picture], return_tensors="pt")
+    for image in images:
+        pixels = tiny_processor(images=[image], return_tensors="pt")
         with torch.no_grad():
             lengths.append(model.cots.get_image_features(**pixels).pooler_output.norm().item())
     monkeypatch.setattr("modeling_cots.hub.standard_exports.IMAGE_BATCH", 2)
-    assert mean_embedding_length(model.cots, tiny_processor, pictures) == pytest.approx(sum(lengths) / len(lengths))
+    assert mean_embedding_length(model.cots, tiny_processor, images) == pytest.approx(sum(lengths) / len(lengths))
     with pytest.raises(ValueError, match="`images` is empty"):
         mean_embedding_length(model.cots, tiny_processor, [])
 
@@ -210,11 +210,11 @@ def test_refuses_labels_that_cannot_be_used(model, tiny_processor, tmp_path, lab
     assert not (tmp_path / "classes").exists()
 
 
-def test_dropout_of_a_model_in_training_blurs_nothing_and_stays(tiny_config, tiny_processor, pictures, tmp_path):
+def test_dropout_of_a_model_in_training_blurs_nothing_and_stays(tiny_config, tiny_processor, images, tmp_path):
     tiny_config.text_config.hidden_dropout_prob = tiny_config.vision_config.hidden_dropout_prob = 0.5
     model = COTSModel(tiny_config)
     for mode in (True, False):
-        export_zero_shot_classifier(model.train(mode), tiny_processor, LABELS, tmp_path / str(mode), images=pictures)
+        export_zero_shot_classifier(model.train(mode), tiny_processor, LABELS, tmp_path / str(mode), images=images)
         assert model.training == mode
     heads = [load_file(tmp_path / str(mode) / "model.safetensors")["classifier.weight"] for mode in (True, False)]
     torch.testing.assert_close(*heads)

@@ -1,4 +1,4 @@
-"""Widget examples: the pictures are there, and what is recorded is what the pipeline says of them."""
+"""Widget examples: the images are there, and what is recorded is what the pipeline says of them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import pipeline
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.hub.widget_examples import SIDE, publishable_pictures, record_widget_examples
+from modeling_cots.hub.widget_examples import SIDE, publishable_images, record_widget_examples
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def model(tiny_config) -> COTSModel:
     return COTSModel(tiny_config)
 
 
-def test_outputs_are_those_of_the_pipeline_on_the_saved_pictures(model, tiny_processor, tmp_path):
+def test_outputs_are_those_of_the_pipeline_on_the_saved_images(model, tiny_processor, tmp_path):
     model.train()
     examples = record_widget_examples(model, tiny_processor, ScenesDataset("validation", 9, 300), tmp_path)
     assert model.training and len(examples) == 3
@@ -31,24 +31,22 @@ def test_outputs_are_those_of_the_pipeline_on_the_saved_pictures(model, tiny_pro
         assert [found["score"] for found in example["output"]] == [round(found["score"], 4) for found in expected]
 
 
-def test_pictures_are_chosen_by_number(model, tiny_processor, tmp_path):
+def test_images_are_chosen_by_number(model, tiny_processor, tmp_path):
     chosen = []
 
-    class Pictures(list):
+    class Images(list):
         def __getitem__(self, row):
             chosen.append(row)
             return super().__getitem__(row)
 
-    items = Pictures(
-        {"image": Image.new("L", (40, 20), row), "captions": [f"a, {row}", f"b {row}"]} for row in range(9)
-    )
+    items = Images({"image": Image.new("L", (40, 20), row), "captions": [f"a, {row}", f"b {row}"]} for row in range(9))
     examples = record_widget_examples(model, tiny_processor, items, tmp_path, num_examples=4)
     assert chosen == [0, 3, 5, 8] and examples[0]["candidate_labels"] == "b 0, b 3, b 5, b 8"
     assert len(record_widget_examples(model, tiny_processor, items[:1], tmp_path)) == 1
 
 
-def test_only_drawn_pictures_are_published_unasked():
+def test_only_drawn_images_are_published_unasked():
     scenes = ScenesDataset("validation", 5, 48, seed=3)
-    large = publishable_pictures(scenes)
+    large = publishable_images(scenes)
     assert len(large) == 5 and large.image_size == SIDE and large[4]["captions"] == scenes[4]["captions"]
-    assert publishable_pictures([{"image": None}]) is None and publishable_pictures(None) is None
+    assert publishable_images([{"image": None}]) is None and publishable_images(None) is None

@@ -95,7 +95,7 @@ def test_refuses_to_hold_nothing(size):
 
 
 def test_starts_empty_and_in_a_known_state():
-    """Never uninitialised memory: what is not filled yet still meets the queries before it is masked out."""
+    """Never uninitialized memory: what is not filled yet still meets the queries before it is masked out."""
     queue = PairQueue(4, D)
     assert not queue.filled.any() and not queue.is_full and queue.fill == 0
     for buffer in (queue.image_embeds, queue.text_embeds, queue.scores):

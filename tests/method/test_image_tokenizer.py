@@ -1,4 +1,4 @@
-"""Visual tokens: on the patch grid, from the raw picture, by a codebook that stays frozen."""
+"""Visual tokens: on the patch grid, from the raw image, by a codebook that stays frozen."""
 
 import copy
 
@@ -17,13 +17,13 @@ def tokenizer() -> ImageTokenizer:
     return ImageTokenizer.random(64, MEAN, STD)
 
 
-def pictures(batch: int, height: int, width: int) -> torch.Tensor:
-    """Smooth random pictures in [0, 1]."""
+def images(batch: int, height: int, width: int) -> torch.Tensor:
+    """Smooth random images in [0, 1]."""
     coarse = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -32,17 +32,17 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     [((64, 64), (16, 16)), ((48, 96), (16, 16)), ((32, 32), (8, 8)), ((64, 64), (32, 32)), ((28, 42), (14, 14))],
 )
 def test_token_grid_is_the_patch_grid(tokenizer, image_size, patch_size):
-    ids = tokenizer(normalise(pictures(2, *image_size)), patch_size)
+    ids = tokenizer(normalize(images(2, *image_size)), patch_size)
     assert ids.shape == (2, image_size[0] // patch_size[0] * (image_size[1] // patch_size[1]))
     assert ids.dtype == torch.int64
 
 
 def test_a_patch_decides_about_the_token_at_its_place(tokenizer):
-    """A change of one far corner of the picture moves tokens near it only: rows and columns are not mixed up."""
-    pixels = pictures(1, 256, 256)
+    """A change of one far corner of the image moves tokens near it only: rows and columns are not mixed up."""
+    pixels = images(1, 256, 256)
     changed = pixels.clone()
     changed[:, :, :32, -32:] = 1 - changed[:, :, :32, -32:]
-    moved = tokenizer(normalise(pixels), (32, 32)) != tokenizer(normalise(changed), (32, 32))
+    moved = tokenizer(normalize(pixels), (32, 32)) != tokenizer(normalize(changed), (32, 32))
     moved = moved.view(8, 8)
     assert moved[0, 7]
     assert not moved[4:, :4].any()
@@ -60,45 +60,45 @@ def slow_tokens(tokenizer: ImageTokenizer, pooled: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize(("image_size", "patch_size"), [(32, 8), (64, 16), (96, 32)])
 def test_equals_a_slow_twin(tokenizer, image_size, patch_size):
     """384 -> 192 for patches of 16: average pooling by patch size / 8."""
-    pixels = pictures(2, image_size, image_size)
+    pixels = images(2, image_size, image_size)
     expected = slow_tokens(tokenizer, F.avg_pool2d(pixels, patch_size // 8))
-    assert torch.equal(tokenizer(normalise(pixels), (patch_size, patch_size)), expected)
+    assert torch.equal(tokenizer(normalize(pixels), (patch_size, patch_size)), expected)
     assert len(expected.unique()) > 3  # else any grid would do
 
 
 def test_equals_a_slow_twin_where_8_does_not_divide_the_patch(tokenizer):
     """Patches of 14: pooled pixel k of 8 is the mean of pixels floor(14 k / 8) to ceil(14 (k + 1) / 8), so that no
-    pooled pixel reaches into a neighbouring patch."""
-    pixels = pictures(2, 42, 56)
+    pooled pixel reaches into a neighboring patch."""
+    pixels = images(2, 42, 56)
     pooled = torch.empty(2, 3, 24, 32)
     for y in range(24):
         for x in range(32):
             window = pixels[:, :, y * 14 // 8 : -(-(y + 1) * 14 // 8), x * 14 // 8 : -(-(x + 1) * 14 // 8)]
             pooled[:, :, y, x] = window.mean(dim=(2, 3))
     expected = slow_tokens(tokenizer, pooled)
-    assert torch.equal(tokenizer(normalise(pixels), (14, 14)), expected)
+    assert torch.equal(tokenizer(normalize(pixels), (14, 14)), expected)
     assert len(expected.unique()) > 3
 
 
-def test_the_codebook_sees_the_raw_picture(tokenizer):
-    """The processor's normalisation is undone, and what it overshot [0, 1] by is cut off."""
+def test_the_codebook_sees_the_raw_image(tokenizer):
+    """The processor's normalization is undone, and what it overshot [0, 1] by is cut off."""
     seen = []
     hook = tokenizer.codebook.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    pixels = pictures(1, 32, 32)
+    pixels = images(1, 32, 32)
     overshot = pixels.clone()
     overshot[:, :, 0, 0], overshot[:, :, 0, 1] = -0.5, 1.5
-    tokenizer(normalise(pixels), (8, 8))
-    tokenizer(normalise(overshot), (8, 8))
+    tokenizer(normalize(pixels), (8, 8))
+    tokenizer(normalize(overshot), (8, 8))
     hook.remove()
     raw, cut = ((one - 0.1) / 0.8 for one in seen)
     torch.testing.assert_close(raw, pixels, rtol=0, atol=1e-6)
     torch.testing.assert_close(cut, overshot.clamp(0, 1), rtol=0, atol=1e-6)
 
 
-def test_raw_pixels_give_the_tokens_of_the_normalised_ones(tokenizer):
-    raw = (255 * pictures(4, 64, 64)).round().to(torch.uint8)
+def test_raw_pixels_give_the_tokens_of_the_normalized_ones(tokenizer):
+    raw = (255 * images(4, 64, 64)).round().to(torch.uint8)
     ids = tokenizer(raw, (16, 16))
-    assert torch.equal(ids, tokenizer(normalise(raw / 255), (16, 16)))
+    assert torch.equal(ids, tokenizer(normalize(raw / 255), (16, 16)))
     assert len(ids.unique()) > 3
 
 
@@ -107,12 +107,12 @@ def test_the_memory_layout_changes_no_token(tokenizer):
     assert weight.is_contiguous(memory_format=torch.channels_last)
     plain = copy.deepcopy(tokenizer)
     plain.codebook.to(memory_format=torch.contiguous_format)
-    pixels = normalise(pictures(8, 64, 64))
+    pixels = normalize(images(8, 64, 64))
     assert torch.equal(tokenizer(pixels, (16, 16)), plain(pixels, (16, 16)))
 
 
 def test_tokens_do_not_depend_on_autocast(tokenizer):
-    pixels = normalise(pictures(8, 64, 64))
+    pixels = normalize(images(8, 64, 64))
     expected = tokenizer(pixels, (16, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tokenizer(pixels, (16, 16)), expected)
@@ -120,12 +120,12 @@ def test_tokens_do_not_depend_on_autocast(tokenizer):
 
 def test_random_codebook_is_deterministic_and_uses_its_vocabulary():
     tokenizer, again, other = (ImageTokenizer.random(512, MEAN, STD, seed=seed) for seed in (3, 3, 4))
-    pixels = normalise(pictures(32, 96, 96))
+    pixels = normalize(images(32, 96, 96))
     ids = tokenizer(pixels, (16, 16))
     assert torch.equal(ids, again(pixels, (16, 16)))
     assert not torch.equal(ids, other(pixels, (16, 16)))
     counts = torch.bincount(ids.flatten(), minlength=512)
-    # The library's own initialisation gives about 10 of 512 ids, one of them in more than half of all places.
+    # The library's own initialization gives about 10 of 512 ids, one of them in more than half of all places.
     assert (counts > 0).sum() > 100
     assert counts.max() < 0.2 * counts.sum()
 
@@ -143,7 +143,7 @@ def test_random_codebook_leaves_the_ambient_random_numbers_alone(monkeypatch):
 def test_saved_codebook_loads_equal_and_frozen(tmp_path, tokenizer):
     tokenizer.codebook.save_pretrained(tmp_path)
     loaded = ImageTokenizer.from_pretrained(str(tmp_path), MEAN, STD)
-    pixels = normalise(pictures(2, 64, 64))
+    pixels = normalize(images(2, 64, 64))
     assert torch.equal(loaded(pixels, (16, 16)), tokenizer(pixels, (16, 16)))
     assert loaded.vocab_size == 64
     loaded.train()

@@ -183,7 +183,7 @@ def test_a_single_pair_kept_by_all_processes_counts_as_one(batch):
 
 
 @pytest.mark.parametrize("queue_size", [1444, 12_800])
-def test_chance_level_at_initialisation(queue_size):
+def test_chance_level_at_initialization(queue_size):
     """A model that tells nothing apart gives flat rows: ln(1 + N_Q), 7.276 and 9.457."""
     same = unit(1, D).expand(queue_size, D)
     logits = queue_logits(same[:4], same[:4], same, torch.zeros(4, queue_size, dtype=torch.bool), TEMPERATURE)

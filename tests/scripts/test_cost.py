@@ -77,7 +77,7 @@ def test_the_papers_model_meets_the_closed_formula(arguments):
 
 
 def test_the_papers_pair_costs_what_the_documentation_says(arguments):
-    """docs/performance.md: 976 GFLOP at 32 word pieces and a queue of 16,384, and 823 with cached image tokens."""
+    """docs/performance.md: 976 GFLOP at 32 tokens and a queue of 16,384, and 823 with cached image tokens."""
     args = arguments(bf16=True, queue_size=16_384)
     cost = estimate_training_cost(COTSConfig(), args)
     assert cost.total_flop == pytest.approx(976e9, rel=1e-3)
@@ -86,13 +86,13 @@ def test_the_papers_pair_costs_what_the_documentation_says(arguments):
     assert cost.flop_per_pair["vision, masked"] == pytest.approx(332.2e9, rel=1e-3)
 
 
-def test_videos_cost_a_picture_for_each_frame(arguments, tiny_config):
+def test_videos_cost_a_image_for_each_frame(arguments, tiny_config):
     args = arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0)
-    pictures = estimate_training_cost(tiny_config, args)
+    images = estimate_training_cost(tiny_config, args)
     videos = estimate_training_cost(tiny_config, args, num_frames=4)
-    assert videos.flop_per_pair["vision, clean"] == 4 * pictures.flop_per_pair["vision, clean"]
-    assert videos.flop_per_pair["text, clean"] == pictures.flop_per_pair["text, clean"]
-    assert pictures.bytes_per_pair < videos.bytes_per_pair < 4 * pictures.bytes_per_pair
+    assert videos.flop_per_pair["vision, clean"] == 4 * images.flop_per_pair["vision, clean"]
+    assert videos.flop_per_pair["text, clean"] == images.flop_per_pair["text, clean"]
+    assert images.bytes_per_pair < videos.bytes_per_pair < 4 * images.bytes_per_pair
     with pytest.raises(ValueError, match="without masked losses"):
         estimate_training_cost(tiny_config, arguments(), num_frames=4)
     with pytest.raises(ValueError, match="num_frames must be at least 1"):

@@ -88,7 +88,7 @@ def test_goes_on_from_a_checkpoint(tiny_config, tokenizer, tmp_path):
 def test_refuses_a_tokenizer_with_more_pieces_than_the_encoder_has_embeddings(tiny_config, tokenizer, tmp_path):
     tiny_config.text_config.vocab_size = 20
     BertModel(tiny_config.text_config, add_pooling_layer=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{len(tokenizer)} word pieces .* only 20"):
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens .* only 20"):
         build(tiny_config, tokenizer, text_model=str(tmp_path))
 
 

@@ -27,7 +27,7 @@ def test_no_split_is_no_data_set():
 
 @pytest.fixture
 def checkpoint(tiny_config, tiny_processor, tmp_path) -> str:
-    """An exported model, without heads, whose pictures are normalised in its own way."""
+    """An exported model, without heads, whose images are normalized in its own way."""
     tiny_processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     COTSModel(tiny_config).save_pretrained(tmp_path / "mine")
     tiny_processor.save_pretrained(tmp_path / "mine")
@@ -41,7 +41,7 @@ def build(checkpoint: str, tmp_path, **arguments):
     return build_parts(options, read_config(options), args, data)
 
 
-def test_a_checkpoint_keeps_its_normalisation_and_its_streams(checkpoint, tmp_path):
+def test_a_checkpoint_keeps_its_normalization_and_its_streams(checkpoint, tmp_path):
     parts = build(checkpoint, tmp_path, cmvm_weight=0, cmlm_weight=0)
     assert list(parts.processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
     assert parts.image_tokenizer is None

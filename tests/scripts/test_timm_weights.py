@@ -16,7 +16,7 @@ HUB_ID = "timm/vit_base_patch16_384.augreg_in21k_ft_in1k"
 
 
 def small_timm_vit(architecture: str = "vit_base_patch16_384", **overrides):
-    """A small timm model whose every weight is random: its initialisation leaves biases 0 and [CLS] near 0."""
+    """A small timm model whose every weight is random: its initialization leaves biases 0 and [CLS] near 0."""
     torch.manual_seed(0)
     model = timm.create_model(architecture, **{**SMALL, **overrides}).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`cots-search` from the first picture to the page, in this process."""
+"""`cots-search` from the first image to the page, in this process."""
 
 import json
 
@@ -27,7 +27,7 @@ def folder(tiny_config, tiny_processor, tmp_path, monkeypatch):
 
 def test_index_query_add_delete_rebuild(folder, capsys):
     main("index photos --model model --index IDX --batch_size 4".split())
-    assert "Added 6 pictures; IDX has 6." in capsys.readouterr().out
+    assert "Added 6 images; IDX has 6." in capsys.readouterr().out
     main(["query", "IDX", "a red circle", "--top", "3", "--html", "out.html"])
     printed = capsys.readouterr().out
     assert printed.count("train-0000") == 3 and "The page is in out.html" in printed
@@ -41,23 +41,23 @@ def test_index_query_add_delete_rebuild(folder, capsys):
     for item in ScenesDataset("validation", 4, 32):
         item["image"].save(folder / "more" / f"{item['name']}.png")
         rows.append({"file_name": f"{item['name']}.png", "text": item["captions"], "year": 2020 + item["pair_id"]})
-    rows[1]["text"] = []  # a picture without a caption is a picture
+    rows[1]["text"] = []  # an image without a caption is an image
     (folder / "more" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     main("add IDX more".split())
-    assert "Added 4 pictures; IDX has 10." in capsys.readouterr().out
+    assert "Added 4 images; IDX has 10." in capsys.readouterr().out
     main(["query", "IDX", "a red circle", "--where", "year >= 2021", "--where", "year != 2023"])
     printed = capsys.readouterr().out.splitlines()
     assert sorted(line.split("/")[-1][:16] for line in printed) == ["validation-00001", "validation-00002"]
 
     main(["delete", "IDX", "photos/train-00004.png"])
     main(["delete", "IDX", "--where", "year == 2021"])
-    assert "Deleted 1 pictures; 8 are left." in capsys.readouterr().out
+    assert "Deleted 1 images; 8 are left." in capsys.readouterr().out
     main("rebuild IDX --engine hnsw".split())
-    assert "engine 'hnsw' and 8 pictures" in capsys.readouterr().out
+    assert "engine 'hnsw' and 8 images" in capsys.readouterr().out
     main("query IDX --image photos/train-00004.png --top 20".split())
     assert len(capsys.readouterr().out.splitlines()) == 8
     main("index photos --model model --index IDX".split())  # the deleted file is still in the folder
-    assert "Added 1 pictures; IDX has 9." in capsys.readouterr().out
+    assert "Added 1 images; IDX has 9." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_indexes_shards_and_tables(folder, capsys):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     main(["index", "train-*.tar", "--model", "model", "--index", "IDX"])
-    assert "Added 6 pictures" in capsys.readouterr().out
+    assert "Added 6 images" in capsys.readouterr().out
     table = {
         "image": [{"bytes": encoded(9), "path": None}, {"bytes": b"broken", "path": "b.png"}],
         "place": ["Oslo"] * 2,
     }
     pq.write_table(pa.table(table), folder / "train.parquet")
     main(["add", "IDX", "train.parquet"])  # without captions
-    assert "Added 1 pictures; IDX has 7." in capsys.readouterr().out
+    assert "Added 1 images; IDX has 7." in capsys.readouterr().out
     main(["query", "IDX", "x", "--where", "place == Oslo"])
     assert "row 0" in capsys.readouterr().out
 
@@ -123,7 +123,7 @@ def test_indexes_shards_and_tables(folder, capsys):
 def test_several_processes_make_one_index(folder, capsys):
     command = "modeling_cots.search.cli index photos --model model --index IDX".split()
     said = run_python("-m", *TORCHRUN, "2", "-m", *command).stdout
-    assert said.count("Added 6 pictures; IDX has 6.") == 1
+    assert said.count("Added 6 images; IDX has 6.") == 1
     main("query IDX --image photos/train-00004.png --top 20".split())
     found = capsys.readouterr().out.splitlines()
     assert len(found) == 6 and "1.  1.000" in found[0] and "train-00004.png" in found[0]

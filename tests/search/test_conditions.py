@@ -59,8 +59,8 @@ def test_finds_rows(where, rows):
 
 
 def test_says_what_cannot_be_filtered_by():
-    with pytest.raises(ValueError, match="no metadata 'colour'.*year, place"):
-        matching_rows(TABLE, as_conditions("colour == red"))
+    with pytest.raises(ValueError, match="no metadata 'color'.*year, place"):
+        matching_rows(TABLE, as_conditions("color == red"))
     with pytest.raises(ValueError, match="holds int64"):
         matching_rows(TABLE, as_conditions("year == Oslo"))
 

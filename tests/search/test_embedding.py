@@ -1,4 +1,4 @@
-"""From pictures to entries: folders, names that last, the model's identity."""
+"""From images to entries: folders, names that last, the model's identity."""
 
 import copy
 import os
@@ -11,8 +11,8 @@ from PIL import Image
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.search.embedding import (
     Embedder,
-    PictureFolder,
-    as_picture_folder,
+    ImageFolder,
+    as_image_folder,
     entry_names,
     model_identity,
     row_ids_of,
@@ -25,26 +25,26 @@ def photos(tmp_path):
     for name in ("b.JPG", "a.png", "sub/c.webp", ".hidden/x.png", "sub/.y.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (30, 20), "red").save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     outside = tmp_path / "outside.png"
     Image.new("RGB", (9, 9)).save(outside)
     (folder / "link.png").symlink_to(outside)
     return folder
 
 
-def test_a_folder_gives_its_own_visible_pictures(photos, tmp_path):
-    folder = PictureFolder(photos)
+def test_a_folder_gives_its_own_visible_images(photos, tmp_path):
+    folder = ImageFolder(photos)
     assert [os.path.relpath(path, photos) for path in folder.names()] == ["a.png", "b.JPG", "sub/c.webp"]
     assert folder[1]["image"]["path"] == str(photos / "b.JPG")
     assert entry_names(folder, "any") == folder.names()
-    assert as_picture_folder(str(photos)) == photos
+    assert as_image_folder(str(photos)) == photos
     (photos / "metadata.jsonl").write_text("{}")
-    assert as_picture_folder(str(photos)) is None and as_picture_folder("scenes") is None
+    assert as_image_folder(str(photos)) is None and as_image_folder("scenes") is None
     with pytest.raises(ValueError, match="no folder"):
-        PictureFolder(tmp_path / "nothing")
+        ImageFolder(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no picture"):
-        PictureFolder(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no image"):
+        ImageFolder(tmp_path / "empty")
 
 
 def test_names_are_unique_and_ids_are_hashes_of_them():
@@ -81,7 +81,7 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
     class Data(ScenesDataset):
         def __getitem__(self, index):
             item = super().__getitem__(index)
-            return {**item, "image": b"no picture"} if index == 2 else item
+            return {**item, "image": b"no image"} if index == 2 else item
 
         def metadata(self, index):
             return {"number": index, "name": "taken", "date": None}

@@ -54,10 +54,10 @@ def index(model, tiny_processor, tmp_path):
 
 
 def test_finds_by_text_image_and_both(index, model, tiny_processor):
-    picture = ScenesDataset("train", 30, 32)[11]["image"]
-    assert index.search(image=picture, top=1)[0]["name"] == "scenes: row 11"
+    image = ScenesDataset("train", 30, 32)[11]["image"]
+    assert index.search(image=image, top=1)[0]["name"] == "scenes: row 11"
     text = tiny_processor(text=["a red circle"], return_tensors="pt")
-    pixels = tiny_processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    pixels = tiny_processor.image_processor([image], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         text_embed = model.encode_text(text["input_ids"], text["attention_mask"])[0].numpy()
         image_embed = model.encode_image(pixels)[0].numpy()
@@ -65,10 +65,10 @@ def test_finds_by_text_image_and_both(index, model, tiny_processor):
     # By both: ranked by the weighted mean of the two similarities.
     stored = index.store._rows.embeddings(slice(0, 30))
     mean = 0.75 * stored @ text_embed + 0.25 * stored @ image_embed
-    found = index.search("a red circle", picture, image_weight=0.25, top=30)
+    found = index.search("a red circle", image, image_weight=0.25, top=30)
     assert [hit["name"] for hit in found] == [f"scenes: row {row}" for row in np.argsort(-mean)]
     for weight, alone in ((0, text_embed), (1, image_embed)):
-        np.testing.assert_allclose(index.embed_query("a red circle", picture, weight), alone, atol=1e-6)
+        np.testing.assert_allclose(index.embed_query("a red circle", image, weight), alone, atol=1e-6)
 
 
 def test_refuses_questions_without_sense(index):
@@ -77,8 +77,8 @@ def test_refuses_questions_without_sense(index):
         ({"text": "  "}, "empty"),
         ({"text": "a", "top": 0}, "at least 1"),
         ({"text": "a", "image_weight": 2}, "between 0"),
-        ({"image": b"no picture"}, "UnidentifiedImageError"),
-        ({"text": "a", "where": "colour == red"}, "no metadata 'colour'"),
+        ({"image": b"no image"}, "UnidentifiedImageError"),
+        ({"text": "a", "where": "color == red"}, "no metadata 'color'"),
     ]:
         with pytest.raises(ValueError, match=message):
             index.search(**arguments)
@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
     killed.wait()
     result = run_python(*command[1:])
     # 48 of 50 lay in parts of 8 that were written before the end.
-    assert "48 of 70 pictures are in the index already" in result.stderr + result.stdout
+    assert "48 of 70 images are in the index already" in result.stderr + result.stdout
     assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70"
     index = SearchIndex(tmp_path / place, model, tiny_processor)
     scenes = ScenesDataset("train", 70, 32)
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
 
 
 @pytest.mark.slow
-def test_processes_share_the_pictures(model, tiny_processor, tmp_path):
+def test_processes_share_the_images(model, tiny_processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     SearchIndex.create(tmp_path / "index", model, tiny_processor).close()

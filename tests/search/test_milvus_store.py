@@ -32,7 +32,7 @@ def test_binary_codes_are_not_offered(tmp_path):
         MilvusStore.create(f"{tmp_path}/a.db", INFO, "binary")
 
 
-def test_the_embedded_file_has_no_product_quantisation(tmp_path):
+def test_the_embedded_file_has_no_product_quantization(tmp_path):
     with pytest.raises(ValueError, match="Milvus Lite"):
         MilvusStore.create(f"{tmp_path}/a.db", INFO, "ivfpq")
     store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")

@@ -1,4 +1,4 @@
-"""The page of results: what strangers wrote is escaped, nothing is loaded, every picture has words."""
+"""The page of results: what strangers wrote is escaped, nothing is loaded, every image has words."""
 
 from html.parser import HTMLParser
 
@@ -34,18 +34,18 @@ def test_everything_is_escaped_and_nothing_is_loaded():
     page.encode("utf-8")
 
 
-def test_pictures_are_described_and_files_are_linked(tmp_path):
-    picture = tmp_path / "a b&c.jpg"
-    picture.write_bytes(b"")
+def test_images_are_described_and_files_are_linked(tmp_path):
+    image = tmp_path / "a b&c.jpg"
+    image.write_bytes(b"")
     hits = [
-        {"name": str(picture), "captions": [], "thumbnail": THUMBNAIL, "score": 0.9},
+        {"name": str(image), "captions": [], "thumbnail": THUMBNAIL, "score": 0.9},
         {"name": "/not/there.jpg", "captions": ["a dog"], "thumbnail": THUMBNAIL, "score": 0.8},
         {"name": "x: 3", "captions": [], "thumbnail": None, "score": 0.1},
     ]
     reader = Reader(results_page("dogs", hits, "3 of 9"))
     assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == ["a b&c.jpg", "a dog"]
-    assert [attributes["href"] for tag, attributes in reader.tags if tag == "a"] == [picture.as_uri()]
+    assert [attributes["href"] for tag, attributes in reader.tags if tag == "a"] == [image.as_uri()]
     assert dict(reader.tags)["html"] == {"lang": "en"}
-    assert ("ol", {"aria-label": "Pictures, best first"}) in reader.tags
+    assert ("ol", {"aria-label": "Images, best first"}) in reader.tags
     assert "1. 0.900" in reader.text and "3 of 9" in reader.text
     assert "Nothing fits." in results_page("dogs", [])

@@ -91,8 +91,8 @@ def test_filters(filled):
 
 def test_refusals_and_edges(filled):
     store, vectors, place = filled
-    with pytest.raises(ValueError, match="no metadata 'colour'"):
-        store.search(vectors[:1], 3, as_conditions("colour == red"))
+    with pytest.raises(ValueError, match="no metadata 'color'"):
+        store.search(vectors[:1], 3, as_conditions("color == red"))
     with pytest.raises(ValueError, match="there"):
         create_store(place, INFO, "exact")
     assert store.search(vectors[:1], 3, as_conditions("year == 77")) == [[]]

@@ -71,7 +71,7 @@ def test_one_program_serves_all_layers_of_a_stream_and_all_lengths(model, tiny_m
             for n, t in tiny_masked_inputs.items()
         }
         model(**cut)
-    assert counter.frame_count == 3  # pictures; texts of 7 tokens; texts of any length
+    assert counter.frame_count == 3  # images; texts of 7 tokens; texts of any length
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ ARGUMENTS = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "
 
 @pytest.fixture
 def dropout_config(tiny_config):
-    """Drop-out on, so that a random number out of place would show."""
+    """Dropout on, so that a random number out of place would show."""
     tiny_config.text_config.hidden_dropout_prob = 0.1
     tiny_config.vision_config.hidden_dropout_prob = 0.1
     return tiny_config

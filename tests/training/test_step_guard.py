@@ -104,9 +104,9 @@ class Rotten(ScenesDataset):
 
 
 def test_rotten_data_stops_the_run_with_names(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_PICTURES", 16)
+    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_IMAGES", 16)
     trainer = make_trainer(train_dataset=Rotten("train", 24, 32), max_steps=9)
-    message = r"Step 2: 8 of the last 16 pictures.*max_skipped_fraction=0.2 .*rotten-\d+.jpg \(pair"
+    message = r"Step 2: 8 of the last 16 images.*max_skipped_fraction=0.2 .*rotten-\d+.jpg \(pair"
     trainer.args.train_sampling_strategy = "sequential"
     with pytest.raises(UnreadableDataError, match=message) as error:
         trainer.train()
@@ -115,7 +115,7 @@ def test_rotten_data_stops_the_run_with_names(make_trainer, tmp_path, monkeypatc
 
 
 def test_what_is_allowed_goes_on(make_trainer, monkeypatch):
-    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_PICTURES", 16)
+    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_IMAGES", 16)
     trainer = make_trainer(train_dataset=Rotten("train", 24, 32), max_skipped_fraction=0.6)
     trainer.train()
     assert trainer.state.global_step == 3

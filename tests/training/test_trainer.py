@@ -144,12 +144,12 @@ def test_logs_every_part_of_the_method(make_trainer):
     assert [entry["queue_fill"] for entry in logs] == [0.0, 0.4, 0.8, 1.0]  # as the losses of the step saw it
     assert all(entry["filter_threshold"] == -1.0 and entry["kept_fraction"] == 1.0 for entry in logs[:3])
     assert logs[3]["filter_threshold"] > -1.0
-    # Chance at initialisation: ln V within what random logits of a tiny model add.
+    # Chance at initialization: ln V within what random logits of a tiny model add.
     assert logs[0]["loss_cmvm"] == pytest.approx(math.log(50), abs=0.5)
     assert logs[0]["loss_cmlm"] == pytest.approx(math.log(99), abs=0.8)
 
 
-def test_momentum_follows_the_optimiser_and_not_the_batches(make_trainer):
+def test_momentum_follows_the_optimizer_and_not_the_batches(make_trainer):
     """Two micro-batches make one update; the copy is where the closed form of one update puts it."""
     trainer = make_trainer(max_steps=1, gradient_accumulation_steps=2, momentum=0.75)
     start = {name: tensor.clone() for name, tensor in trainer.model.cots.named_parameters()}
@@ -302,8 +302,8 @@ def test_exports_a_folder_that_loads_without_any_training_state(make_trainer, tm
     torch.testing.assert_close(model.eval().encode_image(batch["pixel_values"]), expected)
     assert not any(word in name for name in model.state_dict() for word in ("head", "queue", "momentum", "mask_token"))
     processor = AutoProcessor.from_pretrained(folder)
-    picture = trainer.train_dataset[0]["image"]
-    assert processor(images=[picture], text=["a red circle"], return_tensors="pt")["pixel_values"].shape[-1] == 32
+    image = trainer.train_dataset[0]["image"]
+    assert processor(images=[image], text=["a red circle"], return_tensors="pt")["pixel_values"].shape[-1] == 32
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: zero-shot-image-classification" in card and "model-index" in card
 

@@ -1,4 +1,4 @@
-"""What makes a step fast or small against the plain way: fused optimiser, checkpointed layers, half precision."""
+"""What makes a step fast or small against the plain way: fused optimizer, checkpointed layers, half precision."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ VIDEOS_ONLY = {"cmvm_weight": 0.0, "cmlm_weight": 0.0, "image_tokenizer": None, 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> list[str]:
-    """Ten videos of six frames, each of another grey."""
+    """Ten videos of six frames, each of another gray."""
     folder = tmp_path_factory.mktemp("videos")
     return [write_video(folder / f"{number}.mp4", range(4 * number, 4 * number + 6)) for number in range(10)]
 
@@ -74,7 +74,7 @@ def test_every_trained_parameter_gets_a_gradient(make):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # its new name is not in 5.17
 def test_gradient_checkpointing_changes_nothing(make):
-    """The recipe needs it: 48 videos of 16 frames are 768 pictures."""
+    """The recipe needs it: 48 videos of 16 frames are 768 images."""
     weights = []
     for checkpointing in (False, True):
         trainer = make(
@@ -146,7 +146,7 @@ def test_resuming_is_exact(make, tmp_path):
     [
         ({"cmvm_weight": 0.5, "image_tokenizer": "random"}, "Videos have no masked passes: set cmvm_weight to 0"),
         ({"cmlm_weight": 1.0}, "set cmlm_weight to 0, got 1.0"),
-        ({"auto_augment": "rand-m5"}, "auto_augment works on single pictures"),
+        ({"auto_augment": "rand-m5"}, "auto_augment works on single images"),
     ],
 )
 def test_what_means_nothing_for_videos_is_refused(make, arguments, message):

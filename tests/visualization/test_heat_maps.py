@@ -31,15 +31,15 @@ def test_a_map_of_nothing_stays_dark():
 
 
 def test_the_overlay_is_brightest_where_the_map_is(hot_corner):
-    picture = overlay(Image.new("RGB", (80, 40), "grey"), hot_corner)
-    assert picture.size == (80, 40)
-    brightness = np.asarray(picture).sum(axis=2)
+    image = overlay(Image.new("RGB", (80, 40), "grey"), hot_corner)
+    assert image.size == (80, 40)
+    brightness = np.asarray(image).sum(axis=2)
     assert brightness[35, 30] > 2 * brightness[5, 70]
 
 
 @pytest.mark.parametrize("num_words", [0, 1, 6])
 @pytest.mark.parametrize("size", [(40, 30), (30, 200)])
-def test_one_titled_panel_a_word_and_a_colour_bar(tmp_path, num_words, size):
+def test_one_titled_panel_a_word_and_a_color_bar(tmp_path, num_words, size):
     words = [Word(text, (place + 1,)) for place, text in enumerate(CAPTION.split())]
     relevance = PairRelevance(
         score=0.5,
@@ -52,7 +52,7 @@ def test_one_titled_panel_a_word_and_a_colour_bar(tmp_path, num_words, size):
     )
     figure = draw_word_maps(Image.new("RGB", size), CAPTION, relevance)
     titles = [axes.get_title() for part in figure.subfigs for axes in part.axes]
-    assert titles[0] == "picture" and titles[1] == "whole caption  0.50"
+    assert titles[0] == "image" and titles[1] == "whole caption  0.50"
     for place, word in enumerate(words[:num_words]):
         assert titles[2 + place].startswith(word.text)
     assert any(axes.get_ylabel().startswith("relevance") for part in figure.subfigs for axes in part.axes)

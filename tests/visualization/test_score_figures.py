@@ -23,8 +23,8 @@ def test_a_small_data_set_shows_all_it_has():
 
 
 def test_the_sheet_marks_what_is_below_the_threshold(tmp_path):
-    picture = Image.new("RGB", (20, 20), "teal")
-    rows = {"lowest": [(picture, "a" * 300, -0.2), (picture, "", 0.3)], "highest": [(picture, "one\ntwo", 0.9)]}
+    image = Image.new("RGB", (20, 20), "teal")
+    rows = {"lowest": [(image, "a" * 300, -0.2), (image, "", 0.3)], "highest": [(image, "one\ntwo", 0.9)]}
     figure = draw_contact_sheet(rows, threshold=0.1)
     titles = [axes.get_title() for part in figure.subfigs for axes in part.axes if axes.get_title()]
     assert titles == ["-0.200  dropped", "0.300", "0.900"]
@@ -41,13 +41,13 @@ def test_the_histogram_counts_what_is_below():
 
 
 @pytest.mark.parametrize("threshold", [-0.4, 0.013, 0.5])  # below all of them, among them, above all
-def test_the_histogram_colours_exactly_what_is_below(threshold):
+def test_the_histogram_colors_exactly_what_is_below(threshold):
     scores = torch.linspace(-0.2, 0.3, 501)
     axes = draw_histogram(scores, threshold, num_std=2.0).axes[0]
     heights = {}
     for bar in axes.patches:
-        colour = to_hex(bar.get_facecolor())
-        heights[colour] = heights.get(colour, 0) + bar.get_height()
+        color = to_hex(bar.get_facecolor())
+        heights[color] = heights.get(color, 0) + bar.get_height()
     num_below = int((scores < threshold).sum())
     assert heights.get("#c62828", 0) == num_below and heights.get("#4a6fa5", 0) == 501 - num_below
 

@@ -1,4 +1,4 @@
-"""What a scene of the built-in `scenes` shows, and its picture. Sampling scenes and captioning them is not here."""
+"""What a scene of the built-in `scenes` shows, and its image. Sampling scenes and captioning them is not here."""
 
 import math
 import random
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-OVERSAMPLING = 2  # pictures are drawn at twice their size, for smooth edges
+OVERSAMPLING = 2  # images are drawn at twice their size, for smooth edges
 
-COLOURS = {
+COLORS = {
     "red": (215, 35, 35),
     "orange": (250, 140, 20),
     "yellow": (250, 225, 40),
@@ -19,8 +19,8 @@ COLOURS = {
     "pink": (250, 130, 190),
     "white": (245, 245, 245),
 }
-# Names that no object's colour has, so that a colour word in a caption says what it belongs to.
-BACKGROUND_COLOURS = {
+# Names that no object's color has, so that a color word in a caption says what it belongs to.
+BACKGROUND_COLORS = {
     "beige": (215, 195, 155),
     "mint": (165, 215, 190),
     "lavender": (190, 175, 225),
@@ -28,17 +28,17 @@ BACKGROUND_COLOURS = {
     "navy": (25, 35, 80),
     "brown": (100, 65, 40),
 }
-OUTLINE_COLOUR = (20, 20, 20)
+OUTLINE_COLOR = (20, 20, 20)
 
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: colour, shape and size by name, the exact RGB colour, the grid cell (row, column), and the box
+    """One object: color, shape and size by name, the exact RGB color, the grid cell (row, column), and the box
     (left, top, right, bottom) in pixels, right and bottom exclusive."""
 
-    colour: str
+    color: str
     shape: str
     size: str
     rgb: tuple[int, int, int]
@@ -48,17 +48,17 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its objects, the background's pattern and colour by name, and five captions."""
+    """What an image shows: its objects, the background's pattern and color by name, and five captions."""
 
     objects: tuple[SceneObject, ...]
     pattern: str
-    background_colour: str
+    background_color: str
     texture_seed: int
     captions: tuple[str, ...] = ()
 
 
 def draw_scene(scene: Scene, image_size: int) -> Image.Image:
-    """The RGB picture of a scene that was sampled for this image size."""
+    """The RGB image of a scene that was sampled for this image size."""
     image = _draw_background(scene, OVERSAMPLING * image_size)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
@@ -68,15 +68,15 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _draw_background(scene: Scene, side: int) -> Image.Image:
-    """Two tones of one colour, mixed by a small tile that is stretched over the picture."""
+    """Two tones of one color, mixed by a small tile that is stretched over the image."""
     rng = random.Random(scene.texture_seed)
-    colour = BACKGROUND_COLOURS[scene.background_colour]
-    lighter = tuple(min(255, channel + 30) for channel in colour)
+    color = BACKGROUND_COLORS[scene.background_color]
+    lighter = tuple(min(255, channel + 30) for channel in color)
     tile = _tile(scene.pattern, rng)
     if rng.random() < 0.5:
         tile = tile.transpose(Image.Transpose.TRANSPOSE)
     filtering = Image.Resampling.BILINEAR if scene.pattern == "gradient" else Image.Resampling.NEAREST
-    tones = [Image.new("RGB", (side, side), tone) for tone in (lighter, colour)]
+    tones = [Image.new("RGB", (side, side), tone) for tone in (lighter, color)]
     return Image.composite(*tones, tile.resize((side, side), filtering))
 
 
@@ -99,11 +99,11 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, rgb: tuple[int,
     left, top, right, bottom = box
     if shape in OUTLINES:
         points = [(left + x * (right - left), top + y * (bottom - top)) for x, y in OUTLINES[shape]]
-        draw.polygon(points, fill=rgb, outline=OUTLINE_COLOUR, width=OVERSAMPLING)
+        draw.polygon(points, fill=rgb, outline=OUTLINE_COLOR, width=OVERSAMPLING)
     elif shape == "circle":
-        draw.ellipse(box, fill=rgb, outline=OUTLINE_COLOUR, width=OVERSAMPLING)
+        draw.ellipse(box, fill=rgb, outline=OUTLINE_COLOR, width=OVERSAMPLING)
     else:  # a ring, open in the middle
-        draw.ellipse(box, outline=OUTLINE_COLOUR, width=(right - left) // 3)
+        draw.ellipse(box, outline=OUTLINE_COLOR, width=(right - left) // 3)
         inner = (left + OVERSAMPLING, top + OVERSAMPLING, right - OVERSAMPLING, bottom - OVERSAMPLING)
         draw.ellipse(inner, outline=rgb, width=(right - left) // 3 - OVERSAMPLING)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import requires_backends
 
-from .drawing import BACKGROUND_COLOURS, COLOURS, Scene, SceneObject, draw_scene
+from .drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
 VALIDATION_SHARE = 8  # one description in so many belongs to the validation split
@@ -34,7 +34,7 @@ ACTIONS = {
     "grow": ("grows", "gets bigger", "becomes larger"),
     "shrink": ("shrinks", "gets smaller", "becomes smaller"),
 }
-# Side of an object as a share of its part of the picture.
+# Side of an object as a share of its part of the image.
 SMALL, MEDIUM, LARGE = 0.25, 0.35, 0.55
 CAPTIONS_PER_VIDEO = 4
 
@@ -56,10 +56,10 @@ class MovingScene:
     What a video shows.
 
     Args:
-        actors: (colour, shape) of one or two objects.
+        actors: (color, shape) of one or two objects.
         events: One, or two in the order in which they start.
-        is_split_sideways: Whether two actors have the left and right half of the picture, not the upper and lower.
-        pattern, background_colour, texture_seed: As of a still scene.
+        is_split_sideways: Whether two actors have the left and right half of the image, not the upper and lower.
+        pattern, background_color, texture_seed: As of a still scene.
         captions: Different wordings of the same.
     """
 
@@ -67,7 +67,7 @@ class MovingScene:
     events: tuple[Event, ...]
     is_split_sideways: bool
     pattern: str
-    background_colour: str
+    background_color: str
     texture_seed: int
     captions: tuple[str, ...]
 
@@ -120,7 +120,7 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], frame_rate: int, i
     requires_backends(write_mp4, ["av"])
     import av
 
-    # A fixed quantiser and nothing looked up ahead: there x264 gives one input different bytes from run to run.
+    # A fixed quantizer and nothing looked up ahead: there x264 gives one input different bytes from run to run.
     h264 = {"qp": "18", "bf": "0", "sc_threshold": "0"}
     codec, options = ("libx264", h264) if "libx264" in av.codecs_available else ("mpeg4", {})
     with av.open(str(path), "w") as container:
@@ -154,7 +154,7 @@ def sample_moving_scenes(split: str, num_videos: int | None = None, seed: int = 
                 events=events,
                 is_split_sideways=rng.random() < 0.5,
                 pattern=rng.choice(PATTERNS),
-                background_colour=rng.choice(list(BACKGROUND_COLOURS)),
+                background_color=rng.choice(list(BACKGROUND_COLORS)),
                 texture_seed=rng.getrandbits(32),
                 captions=write_captions(actors, events, rng),
             )
@@ -162,7 +162,7 @@ def sample_moving_scenes(split: str, num_videos: int | None = None, seed: int = 
 
 
 def describe(actors: tuple[tuple[str, str], ...], events: tuple[Event, ...]) -> tuple:
-    """What happens, whatever the wording and the picture: who does what in which order; at the same time, in none."""
+    """What happens, whatever the wording and the image: who does what in which order; at the same time, in none."""
     steps = [(*actors[event.actor], event.action, event.start) for event in events]
     return tuple(sorted(steps, key=lambda step: (step[-1], step)))
 
@@ -174,7 +174,7 @@ def _is_of_validation(description: tuple) -> bool:
 
 def _sample_plot(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[Event, ...]]:
     """One actor with one event or two after each other, or two actors with one each, in turn or at the same time."""
-    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    combinations = [(color, shape) for color in COLORS for shape in SHAPES]
     kind = rng.choices(("one event", "two events", "in turn", "at once"), weights=(1, 2, 3, 2))[0]
     actors = tuple(rng.sample(combinations, 1 if "event" in kind else 2))
     if kind == "one event":
@@ -198,7 +198,7 @@ def write_captions(
 
 
 def _write_caption(actors: tuple[tuple[str, str], ...], events: tuple[Event, ...], rng: random.Random) -> str:
-    names = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in actors]
+    names = [f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}" for color, shape in actors]
     verbs = [rng.choice(ACTIONS[event.action]) for event in events]
     if len(events) == 1:
         return rng.choice(("", "we see how ", "a video in which ")) + f"{names[0]} {verbs[0]}"
@@ -223,15 +223,15 @@ def draw_frames(scene: MovingScene, image_size: int, num_frames: int) -> Iterato
         still = Scene(
             objects=tuple(_object_at(scene, actor, moment, image_size) for actor in range(len(scene.actors))),
             pattern=scene.pattern,
-            background_colour=scene.background_colour,
+            background_color=scene.background_color,
             texture_seed=scene.texture_seed,
         )
         yield np.asarray(draw_scene(still, image_size))
 
 
 def _object_at(scene: MovingScene, actor: int, moment: float, image_size: int) -> SceneObject:
-    """An actor in its own part of the picture, so that actors never cover each other."""
-    (colour, shape), cell = scene.actors[actor], (0, 0)
+    """An actor in its own part of the image, so that actors never cover each other."""
+    (color, shape), cell = scene.actors[actor], (0, 0)
     left = top = 0
     width = height = image_size
     if len(scene.actors) == 2 and scene.is_split_sideways:
@@ -243,7 +243,7 @@ def _object_at(scene: MovingScene, actor: int, moment: float, image_size: int) -
     x, y, share = _state_at([event for event in scene.events if event.actor == actor], moment)
     side = round(share * min(width, height))
     left, top = left + round(x * (width - side)), top + round(y * (height - side))
-    return SceneObject(colour, shape, "moving", COLOURS[colour], cell, (left, top, left + side, top + side))
+    return SceneObject(color, shape, "moving", COLORS[color], cell, (left, top, left + side, top + side))
 
 
 def _state_at(events: list[Event], moment: float) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
-"""`scenes`: a built-in generator of captioned pictures, drawn as they are asked for; nothing is downloaded.
+"""`scenes`: a built-in generator of captioned images, drawn as they are asked for; nothing is downloaded.
 
-A scene is one to three objects, each with a shape, a colour, a size and a place, on a background, with five
-differently worded captions. Some (colour, shape) combinations appear in the validation split alone, in each of its
+A scene is one to three objects, each with a shape, a color, a size and a place, on a background, with five
+differently worded captions. Some (color, shape) combinations appear in the validation split alone, in each of its
 scenes, so that recall there means composition and not memory. Not from the paper: the project's own toy problem.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 
 from ..items import EpochSeeds
-from .drawing import BACKGROUND_COLOURS, COLOURS, Scene, SceneObject, draw_scene
+from .drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 4000, "validation": 200}
 GRID = 3  # objects stand in different cells of a 3 x 3 grid
@@ -58,9 +58,9 @@ BACKGROUND_WORDS = {
 OPENINGS = ("", "a picture of ", "an image with ", "there is ", "we see ", "a drawing that shows ")
 
 
-def is_held_out(colour: str, shape: str) -> bool:
-    """Whether a combination appears in the validation split alone: two of each colour's, two of each shape's eight."""
-    return (list(COLOURS).index(colour) - list(SHAPE_WORDS).index(shape)) % len(SHAPE_WORDS) in (0, 3)
+def is_held_out(color: str, shape: str) -> bool:
+    """Whether a combination appears in the validation split alone: two of each color's, two of each shape's eight."""
+    return (list(COLORS).index(color) - list(SHAPE_WORDS).index(shape)) % len(SHAPE_WORDS) in (0, 3)
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
@@ -87,7 +87,7 @@ class ScenesDataset(Dataset):
         image_size: Height and width in pixels. The scenes are the same at every size.
         seed: Of the scenes, and of what is drawn for each item in training.
 
-    Raises `ValueError` for an unknown split, fewer than one scene, and pictures of fewer than 32 pixels a side.
+    Raises `ValueError` for an unknown split, fewer than one scene, and images of fewer than 32 pixels a side.
     """
 
     def __init__(self, split: str, num_scenes: int | None = None, image_size: int = 64, seed: int = 0):
@@ -118,7 +118,7 @@ class ScenesDataset(Dataset):
         }
 
     def iter_captions(self) -> Iterator[str]:
-        """All captions, without drawing a picture."""
+        """All captions, without drawing an image."""
         for index in range(len(self)):
             yield from self.scene(index).captions
 
@@ -127,7 +127,7 @@ class ScenesDataset(Dataset):
         self._seeds.set_epoch(epoch)
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` shows, with the boxes of its objects in pixels and its captions."""
+        """What image `index` shows, with the boxes of its objects in pixels and its captions."""
         rng = random.Random(f"{self.seed}/{self.split}/{self._check(index)}")
         return sample_scene(rng, self.image_size, held_out=self.split == "validation")
 
@@ -139,7 +139,7 @@ class ScenesDataset(Dataset):
 
 def sample_scene(rng: random.Random, image_size: int, *, held_out: bool) -> Scene:
     """Draw a scene: with `held_out` at least one held-out combination in it, otherwise none."""
-    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPE_WORDS]
+    combinations = [(color, shape) for color in COLORS for shape in SHAPE_WORDS]
     seen = [combination for combination in combinations if not is_held_out(*combination)]
     num_objects = rng.choices((1, 2, 3), weights=(1, 2, 2))[0]
     if held_out:
@@ -155,22 +155,22 @@ def sample_scene(rng: random.Random, image_size: int, *, held_out: bool) -> Scen
             for combination, cell in zip(chosen, cells, strict=True)
         ),
         pattern=rng.choice(list(BACKGROUND_WORDS)),
-        background_colour=rng.choice(list(BACKGROUND_COLOURS)),
+        background_color=rng.choice(list(BACKGROUND_COLORS)),
         texture_seed=rng.getrandbits(32),
     )
     return replace(scene, captions=write_captions(scene, rng))
 
 
-def _sample_object(rng: random.Random, colour: str, shape: str, cell: tuple[int, int], image_size: int) -> SceneObject:
+def _sample_object(rng: random.Random, color: str, shape: str, cell: tuple[int, int], image_size: int) -> SceneObject:
     size = rng.choice(list(SIZES))
-    rgb = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
+    rgb = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLORS[color])
     share, from_top, from_left = rng.uniform(*SIZES[size]), rng.random(), rng.random()
     side = int(share * (image_size // GRID))
     row, column = cell
     # Whole pixels inside the cell, so that boxes of different cells never overlap.
     top = row * image_size // GRID + int(from_top * (image_size // GRID - side + 1))
     left = column * image_size // GRID + int(from_left * (image_size // GRID - side + 1))
-    return SceneObject(colour, shape, size, rgb, cell, (left, top, left + side, top + side))
+    return SceneObject(color, shape, size, rgb, cell, (left, top, left + side, top + side))
 
 
 # Captions
@@ -181,7 +181,7 @@ def write_captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     Five captions of different wording, in random order; each names all objects.
 
     Two of them tell the background, two a relation and one the places. Of a single object, whose name alone would fit
-    many pictures, they tell the place or the background too, and that nothing else is there.
+    many images, they tell the place or the background too, and that nothing else is there.
     """
     writers = [_tell_objects, _tell_relation, _tell_places, _tell_background, _tell_background_first]
     rng.shuffle(writers)
@@ -225,7 +225,7 @@ def _tell_background_first(scene: Scene, rng: random.Random) -> str:
 
 
 def _name(item: SceneObject, rng: random.Random, *, sized: bool = True) -> str:
-    words = [item.colour, rng.choice(SHAPE_WORDS[item.shape])]
+    words = [item.color, rng.choice(SHAPE_WORDS[item.shape])]
     if sized:
         words.insert(0, rng.choice(SIZE_WORDS[item.size]))
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
@@ -237,7 +237,7 @@ def _place(item: SceneObject, rng: random.Random) -> str:
 
 def _background(scene: Scene, rng: random.Random) -> str:
     start, end = rng.choice((("on", "background"), ("against", "backdrop"), ("in front of", "wall")))
-    return f"{start} a {rng.choice(BACKGROUND_WORDS[scene.pattern])} {scene.background_colour} {end}"
+    return f"{start} a {rng.choice(BACKGROUND_WORDS[scene.pattern])} {scene.background_color} {end}"
 
 
 def _list(parts: list[str], last: str = " and ") -> str:

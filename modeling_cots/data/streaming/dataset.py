@@ -26,7 +26,7 @@ MAX_TRIED_ROWS = 200
 
 
 class Sample(NamedTuple):
-    """An encoded picture with its captions and any cached tokens, and the shard and key that it was read from."""
+    """An encoded image with its captions and any cached tokens, and the shard and key that it was read from."""
 
     name: str
     image: bytes
@@ -38,8 +38,8 @@ class StreamingPairs(IterableDataset):
     """
     One pass over the pairs of a stream: the part of this process and data loader worker.
 
-    Items are those of `open_pairs`, but that "pair_id" is made of the picture's bytes (see `pair_id_of`), so that
-    equal pictures are never negatives of each other, wherever they stand.
+    Items are those of `open_pairs`, but that "pair_id" is made of the image's bytes (see `pair_id_of`), so that
+    equal images are never negatives of each other, wherever they stand.
 
     Args:
         shards: Where they are.
@@ -262,7 +262,7 @@ def shuffled(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterato
 
 
 def pair_id_of(image: bytes) -> int:
-    """A number in [0, 2**63) made of an encoded picture: the first 8 bytes of its BLAKE2b digest, without the sign."""
+    """A number in [0, 2**63) made of an encoded image: the first 8 bytes of its BLAKE2b digest, without the sign."""
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big") >> 1
 
 

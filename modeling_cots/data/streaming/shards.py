@@ -57,7 +57,7 @@ class RowShards:
     Args:
         rows: A streaming data set that decodes nothing.
         files: Names of its shards, for reports.
-        repository: Address of the Hub repository whose files rows may name as their pictures; `None`: no file at all.
+        repository: Address of the Hub repository whose files rows may name as their images; `None`: no file at all.
     """
 
     def __init__(self, rows: datasets.IterableDataset, files: list[str], repository: str | None):
@@ -82,7 +82,7 @@ class RowShards:
             yield str(number), row
 
     def _is_beside(self, value) -> bool:
-        """Whether a picture is a file of the same repository; other files are none of a data set's business."""
+        """Whether an image is a file of the same repository; other files are none of a data set's business."""
         if self._repository is None or not isinstance(value, dict) or value.get("bytes") is not None:
             return False
         path = value.get("path")

@@ -82,7 +82,7 @@ def read_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Me
 
 def read_samples(stream: BinaryIO, fields: set[str]) -> Iterator[tuple[dict[str, bytes | str], list[Member]]]:
     """
-    Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot of the last part.
+    Samples of a WebDataset shard: neighboring files whose names agree up to the first dot of the last part.
 
     Args:
         stream: See `read_members`.

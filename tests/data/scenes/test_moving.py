@@ -1,4 +1,4 @@
-"""Moving scenes: captions that say what the pictures show, in order; real files; nothing shared by the splits."""
+"""Moving scenes: captions that say what the images show, in order; real files; nothing shared by the splits."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_cots.data.scenes import moving as module
-from modeling_cots.data.scenes.drawing import COLOURS
+from modeling_cots.data.scenes.drawing import COLORS
 from modeling_cots.data.scenes.moving import (
     ACTIONS,
     SHAPES,
@@ -32,13 +32,13 @@ SCENES = sample_moving_scenes("train", 60) + sample_moving_scenes("validation", 
 
 
 def parse(caption: str) -> tuple[list[tuple[str, str, str]], bool]:
-    """Who does what, (colour, shape, action) in the order of time, and whether at the same time: by rules alone."""
+    """Who does what, (color, shape, action) in the order of time, and whether at the same time: by rules alone."""
     together = " while " in caption or " at the same time " in caption
     parts = re.split(r", and then | and then |, then | after | while | and at the same time ", caption)
     parts = parts[::-1] if " after " in caption else parts
     steps, actor = [], None
     for part in parts:
-        if named := re.search(rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ", part):
+        if named := re.search(rf"\ban? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ", part):
             actor = named.groups()
         (action,) = [name for name, verbs in ACTIONS.items() if any(part.endswith(verb) for verb in verbs)]
         steps.append((*actor, action))
@@ -61,7 +61,7 @@ def test_everything_occurs():
     events = [event for scene in SCENES for event in scene.events]
     assert {event.action for event in events} == set(ACTIONS)
     assert {shape for scene in SCENES for _, shape in scene.actors} == set(SHAPES)
-    assert {colour for scene in SCENES for colour, _ in scene.actors} == set(COLOURS)
+    assert {color for scene in SCENES for color, _ in scene.actors} == set(COLORS)
     plots = {(len(scene.actors), len(scene.events), scene.events[-1].start) for scene in SCENES}
     assert plots == {(1, 1, 0.0), (1, 2, 0.5), (2, 2, 0.5), (2, 2, 0.0)}
     words = " ".join(caption for scene in SCENES for caption in scene.captions)
@@ -69,11 +69,11 @@ def test_everything_occurs():
         assert phrase in words
 
 
-# What the pictures show
+# What the images show
 
 
 def part_of(scene: MovingScene, actor: int) -> tuple[slice, slice]:
-    """Rows and columns of the picture that belong to an actor."""
+    """Rows and columns of the image that belong to an actor."""
     whole, halves = slice(0, SIZE), (slice(0, SIZE // 2), slice(SIZE // 2, SIZE))
     if len(scene.actors) == 1:
         return whole, whole
@@ -81,9 +81,9 @@ def part_of(scene: MovingScene, actor: int) -> tuple[slice, slice]:
 
 
 def measure(scene: MovingScene, actor: int, frame: np.ndarray) -> dict[str, float]:
-    """Where the pixels of an actor's colour are, and how far they reach, in pixels."""
+    """Where the pixels of an actor's color are, and how far they reach, in pixels."""
     part = frame[part_of(scene, actor)].astype(int)
-    rows, columns = np.nonzero(np.abs(part - COLOURS[scene.actors[actor][0]]).sum(axis=-1) < 30)
+    rows, columns = np.nonzero(np.abs(part - COLORS[scene.actors[actor][0]]).sum(axis=-1) < 30)
     return {
         "x": (columns.min() + columns.max()) / 2,
         "y": (rows.min() + rows.max()) / 2,
@@ -122,7 +122,7 @@ def test_objects_do_what_the_events_say_and_only_then(scenes):
 
 @settings(deadline=None, max_examples=30)
 @given(number=st.integers(0, 99), image_size=st.integers(24, 100).map(lambda half: 2 * half), moment=st.floats(0, 1))
-def test_objects_stay_in_the_picture_and_apart(number, image_size, moment):
+def test_objects_stay_in_the_image_and_apart(number, image_size, moment):
     scene = SCENES[number]
     boxes = [module._object_at(scene, actor, moment, image_size).box for actor in range(len(scene.actors))]
     for left, top, right, bottom in boxes:
@@ -198,7 +198,7 @@ def test_the_same_files_again(written, tmp_path):
     assert names == [*(f"0000{number}.mp4" for number in range(4)), "metadata.jsonl"]
     first = written / "train"
     assert (again / "metadata.jsonl").read_bytes() == (first / "metadata.jsonl").read_bytes()
-    for name in names[:-1]:  # by their pictures: an encoder may give one input different bytes from run to run
+    for name in names[:-1]:  # by their images: an encoder may give one input different bytes from run to run
         frames, frames_again = (_decode(folder / name) for folder in (first, again))
         assert frames.shape == frames_again.shape == (20, 64, 64, 3)
         assert np.abs(frames - frames_again).mean() < 1

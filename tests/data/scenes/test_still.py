@@ -10,7 +10,7 @@ from PIL import ImageChops
 from torch.utils.data import DataLoader
 
 from modeling_cots.data.items import EpochSeeds
-from modeling_cots.data.scenes.drawing import BACKGROUND_COLOURS, COLOURS, Scene, SceneObject, draw_scene
+from modeling_cots.data.scenes.drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
 from modeling_cots.data.scenes.still import (
     BACKGROUND_WORDS,
     PLACE_WORDS,
@@ -32,9 +32,9 @@ def meanings(table) -> dict:
 
 SHAPES, SIZES, PLACES = meanings(SHAPE_WORDS), meanings(SIZE_WORDS), meanings(PLACE_WORDS)
 PATTERNS, RELATIONS = meanings(BACKGROUND_WORDS), meanings(RELATION_WORDS)
-OBJECT = re.compile(rf"\ban? (?:({alternatives(SIZES)}) )?({alternatives(COLOURS)}) ({alternatives(SHAPES)})\b")
+OBJECT = re.compile(rf"\ban? (?:({alternatives(SIZES)}) )?({alternatives(COLORS)}) ({alternatives(SHAPES)})\b")
 BACKGROUND = re.compile(
-    rf"\ba ({alternatives(PATTERNS)}) ({alternatives(BACKGROUND_COLOURS)}) (?:background|backdrop|wall)"
+    rf"\ba ({alternatives(PATTERNS)}) ({alternatives(BACKGROUND_COLORS)}) (?:background|backdrop|wall)"
 )
 PLACE = re.compile(alternatives(PLACES))
 RELATION = re.compile(rf"^ (?:is |stands )?({alternatives(RELATIONS)}) $")
@@ -65,8 +65,8 @@ def read_caption(caption: str) -> dict:
 def fits(claim: dict, scene: Scene) -> bool:
     """Whether everything that a caption says is true of a scene, which may show more than it names."""
     named = []
-    for (size, colour, shape), place in zip(claim["objects"], claim["places"], strict=True):
-        match = [item for item in scene.objects if (item.colour, item.shape) == (colour, shape)]
+    for (size, color, shape), place in zip(claim["objects"], claim["places"], strict=True):
+        match = [item for item in scene.objects if (item.color, item.shape) == (color, shape)]
         if not match or size not in (None, match[0].size) or place not in (None, match[0].cell):
             return False
         named.append(match[0])
@@ -74,7 +74,7 @@ def fits(claim: dict, scene: Scene) -> bool:
         return False
     if claim["alone"] and len(scene.objects) > 1:
         return False
-    return claim["background"] in (None, (scene.pattern, scene.background_colour))
+    return claim["background"] in (None, (scene.pattern, scene.background_color))
 
 
 def test_an_item_has_the_agreed_format():
@@ -120,29 +120,29 @@ def test_seeds_and_splits_differ():
 
 
 def combinations(dataset) -> list[set]:
-    return [{(item.colour, item.shape) for item in dataset.scene(i).objects} for i in range(len(dataset))]
+    return [{(item.color, item.shape) for item in dataset.scene(i).objects} for i in range(len(dataset))]
 
 
 def test_held_out_combinations_are_seen_in_validation_alone():
     train, validation = combinations(ScenesDataset("train")), combinations(ScenesDataset("validation"))
-    held_out = {(colour, shape) for colour in COLOURS for shape in SHAPE_WORDS if is_held_out(colour, shape)}
+    held_out = {(color, shape) for color in COLORS for shape in SHAPE_WORDS if is_held_out(color, shape)}
     assert len(held_out) == 16
     assert not set.union(*train) & held_out
     assert all(scene & held_out for scene in validation)
     assert set.union(*validation) >= held_out
 
 
-def test_every_colour_and_every_shape_is_seen_in_training():
+def test_every_color_and_every_shape_is_seen_in_training():
     seen = set.union(*combinations(ScenesDataset("train")))
-    assert len(COLOURS) >= 8 and len(SHAPE_WORDS) >= 6
-    for colour in COLOURS:
-        assert len({shape for seen_colour, shape in seen if seen_colour == colour}) == 6
+    assert len(COLORS) >= 8 and len(SHAPE_WORDS) >= 6
+    for color in COLORS:
+        assert len({shape for seen_color, shape in seen if seen_color == color}) == 6
     for shape in SHAPE_WORDS:
-        assert len({colour for colour, seen_shape in seen if seen_shape == shape}) == 6
+        assert len({color for color, seen_shape in seen if seen_shape == shape}) == 6
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 97])
-def test_boxes_lie_in_the_picture_and_apart(image_size):
+def test_boxes_lie_in_the_image_and_apart(image_size):
     dataset = ScenesDataset("validation", num_scenes=100, image_size=image_size)
     for i in range(len(dataset)):
         objects = dataset.scene(i).objects
@@ -172,7 +172,7 @@ def test_a_box_holds_all_of_its_object_and_no_more(shape):
     assert checked > 0
 
 
-def test_an_object_has_its_colour_and_large_is_larger_than_small():
+def test_an_object_has_its_color_and_large_is_larger_than_small():
     dataset, sides = ScenesDataset("train", num_scenes=300), {"small": [], "large": []}
     for i in range(len(dataset)):
         pixels = np.asarray(dataset[i]["image"]).astype(int)
@@ -180,7 +180,7 @@ def test_an_object_has_its_colour_and_large_is_larger_than_small():
             left, top, right, bottom = item.box
             near = np.abs(pixels[top:bottom, left:right] - item.rgb).max(-1) <= 3
             assert near.any()
-            assert min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], item.rgb)).sum()) == item.colour
+            assert min(COLORS, key=lambda name: np.abs(np.subtract(COLORS[name], item.rgb)).sum()) == item.color
             sides[item.size].append(right - left)
     assert max(sides["small"]) < min(sides["large"])
 
@@ -188,9 +188,9 @@ def test_an_object_has_its_colour_and_large_is_larger_than_small():
 @pytest.mark.parametrize("shape", SHAPE_WORDS)
 def test_only_a_ring_is_open_in_the_middle(shape):
     item = SceneObject("red", shape, "small", (215, 35, 35), (1, 1), (20, 20, 32, 32))
-    picture = draw_scene(Scene((item,), "plain", "navy", 0), 64)
-    background = picture.getpixel((0, 0))
-    assert picture.getpixel((26, 26)) == (background if shape == "ring" else item.rgb)
+    image = draw_scene(Scene((item,), "plain", "navy", 0), 64)
+    background = image.getpixel((0, 0))
+    assert image.getpixel((26, 26)) == (background if shape == "ring" else item.rgb)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +199,10 @@ def test_only_a_ring_is_open_in_the_middle(shape):
 )
 def test_a_background_looks_like_its_name(pattern, varies_along):
     for texture_seed in range(20):
-        picture = draw_scene(Scene((), pattern, "navy", texture_seed), 64)
-        pixels = np.asarray(picture).astype(int)
+        image = draw_scene(Scene((), pattern, "navy", texture_seed), 64)
+        pixels = np.asarray(image).astype(int)
         assert sum((np.ptp(pixels, axis=axis) > 2).any() for axis in (0, 1)) == varies_along
-        base = np.array(BACKGROUND_COLOURS["navy"])
+        base = np.array(BACKGROUND_COLORS["navy"])
         assert (pixels >= base - 1).all() and (pixels <= base + 31).all()
 
 
@@ -225,17 +225,17 @@ def test_captions_are_true_of_their_scene_and_differ(split):
 def test_the_reader_of_captions_sees_what_is_wrong():
     dataset = ScenesDataset("train", num_scenes=100)
     scene = next(scene for scene in map(dataset.scene, range(100)) if len(scene.objects) == 2)
-    mirrored = replace(
+    flipped = replace(
         scene,
         objects=tuple(
             replace(item, box=other.box, cell=other.cell)
             for item, other in zip(scene.objects, scene.objects[::-1], strict=True)
         ),
     )
-    repainted = replace(scene, objects=tuple(replace(item, colour="none") for item in scene.objects))
-    other_wall = replace(scene, background_colour="none")
+    repainted = replace(scene, objects=tuple(replace(item, color="none") for item in scene.objects))
+    other_wall = replace(scene, background_color="none")
     claims = [read_caption(caption) for caption in scene.captions]
-    assert [sum(fits(claim, wrong) for claim in claims) for wrong in (mirrored, repainted, other_wall)] == [2, 0, 3]
+    assert [sum(fits(claim, wrong) for claim in claims) for wrong in (flipped, repainted, other_wall)] == [2, 0, 3]
 
 
 def test_captions_tell_validation_scenes_apart():

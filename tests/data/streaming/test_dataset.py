@@ -126,7 +126,7 @@ def test_items_are_those_of_the_other_data_sets(tmp_path):
     assert items[1]["pair_id"] == pair_id_of(png(1)) >= 0
 
 
-def test_equal_pictures_have_one_pair_id_wherever_they_stand(tmp_path):
+def test_equal_images_have_one_pair_id_wherever_they_stand(tmp_path):
     for shard, keys in enumerate(("ab", "cd")):
         members = [(f"{key}.{kind}", content) for key in keys for kind, content in (("jpg", png(7)), ("txt", b"x"))]
         (tmp_path / f"{shard}.tar").write_bytes(tar_bytes(members))
@@ -182,7 +182,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, warnings_logged):
     members = [
         *sample_members(0),
         ("no_caption.png", png(1)),
-        ("no_picture.txt", b"x"),
+        ("no_image.txt", b"x"),
         ("latin.png", png(2)),
         ("latin.txt", b"caf\xe9"),
         ("brackets.png", png(3)),
@@ -197,7 +197,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, warnings_logged):
     assert numbers(pairs) == [0, 9]
     assert pairs.report.skipped_samples == 6 and pairs.report.skipped_shards == 0
     text = "\n".join(warnings_logged)
-    for name in ("no_caption", "no_picture", "latin", "brackets", "number", "../out.png"):
+    for name in ("no_caption", "no_image", "latin", "brackets", "number", "../out.png"):
         assert text.count(f"a.tar/{name}:") == 1
     assert "climbs out" in text
 

@@ -1,4 +1,4 @@
-"""Repositories on this machine as shards; rows that name files instead of holding pictures; the Hub."""
+"""Repositories on this machine as shards; rows that name files instead of holding images; the Hub."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def rows_of(images: list, num_shards: int = 1) -> datasets.IterableDataset:
     return datasets.Dataset.from_dict(columns).to_iterable_dataset(num_shards)
 
 
-def test_pictures_beside_the_rows_are_read_from_the_repository_alone():
+def test_images_beside_the_rows_are_read_from_the_repository_alone():
     store = fsspec.filesystem("memory")
     store.pipe("/repo/a.png", png(1))
     store.pipe("/secret/a.png", png(2))
@@ -104,7 +104,7 @@ for repo_id in sys.argv[1:]:
 """
 
 
-def write_pictures(folder, numbers) -> None:
+def write_images(folder, numbers) -> None:
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as metadata:
         for number in numbers:
@@ -115,7 +115,7 @@ def write_pictures(folder, numbers) -> None:
 @pytest.mark.slow
 def test_data_sets_of_the_hub_are_streamed_by_the_real_client(tmp_path):
     """In a process of its own, as huggingface_hub reads its endpoint when it is imported."""
-    writers = {"shards": write_tar, "tables": write_parquet, "pictures": write_pictures}
+    writers = {"shards": write_tar, "tables": write_parquet, "images": write_images}
     for name, write in writers.items():
         (tmp_path / "hub" / name).mkdir(parents=True)
         write(tmp_path / "hub" / name / "train", range(4))

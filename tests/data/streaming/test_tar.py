@@ -62,7 +62,7 @@ def test_members_are_those_of_tarfile(format, members):
     assert got == expected
 
 
-def test_samples_are_neighbours_with_one_key():
+def test_samples_are_neighbors_with_one_key():
     members = [
         ("./d/0001.JPG", b"1"),
         ("d/0001.txt", b"2"),
@@ -116,7 +116,7 @@ def test_links_and_devices_are_refused(format, type):
     assert [name for name, _ in refused] == ["00005.png"]
 
 
-def test_files_too_large_to_be_pictures_are_passed_over_without_being_kept(monkeypatch):
+def test_files_too_large_to_be_images_are_passed_over_without_being_kept(monkeypatch):
     monkeypatch.setattr(tar, "MAX_MEMBER_BYTES", 5000)
     content = tar_bytes([("big.png", b"x" * 5001), ("big.txt", b"big"), *sample_members(1)])
     keys, refused, damage = samples_of(content)

@@ -1,4 +1,4 @@
-"""Pictures as files and requests carry them."""
+"""Images as files and requests carry them."""
 
 import base64
 import io
