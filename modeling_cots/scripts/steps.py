@@ -265,7 +265,7 @@ def finish_retrieval(
     if trained_on is None:
         write_card_of_measured(args.output_dir, options.model, results, unit=unit)
     num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
-    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")
+    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")  # type: ignore[arg-type]
     print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
     print(f"The numbers are in {path}, and in the card beside it.")
     if trained_on is not None:

@@ -8,6 +8,7 @@ embeddings; and where a filter leaves few rows, those are compared directly, as 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -43,7 +44,8 @@ class FaissVectors:
         if engine not in ENGINES:
             raise ValueError(f"The engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
         self.engine, self.dim, self._fetch = engine, dim, fetch
-        self.index, self.thresholds = None, None
+        self.index: Any = None
+        self.thresholds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return 0 if self.index is None else self.index.ntotal

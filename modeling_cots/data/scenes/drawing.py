@@ -128,7 +128,7 @@ def _heart(count: int = 32) -> list[tuple[float, float]]:
 
 # x to the right, y downwards, both in [0, 1]. Circle and ring are drawn as ellipses.
 OUTLINES = {
-    shape: _fill_unit_square(points)
+    shape: _fill_unit_square(points)  # type: ignore[arg-type]
     for shape, points in {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": _around(3, lambda i: 1),
