@@ -3,9 +3,9 @@
     python benchmarks/step.py --device cpu     # base size, 2 pairs with images of 192 pixels: minutes
     python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with images of 384 pixels
 
-A step is COTSTrainer's own: losses, guard, backward pass, clipping, optimizer, momentum update. Weights and pairs are
-random, and loading pairs is not part of it. Where a GPU has too little memory, all is measured again with half the
-batch. Compiled layers take turns with eager ones, two trainers with half the batch each.
+A step is COTSTrainer's own: losses, finite check, backward pass, clipping, optimizer, momentum update. Weights and
+pairs are random, and loading pairs is not part of it. Where a GPU has too little memory, all is measured again with
+half the batch. Compiled layers take turns with eager ones, two trainers with half the batch each.
 """
 
 import copy
@@ -31,7 +31,7 @@ from modeling_cots import (
     modeling_cots_pretraining,
 )
 from modeling_cots.evaluation.text_encoding import encode_texts
-from modeling_cots.method.losses import masked_token_loss, queue_logits, task_kl_loss
+from modeling_cots.method.losses import masked_token_loss
 from modeling_cots.method.momentum import MomentumEncoder
 from modeling_cots.scripts.factory import build_processor
 
@@ -131,13 +131,13 @@ class Step:
 
     def take(self) -> None:
         self.optimizer.zero_grad()
-        self.trainer.recovery.guard.begin_step()
+        self.trainer.finite_check.begin_step()
         self.trainer.training_step(self.model, self.batch)
         self.move()
 
     def move(self) -> None:
         """What comes after the backward pass."""
-        self.trainer.recovery.check_step(self.clip())
+        self.trainer.check_step(self.clip())
         self.optimizer.step()
         self.update()
 
@@ -149,10 +149,9 @@ class Step:
 
     def take_with_cached_tokens(self) -> None:
         """The step without the image tokenizer, whose answer is at hand."""
-        image_tokenizer = self.trainer.image_tokenizer
-        self.trainer.image_tokenizer = lambda pixel_values, patch_size: self.tokens
+        made_on_line, self.batch = self.batch, {**self.batch, "image_tokens": self.tokens}
         self.take()
-        self.trainer.image_tokenizer = image_tokenizer
+        self.batch = made_on_line
 
     # ------------------------------------------------------------------------------------------- its parts, alone
 
@@ -169,7 +168,7 @@ class Step:
             "text, masked": self.with_backward(
                 lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
             ),
-            "momentum encoders": lambda: trainer._momentum_encode(batch),
+            "momentum encoders": lambda: trainer.objective.momentum_encode(batch),
             "image tokenizer": lambda: trainer.image_tokenizer(pixels, self.config.patch_size),
             "contrast and KL": self.with_backward(self.contrast),
             "patch head": self.with_backward(self.patch_head()),
@@ -188,15 +187,11 @@ class Step:
         return run
 
     def contrast(self) -> torch.Tensor:
-        queue, size = self.trainer.queue, self.sizes.batch
+        objective, size = self.trainer.objective, self.sizes.batch
         query = torch.zeros(size, self.config.projection_dim, device=self.device, requires_grad=True)
-        excluded = torch.zeros(size, queue.size, dtype=torch.bool, device=self.device)
-        rows = [
-            queue_logits(query, query.detach(), candidates.clone(), excluded, self.config.temperature)
-            for candidates in (queue.text_embeds, queue.image_embeds)
-        ]
-        keep = torch.ones(size, dtype=torch.bool, device=self.device)
-        return task_kl_loss(*rows, keep, size) - sum(logits.log_softmax(dim=1)[:, 0].mean() for logits in rows)
+        gathered = objective.gather(query.detach(), query.detach(), self.batch)
+        logits = objective.contrast(query, query, gathered)
+        return sum(objective.contrastive_losses(*logits, gathered.valid, size).values())
 
     def patch_head(self) -> Callable[[], torch.Tensor]:
         masked, model = self.batch["bool_masked_pos"], self.trainer.model

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 from transformers.initialization import no_init_weights
 
 from ..configuration_cots import COTSConfig
+from ..method.feature_queue import PairQueue
+from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import PIXELS_PER_TOKEN
-from ..method.losses import queue_logits, task_kl_loss
+from ..method.losses import masked_token_loss
 from ..modeling_cots import unit_length
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
+from ..training.objective import COTSObjective
+from ..training.processes import ProcessGroup
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
 BYTES_PER_PARAMETER = 4 + 4 + 8
@@ -149,6 +152,9 @@ class _FakeStep:
         self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int | None
     ):
         self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
+        queue = PairQueue(args.queue_size, model.config.projection_dim)
+        # Momentum encoders are counted apart, by the online model, which is as large.
+        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup())
         self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
@@ -187,22 +193,18 @@ class _FakeStep:
         return self.model.cots.run_text_model(self.texts(batch_size)).last_hidden_state
 
     def contrast(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        batch_size, num_candidates = len(image_embeds), self.args.queue_size
-        if self.args.batch_candidates:
-            num_candidates += batch_size
-        candidates = torch.zeros(num_candidates, image_embeds.shape[1])
-        excluded = torch.zeros(batch_size, num_candidates, dtype=torch.bool)
-        rows = [
-            queue_logits(query, candidates[:1].expand_as(query), candidates, excluded, self.model.config.temperature)
-            for query in (image_embeds, text_embeds)
-        ]
-        losses = [F.log_softmax(row, dim=1)[:, 0].sum() for row in rows]
-        return sum(losses) + task_kl_loss(*rows, torch.ones(batch_size, dtype=torch.bool), float(batch_size))
+        """L_MCL and L_KL, as the objective of training computes them."""
+        size, keys = len(image_embeds), torch.zeros_like(image_embeds)
+        keep_mask = torch.ones(size, dtype=torch.bool)
+        batch = GlobalBatch(keys, keys, torch.zeros(size, dtype=torch.long), keep_mask, slice(0, size))
+        logits = self.objective.contrast(image_embeds, text_embeds, batch)
+        return sum(self.objective.contrastive_losses(*logits, keep_mask, float(size)).values())
 
     def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the masked `tokens` (B, M, H), each conditioned on the other stream's `feature` (B, H')."""
-        logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1)).float()
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+        """Loss of the masked `tokens` (B, M, H), each conditioned on the other encoder's `feature` (B, H')."""
+        logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1))
+        targets = torch.zeros(len(logits), dtype=torch.long)
+        return masked_token_loss(logits, targets, torch.ones_like(targets, dtype=torch.bool), float(len(logits)))
 
     def predict_patches(self, patches: torch.Tensor, text_feature: torch.Tensor) -> torch.Tensor:
         masked = patches[:, -self.masked_patches :]

@@ -14,29 +14,28 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..data.atomic_write import atomic_write, flush_to_disk
+
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 CHUNK_BYTES = 1 << 22
 
 
-def seal_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
+def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
     """Declare a folder whole, once all of its files are written: they are on the disk before the manifest is."""
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
-        _flush_to_disk(path)
+        flush_to_disk(path)
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path)]
     manifest = {"written": time.time(), "num_processes": num_processes, "files": files}
-    unfinished = folder / f"{MANIFEST_NAME}.tmp"
-    unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _flush_to_disk(unfinished)
-    os.replace(unfinished, folder / MANIFEST_NAME)
-    _flush_to_disk(folder)
-    _flush_to_disk(folder.parent)
+    with atomic_write(folder / MANIFEST_NAME) as partial:
+        partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush_to_disk(folder.parent)
 
 
-def unseal_checkpoint(folder: str | os.PathLike) -> None:
+def invalidate_checkpoint(folder: str | os.PathLike) -> None:
     """Take the manifest away, before anything in the folder is changed; nothing happens where there is none."""
     (Path(folder) / MANIFEST_NAME).unlink(missing_ok=True)
 
@@ -125,7 +124,7 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
             kept.add(folder)
     for folder in folders:
         if folder not in kept:
-            unseal_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
+            invalidate_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,11 +151,3 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

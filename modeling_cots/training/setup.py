@@ -1,14 +1,7 @@
-"""What happens before `COTSTrainer` takes its first step: checks that fail early, frozen heads, schedule, videos.
+"""Before `COTSTrainer` takes its first step: checks that fail early, where image tokens come from, frozen heads."""
 
-And, after its last one, how processes leave each other.
-"""
-
-import os
-
-import torch
-import torch.distributed.distributed_c10d as c10d
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy
 
 from ..data.image_augmentation import ImageTransform
 from ..data.image_collators import COTSDataCollator
@@ -19,6 +12,7 @@ from ..data.video_collators import COTSVideoDataCollator, holds_videos
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import COTSTrainingArguments
+from .processes import check_launch
 
 
 def check_setup(model, args: COTSTrainingArguments, processor) -> None:
@@ -32,18 +26,9 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
             f"hub_strategy={args.hub_strategy.value} would put momentum copies and optimizer states into the "
             "repository of the model: use every_save or end, and keep the checkpoints where you train."
         )
-    num_launched = int(os.environ.get("WORLD_SIZE", 1))
-    if num_launched > 1 and args.world_size == 1:
-        raise ValueError(
-            f"{num_launched} processes were launched and each takes itself for the only one, so that all would train "
-            "alone and write to the same folder: without GPUs add --use_cpu."
-        )
+    check_launch(args)
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process sees {args.n_gpu} GPUs: start one for each, `torchrun --nproc_per_node {args.n_gpu} ...`."
-        )
     num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
     if num_words > vocab_size:
         raise ValueError(f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size}.")
@@ -114,17 +99,6 @@ def _check_source(source: TokenSource, config, image_tokenizer: ImageTokenizer |
         )
 
 
-def with_image_tokens(inputs: dict, image_tokenizer: ImageTokenizer | None, patch_size: tuple[int, int]) -> dict:
-    """A batch with masked patches gets `image_tokens` (B, patches), cached or computed, of raw pixels if it has them.
-
-    Called before the model runs: the dVAE's own activations then do not come on top of those that the model keeps.
-    """
-    if "bool_masked_pos" not in inputs or "image_tokens" in inputs:
-        return inputs
-    image_tokens = image_tokenizer(inputs.get("raw_pixels", inputs["pixel_values"]), patch_size)
-    return {**inputs, "image_tokens": image_tokens}
-
-
 def build_training_collator(
     train_dataset,
     config,
@@ -169,66 +143,6 @@ def build_video_collator(args: COTSTrainingArguments, processor, max_text_length
         min_crop_scale=args.min_crop_scale,
         horizontal_flip=args.horizontal_flip,
     )
-
-
-def settle_launch(trainer) -> None:
-    """Hold several processes to `ddp_timeout`. Raises `ValueError` for a mode that splits the model among them.
-
-    docs/reliability.md has the sizes for which it need not be split.
-    """
-    # The arguments are asked too: a single process would ignore them without a word.
-    wanted = trainer.args.fsdp or trainer.args.deepspeed
-    if wanted or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
-            "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
-        )
-    # The Trainer hands the time-out to processes with GPUs alone; others would wait for a hung one for 30 minutes.
-    if trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
-        set_timeout = getattr(torch.distributed, "set_timeout", None) or c10d._set_pg_timeout  # its older name
-        set_timeout(trainer.args.ddp_timeout_delta, torch.distributed.group.WORLD)
-
-
-def leave_launch(trainer) -> None:
-    """Part from the other processes, so that this one can end.
-
-    The threads of gloo let go of a tensor some time after its result is there. Where that is while the interpreter
-    shuts down, the process is aborted ("terminate called without an active exception") after all of its work is done,
-    and with it the launch fails (https://github.com/pytorch/pytorch/pull/179291). They are waited for when the last
-    reference to the process group goes, and the wrapped model holds one (tests/test_distributed.py).
-    """
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
-
-
-def use_float16_on_cpu(trainer) -> None:
-    """On a CPU accelerate would train in float32 without a word where `fp16` was asked for; torch can do it."""
-    accelerator = trainer.accelerator
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-
-
-def mark_repeated_samples(trainer, batches: list[dict]) -> None:
-    """Take the samples out of an epoch's last batch that are there only to make the processes' batches equal.
-
-    accelerate fills up with samples from the beginning of the epoch. With the pair id -1 and not `valid` they are in
-    no loss, no queue and no count, so that a last batch that is not full equals that of one process.
-    """
-    if trainer.args.world_size == 1 or not batches or not trainer.accelerator.gradient_state.end_of_dataloader:
-        return
-    batch = batches[-1]
-    batch_size = len(batch["valid"])
-    if has_length(trainer.train_dataset) and not trainer.args.dataloader_drop_last:
-        num_real = len(trainer.train_dataset) % (batch_size * trainer.args.world_size)
-    else:
-        num_real = max(0, trainer.accelerator.gradient_state.remainder)
-    if num_real == 0:
-        return
-    first_repeated = max(0, num_real - trainer.args.process_index * batch_size)
-    batch["valid"][first_repeated:] = False
-    batch["pair_ids"][first_repeated:] = -1
 
 
 def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:

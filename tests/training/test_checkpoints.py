@@ -10,10 +10,10 @@ from modeling_cots.training.checkpoints import (
     MANIFEST_NAME,
     check_checkpoint,
     choose_checkpoint,
+    commit_checkpoint,
+    invalidate_checkpoint,
     latest_checkpoint,
     rotate_checkpoints,
-    seal_checkpoint,
-    unseal_checkpoint,
 )
 
 
@@ -23,7 +23,7 @@ def write(run, step: int, *, seal: bool = True):
     (folder / "weights").write_bytes(bytes(range(200)))
     (folder / "part" / "state").write_bytes(b"state" * step)
     if seal:
-        seal_checkpoint(folder, num_processes=2)
+        commit_checkpoint(folder, num_processes=2)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_a_sealed_folder_is_whole(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: unseal_checkpoint(folder), f"no {MANIFEST_NAME}, which is written last"),
+        (lambda folder: invalidate_checkpoint(folder), f"no {MANIFEST_NAME}, which is written last"),
         (lambda folder: (folder / "part" / "state").unlink(), "has no part/state"),
         (lambda folder: (folder / "weights").write_bytes(bytes(range(100))), "has 100 bytes and was saved with 200"),
         (lambda folder: (folder / "weights").write_bytes(bytes(200)), "not those that were saved"),
@@ -61,7 +61,7 @@ def test_anything_else_is_not(tmp_path, damage, message):
 def test_sealing_again_replaces_the_manifest(tmp_path):
     folder = write(tmp_path, 3)
     (folder / "weights").write_bytes(b"new")
-    seal_checkpoint(folder, num_processes=1)
+    commit_checkpoint(folder, num_processes=1)
     assert check_checkpoint(folder)["files"]["weights"][0] == 3
 
 
