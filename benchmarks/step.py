@@ -160,11 +160,11 @@ class Step:
         cots, batch, trainer = self.trainer.model.cots, self.batch, self.trainer
         pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
         return {
-            "vision, clean": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
+            "vision, unmasked": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
             "vision, masked": self.with_backward(
                 lambda: cots.run_vision_model(pixels, batch["bool_masked_pos"]).last_hidden_state
             ),
-            "text, clean": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
+            "text, unmasked": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
             "text, masked": self.with_backward(
                 lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
             ),

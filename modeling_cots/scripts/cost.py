@@ -1,8 +1,8 @@
 """What training costs before anything is trained: parameters, floating-point operations and memory of a configuration.
 
 Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
-contents, so the counts are those of the real modules, whatever the encoders are. Counted: the clean and the masked
-pass of both streams forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
+contents, so the counts are those of the real modules, whatever the encoders are. Counted: the unmasked and the
+masked pass of both encoders forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
 positions, and the contrast against the queues. Not counted: decoding images, the optimizer's arithmetic (a share of
 about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
 2 FLOP. Of videos a pair is all frames of one video and a caption.
@@ -59,7 +59,7 @@ class TrainingCost:
     The cost of one optimizer step, by the pair.
 
     Args:
-        num_parameters (`dict[str, int]`): By part: streams, projections, heads.
+        num_parameters (`dict[str, int]`): By part: encoders, projections, heads.
         flop_per_pair (`dict[str, float]`): Forward and backward, by part; see `total_flop`.
         fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimizer, momentum copy, queues.
         bytes_per_pair (`int`): Device memory of what the backward pass needs of one pair.
@@ -132,8 +132,8 @@ def estimate_training_cost(
 def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
     cots = model.cots
     parts = {
-        "text stream": [cots.text_model],
-        "vision stream": [cots.vision_model],
+        "text encoder": [cots.text_model],
+        "vision encoder": [cots.vision_model],
         "projections": [cots.text_projection, cots.vision_projection],
         "heads": [model],
     }
@@ -169,7 +169,7 @@ class _FakeStep:
         return torch.autocast("cpu", torch.bfloat16)
 
     def images(self, batch_size: int) -> torch.Tensor:
-        if batch_size not in self._images:  # the clean and the masked pass see the same tensor, kept once
+        if batch_size not in self._images:  # the unmasked and the masked pass see the same tensor, kept once
             self._images[batch_size] = torch.zeros(batch_size, 3, *self.image_size)
         return self._images[batch_size]
 
@@ -223,8 +223,8 @@ class _FakeStep:
             return torch.zeros(batch_size, *shape, requires_grad=True)
 
         parts = {
-            "vision, clean": lambda: self.embed_images(batch_size),
-            "text, clean": lambda: self.embed_texts(batch_size),
+            "vision, unmasked": lambda: self.embed_images(batch_size),
+            "text, unmasked": lambda: self.embed_texts(batch_size),
             "contrast and KL": lambda: self.contrast(leaf(config.projection_dim), leaf(config.projection_dim)),
         }
         if args.cmvm_weight > 0:

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or none: a manifest, written last, lists every file with its size and checksum.
+"""Committed checkpoints: a manifest, written last, lists every file of the folder with its size and checksum.
 
-A folder without one, or whose files do not agree with it, was not written to its end and is never resumed from. What
-stands in a checkpoint is the trainer's business.
+A folder without a manifest, or whose files differ from it, is invalid: it is never resumed from. What a checkpoint
+holds is the trainer's business.
 """
 
 import json
@@ -23,7 +23,7 @@ CHUNK_BYTES = 1 << 22
 
 
 def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
-    """Declare a folder whole, once all of its files are written: they are on the disk before the manifest is."""
+    """Write the manifest of a folder whose files are complete; they are flushed to the disk before it."""
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
@@ -36,12 +36,12 @@ def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
 
 
 def invalidate_checkpoint(folder: str | os.PathLike) -> None:
-    """Take the manifest away, before anything in the folder is changed; nothing happens where there is none."""
+    """Remove the manifest, if there is one; to be called before any file of the folder changes."""
     (Path(folder) / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def check_checkpoint(folder: str | os.PathLike) -> dict:
-    """The manifest of a whole checkpoint. Raises `ValueError`, with the reason, for anything else."""
+    """The manifest of a whole checkpoint; raises `ValueError`, with the reason, for any other folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {folder}.")
@@ -67,13 +67,13 @@ def check_checkpoint(folder: str | os.PathLike) -> dict:
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint of a run that was written last, or `None`; those that are not whole are named and left."""
+    """The whole checkpoint that was written last, or `None`; invalid ones are named in the log and stay."""
     candidates = sorted(_checkpoints(output_dir), key=_written, reverse=True)
     for folder in candidates:
         try:
             check_checkpoint(folder)
         except ValueError as error:
-            logger.warning(f"Passed over a checkpoint that is not whole. {error}")
+            logger.warning(f"Skipped an invalid checkpoint. {error}")
         else:
             return str(folder)
     return None
@@ -109,7 +109,7 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
 def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None = None) -> None:
     """Delete the oldest checkpoints beyond `limit`; never the one written last, nor `best`.
 
-    Only whole ones count, so that one which was not written to its end cannot push out the only one to resume from.
+    Only whole ones count: an invalid one never displaces the only one to resume from.
     """
     if limit is None or limit <= 0:
         return

@@ -85,7 +85,7 @@ class FilterLog:
         self._rows = [row for row in self._rows if row["step"] != step]
 
     def write(self) -> None:
-        """Write what has been noted since the last call into a new file, which is there whole or not at all."""
+        """Write what has been noted since the last call into a new file."""
         self._fetch()
         if not self._rows:
             return
