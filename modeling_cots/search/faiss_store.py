@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from ..data.atomic_write import atomic_write
 from .conditions import Condition, matching_rows
 from .faiss_vectors import ENGINES, FaissVectors
-from .rows import RowFolder, write_atomically
+from .rows import RowFolder
 
 INFO, LOCK = "index.json", "writer.lock"
 
@@ -48,7 +49,8 @@ class FaissStore:
             raise ValueError(f"{str(folder)!r} is there and is no index: name a new folder.")
         RowFolder.create(folder, info["dim"])
         # Last, as it makes the folder an index.
-        write_atomically(folder / INFO, json.dumps({**info, "engine": engine}, indent=2).encode())
+        with atomic_write(folder / INFO) as partial:
+            partial.write_text(json.dumps({**info, "engine": engine}, indent=2), encoding="utf-8")
         return cls(folder)
 
     def __len__(self) -> int:

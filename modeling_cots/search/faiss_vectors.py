@@ -12,6 +12,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from ..data.atomic_write import atomic_write
+
 ENGINES = {
     "exact": "all vectors in memory, all compared",
     "hnsw": "all vectors in memory and a graph through them",
@@ -89,13 +91,12 @@ class FaissVectors:
         """Write vectors.faiss as a whole."""
         if self.index is None:
             return
-        path = Path(folder) / VECTORS
-        partial = path.with_name(path.name + ".partial")
         if self.thresholds is not None:
-            np.save(Path(folder) / THRESHOLDS, self.thresholds, allow_pickle=False)
+            with atomic_write(Path(folder) / THRESHOLDS) as partial, open(partial, "wb") as file:
+                np.save(file, self.thresholds, allow_pickle=False)
         write = faiss.write_index_binary if self.engine == "binary" else faiss.write_index
-        write(self.index, str(partial))
-        os.replace(partial, path)
+        with atomic_write(Path(folder) / VECTORS) as partial:
+            write(self.index, str(partial))
 
     def load(self, folder: str | os.PathLike) -> None:
         """Read what `save` wrote, if it did."""

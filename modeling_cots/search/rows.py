@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.atomic_write import PARTIAL_SUFFIX, atomic_write
+
 # What every entry has; any other column of a table is metadata.
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
 STATE, DELETED, METADATA = "state.json", "deleted.parquet", "metadata"
@@ -57,10 +59,10 @@ class RowFolder:
         (Path(folder) / METADATA).mkdir()
         # A folder without any file is one that `datasets` cannot open.
         first = "data-00000.arrow"
-        with pa.OSFile(str(Path(folder) / first), "wb") as file, pa.ipc.new_stream(file, empty.schema) as writer:
-            writer.write_table(empty)
+        _write_arrow(Path(folder) / first, empty)
         state = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
-        write_atomically(Path(folder) / STATE, json.dumps({**state, "_data_files": [{"filename": first}]}).encode())
+        with atomic_write(Path(folder) / STATE) as partial:
+            partial.write_text(json.dumps({**state, "_data_files": [{"filename": first}]}), encoding="utf-8")
         return cls(folder, dim)
 
     def __len__(self) -> int:
@@ -73,15 +75,10 @@ class RowFolder:
         part = f"data-{time.time_ns():020d}-{os.getpid():07d}"
         extra = rows.drop_columns(list(FIXED_COLUMNS))
         if extra.num_columns:
-            partial = self.folder / METADATA / f"{part}.partial"
-            pq.write_table(extra, partial)
-            os.replace(partial, partial.with_suffix(".parquet"))
+            with atomic_write(self.folder / METADATA / f"{part}.parquet") as partial:
+                pq.write_table(extra, partial)
         fixed = pa.table([rows[name].cast(schema.field(name).type) for name in FIXED_COLUMNS], schema=schema)
-        partial = self.folder / f"{part}.partial"
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(fixed)
-        _sync(partial)
-        os.replace(partial, partial.with_suffix(".arrow"))
+        _write_arrow(self.folder / f"{part}.arrow", fixed)
 
     def adopt(self) -> int:
         """List parts that are not listed yet, as the one writer; returns how many there were."""
@@ -92,13 +89,14 @@ class RowFolder:
             files = [*listed, *new]
             state["_data_files"] = [{"filename": name} for name in files]
             state["_fingerprint"] = hashlib.blake2b("/".join(files).encode(), digest_size=8).hexdigest()
-            write_atomically(self.folder / STATE, json.dumps(state, indent=2).encode())
+            with atomic_write(self.folder / STATE) as partial:
+                partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
         self.reload()
         return len(new)
 
     def remove_leftovers(self) -> None:
         """Remove what a killed writer left half-written, as the one writer."""
-        for path in (*self.folder.glob("*.partial"), *self.folder.glob(f"{METADATA}/*.partial")):
+        for path in (*self.folder.glob(f"*{PARTIAL_SUFFIX}"), *self.folder.glob(f"{METADATA}/*{PARTIAL_SUFFIX}")):
             path.unlink()
 
     def reload(self) -> None:
@@ -140,9 +138,8 @@ class RowFolder:
     def delete(self, positions: np.ndarray) -> None:
         """Take rows out of every result from now on."""
         self.is_alive[positions] = False
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), sink)
-        write_atomically(self.folder / DELETED, sink.getvalue())
+        with atomic_write(self.folder / DELETED) as partial:
+            pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), partial)
 
     def living_tables(self, rows_per_table: int = 4096):
         """All living rows as tables, metadata included, for writing them anew."""
@@ -185,17 +182,10 @@ class RowFolder:
         return joined.drop_columns([""]) if "" in joined.column_names else joined
 
 
-def write_atomically(path: Path, content) -> None:
-    """Replace a file's content as a whole: a reader, or a crash, sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    with atomic_write(path) as partial:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
 
 
 class _quiet:
