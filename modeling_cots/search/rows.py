@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -188,13 +190,13 @@ def _write_arrow(path: Path, table: pa.Table) -> None:
             writer.write_table(table)
 
 
-class _quiet:
-    """No progress bar of `datasets` for a file of no rows."""
-
-    def __enter__(self):
-        self._was_on = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_):
-        if self._was_on:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar of `datasets`, which would announce a file of no rows."""
+    was_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
             datasets.enable_progress_bars()
