@@ -18,8 +18,6 @@ from transformers.video_utils import VideoMetadata
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
 # Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
 MAX_FRAME_PIXELS = 7680 * 4320
-# Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
-MAX_FRAME_PIXELS = 7680 * 4320
 
 
 class UnreadableVideoError(ValueError):
