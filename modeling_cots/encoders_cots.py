@@ -59,6 +59,16 @@ def max_text_length(encoder: PreTrainedModel) -> int | None:
     return num_positions - max(unused, default=0)
 
 
+def check_vocabulary(tokenizer, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a tokenizer with more tokens than the text encoder of a [`COTSConfig`] has embeddings."""
+    num_tokens, vocab_size = len(tokenizer), config.text_config.vocab_size
+    if num_tokens > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens and the text encoder only {vocab_size} embeddings: give the "
+            "tokenizer that the encoder was trained with."
+        )
+
+
 def copy_encoder_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     missing, _ = target.load_state_dict(source.state_dict(), strict=False)
     missing = [name for name in missing if not name.endswith("mask_token")]

@@ -5,7 +5,13 @@ import torch
 from transformers import CONFIG_MAPPING, BertConfig, BertModel, ViTConfig, ViTModel
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel
-from modeling_cots.encoders_cots import accepts, build_text_encoder, build_vision_encoder, max_text_length
+from modeling_cots.encoders_cots import (
+    accepts,
+    build_text_encoder,
+    build_vision_encoder,
+    check_vocabulary,
+    max_text_length,
+)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT_SIZES = {**SIZES, "vocab_size": 99, "pad_token_id": 0, "max_position_embeddings": 64}
@@ -194,3 +200,11 @@ def test_from_encoders_refuses_weights_that_do_not_cover_the_stream(encoders):
     del text_model.encoder.layer[1]
     with pytest.raises(ValueError, match="BertModel lacks 16 weights.*layer.1"):
         COTSModel.from_encoders(text_model, vision_model)
+
+
+def test_a_tokenizer_may_have_as_many_tokens_as_there_are_embeddings_and_no_more():
+    config = cots_config()
+    check_vocabulary(range(99), config)
+    check_vocabulary(range(20), config)
+    with pytest.raises(ValueError, match="has 100 tokens and the text encoder only 99 embeddings"):
+        check_vocabulary(range(100), config)

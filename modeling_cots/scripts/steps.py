@@ -203,7 +203,7 @@ def build_parts(
         text_model=options.text_model,
         vision_model=options.vision_model,
         config=config,
-        num_word_pieces=len(tokenizer),
+        tokenizer=tokenizer,
         num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
         max_text_length=options.max_text_length,
         with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,

@@ -26,7 +26,7 @@ def build(config, tokenizer, *, model=None, text_model=None, vision_model=None, 
         text_model=text_model,
         vision_model=vision_model,
         config=config,
-        num_word_pieces=len(tokenizer),
+        tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
         max_text_length=length,
     )
