@@ -188,20 +188,18 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     return COTSProcessor(image_processor, tokenizer, video_processor)
 
 
-def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
-    """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
-    settings = processor.image_processor
-    return load_image_tokenizer(name_or_path, settings.image_mean, settings.image_std, vocab_size)
+def build_image_tokenizer(name_or_path: str, processor: COTSProcessor | None, vocab_size: int) -> ImageTokenizer:
+    """
+    The dVAE given by id or folder; for "random", a random codebook of `vocab_size` tokens, with a warning.
 
-
-def load_image_tokenizer(
-    name_or_path: str, image_mean: list[float], image_std: list[float], vocab_size: int
-) -> ImageTokenizer:
-    """`build_image_tokenizer` where there is no processor, as for raw pixels, whose tokens need no mean and std."""
+    It takes pixels that `processor` has normalized. Without a processor it takes raw pixels only.
+    """
+    settings = None if processor is None else processor.image_processor
+    mean, std = ([0.0] * 3, [1.0] * 3) if settings is None else (settings.image_mean, settings.image_std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
-        return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
+        return ImageTokenizer.from_pretrained(name_or_path, mean, std)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
     )
-    return ImageTokenizer.random(vocab_size, image_mean, image_std)
+    return ImageTokenizer.random(vocab_size, mean, std)
