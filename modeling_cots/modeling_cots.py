@@ -270,6 +270,29 @@ class COTSModel(COTSPreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
+    # What the public functions below share. Only those return a tuple where `return_dict` asks for one.
+
+    def _text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        outputs = self.run_text_model(*args, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def _image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
+        return outputs
+
+    def _video_features(
+        self, pixel_values_videos: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        outputs = self._image_features(frames_of(pixel_values_videos), interpolate_pos_encoding, **kwargs)
+        shape = pixel_values_videos.shape[:2]
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, shape)
+        outputs.pooler_output = unit_length(outputs.pooler_output).unflatten(0, shape).mean(dim=1)
+        return outputs
+
     @can_return_tuple
     def get_text_features(
         self,
@@ -283,9 +306,7 @@ class COTSModel(COTSPreTrainedModel):
         Text features in the form of transformers 5: `last_hidden_state` (B, L, text hidden size) of the encoder and,
         in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see `encode_text`.
         """
-        outputs = self.run_text_model(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        return outputs
+        return self._text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
 
     @can_return_tuple
     def get_image_features(
@@ -299,9 +320,7 @@ class COTSModel(COTSPreTrainedModel):
         encoder and, in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see
         `encode_image`.
         """
-        outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
-        return outputs
+        return self._image_features(pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -316,22 +335,15 @@ class COTSModel(COTSPreTrainedModel):
         normalized again (COTS, supplement). Hidden states and attentions are the frames', one after the other (B * T).
         Frames are encoded apart, so their order counts for nothing. For embeddings see `encode_video`.
         """
-        frames = frames_of(pixel_values_videos)
-        outputs = self.get_image_features(frames, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        shape = pixel_values_videos.shape[:2]
-        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, shape)
-        outputs.pooler_output = unit_length(outputs.pooler_output).unflatten(0, shape).mean(dim=1)
-        return outputs
+        return self._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """Unit-length text embeddings (B, `projection_dim`), float32, of token ids (B, L)."""
-        return unit_length(
-            self.get_text_features(input_ids, attention_mask, **{**kwargs, "return_dict": True}).pooler_output
-        )
+        return unit_length(self._text_features(input_ids, attention_mask, **kwargs).pooler_output)
 
     def encode_image(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Unit-length image embeddings (B, `projection_dim`), float32, of pixels (B, 3, H, W)."""
-        return unit_length(self.get_image_features(pixel_values, **{**kwargs, "return_dict": True}).pooler_output)
+        return unit_length(self._image_features(pixel_values, **kwargs).pooler_output)
 
     def encode_video(self, pixel_values_videos: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -377,17 +389,16 @@ class COTSModel(COTSPreTrainedModel):
         if return_loss and (input_ids is None or not has_pixels):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values` or `pixel_values_videos`.")
         output = COTSOutput()
-        kwargs["return_dict"] = True
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_features = self._image_features(pixel_values, interpolate_pos_encoding, **kwargs)
             output.vision_model_output = image_features
             output.image_embeds = unit_length(image_features.pooler_output)
         if pixel_values_videos is not None:
-            video_features = self.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            video_features = self._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
             output.video_model_output = video_features
             output.video_embeds = unit_length(video_features.pooler_output)
         if input_ids is not None:
-            text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
+            text_features = self._text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
             output.text_model_output = text_features
             output.text_embeds = unit_length(text_features.pooler_output)
         if has_pixels and input_ids is not None:

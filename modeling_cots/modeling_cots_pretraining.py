@@ -144,12 +144,11 @@ class COTSForPreTraining(COTSPreTrainedModel):
             raise ValueError("Give `pixel_values` or `pixel_values_videos`, one of the two.")
         if (masked_input_ids is None) != (masked_token_pos is None):
             raise ValueError("`masked_input_ids` and `masked_token_pos` go together.")
-        kwargs["return_dict"] = True
         if pixel_values_videos is not None:
             if bool_masked_pos is not None or masked_input_ids is not None:
                 raise ValueError("Videos have no masked passes: leave out `bool_masked_pos` and `masked_input_ids`.")
-            vision_output = self.cots.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
-            text_output = self.cots.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+            vision_output = self.cots._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            text_output = self.cots._text_features(input_ids, attention_mask, token_type_ids, **kwargs)
             return COTSForPreTrainingOutput(
                 image_embeds=unit_length(vision_output.pooler_output),
                 text_embeds=unit_length(text_output.pooler_output),
