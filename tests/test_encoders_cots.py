@@ -1,4 +1,4 @@
-"""Which encoders can be a stream of COTS, and building a model from pre-trained ones."""
+"""Which encoders fit COTS, and building a model from pre-trained ones."""
 
 import pytest
 import torch
@@ -85,14 +85,14 @@ def test_vision_encoders_that_fit(tiny_inputs, vision):
 @pytest.mark.parametrize("text", ["t5", "vit", "clip_vision_model"])
 def test_other_text_encoders_are_refused(text):
     small = {"d_model": 32, "num_layers": 1} if text == "t5" else VISION_SIZES
-    with pytest.raises(ValueError, match=f"`{text}` cannot be the text stream.*such as bert"):
+    with pytest.raises(ValueError, match=f"`{text}` cannot be the text encoder.*such as bert"):
         build_text_encoder(CONFIG_MAPPING[text](**small))
 
 
 @pytest.mark.parametrize("vision", ["swin", "clip_vision_model", "siglip_vision_model"])
 def test_other_vision_encoders_are_refused(vision):
     small = {"embed_dim": 8, "depths": [1], "num_heads": [1]} if vision == "swin" else VISION_SIZES
-    with pytest.raises(ValueError, match=f"`{vision}` cannot be the vision stream.*such as vit"):
+    with pytest.raises(ValueError, match=f"`{vision}` cannot be the vision encoder.*such as vit"):
         build_vision_encoder(CONFIG_MAPPING[vision](**small), use_mask_token=False)
 
 
@@ -189,7 +189,7 @@ def test_from_encoders_keeps_the_masked_text_head_tied(encoders):
 
 
 def test_from_encoders_refuses_a_model_that_is_no_encoder(encoders):
-    with pytest.raises(ValueError, match="vit.*cannot be the text stream"):
+    with pytest.raises(ValueError, match="vit.*cannot be the text encoder"):
         COTSModel.from_encoders(encoders[1], encoders[1])
     with pytest.raises(ValueError, match="bert.*image_size"):
         COTSModel.from_encoders(encoders[0], encoders[0])
