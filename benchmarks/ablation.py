@@ -181,7 +181,7 @@ class Ablation:
             text_model=None,
             vision_model=None,
             config=config,
-            num_word_pieces=len(self.tokenizer),
+            tokenizer=self.tokenizer,
             num_image_tokens=config.image_vocab_size,
             max_text_length=self.max_text_length,
         )

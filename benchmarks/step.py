@@ -259,10 +259,10 @@ def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
             modeling_cots_pretraining.MAX_JOINED_POSITIONS = joined_up_to
             with step.trainer.accelerator.autocast():
                 if stream == "images":
-                    views = model._run_vision_views(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
+                    views = model._run_vision_passes(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
                 else:
                     tensors = [None if tensor is None else tensor[:size] for tensor in texts]
-                    views = model._run_text_views(batch["input_ids"][:size], *tensors)
+                    views = model._run_text_passes(batch["input_ids"][:size], *tensors)
             sum(view.last_hidden_state.float().square().mean() for view in views).backward()
 
         for stream, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):

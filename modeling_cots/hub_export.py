@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .encoders_cots import check_vocabulary
 from .pipeline_cots import CUSTOM_PIPELINES
 from .processing_cots import PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
 
@@ -149,12 +150,7 @@ def streams_of(model: PreTrainedModel) -> PreTrainedModel:
 def check_processor(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
     if processor is None or not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ValueError(f"A repository needs the COTSProcessor of the model, got {type(processor).__name__}.")
-    num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
-    if num_words > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size} embeddings: give the "
-            "processor that the model was trained with."
-        )
+    check_vocabulary(processor.tokenizer, model.config)
 
 
 def find_code(model: PreTrainedModel) -> Path:

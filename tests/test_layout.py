@@ -53,7 +53,7 @@ OPTIONAL = {
     "faiss": {"search/faiss_vectors.py"},
     "pymilvus": {"search/milvus_store.py"},
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
-    "matplotlib": {"visualization/figures.py", "visualization/heat_maps.py"},
+    "matplotlib": {"visualization/figures.py"},
 }
 
 

@@ -22,7 +22,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig
-from ..encoders_cots import build_text_encoder, build_vision_encoder
+from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
@@ -108,7 +108,7 @@ def build_model(
     text_model: str | None,
     vision_model: str | None,
     config: COTSConfig,
-    num_word_pieces: int,
+    tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int,
     max_text_length: int,
     with_heads: bool = True,
@@ -123,19 +123,14 @@ def build_model(
     if model is not None:
         built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_streams(model)
     elif text_model is None and vision_model is None:
-        config.text_config.vocab_size = num_word_pieces
+        config.text_config.vocab_size = len(tokenizer)
         config.image_vocab_size = num_image_tokens
         built = COTSForPreTraining(config)
     else:
-        built = _from_encoders(text_model, vision_model, config, num_word_pieces, num_image_tokens)
+        built = _from_encoders(text_model, vision_model, config, tokenizer, num_image_tokens)
         if config._attn_implementation is not None:  # of the configuration file; encoders come with their own
             built.set_attn_implementation(config._attn_implementation)
-    vocab_size = built.config.text_config.vocab_size
-    if num_word_pieces > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {num_word_pieces} tokens and the text encoder only {vocab_size} embeddings: "
-            "give the tokenizer that the encoder was trained with."
-        )
+    check_vocabulary(tokenizer, built.config)
     if built.config.image_vocab_size != num_image_tokens:
         raise ValueError(
             f"The image tokenizer has {num_image_tokens} tokens and the model's masked-image head "
@@ -158,10 +153,10 @@ def _load_streams(model: str) -> COTSForPreTraining:
     return built
 
 
-def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces: int, num_image_tokens: int):
+def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_image_tokens: int):
     """A stream for which no pre-trained encoder is given is built from `config`."""
     if text_model is None:
-        config.text_config.vocab_size = num_word_pieces
+        config.text_config.vocab_size = len(tokenizer)
         text_model = build_text_encoder(config.text_config)
     if vision_model is None:
         vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
@@ -193,20 +188,18 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     return COTSProcessor(image_processor, tokenizer, video_processor)
 
 
-def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
-    """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
-    settings = processor.image_processor
-    return load_image_tokenizer(name_or_path, settings.image_mean, settings.image_std, vocab_size)
+def build_image_tokenizer(name_or_path: str, processor: COTSProcessor | None, vocab_size: int) -> ImageTokenizer:
+    """
+    The dVAE given by id or folder; for "random", a random codebook of `vocab_size` tokens, with a warning.
 
-
-def load_image_tokenizer(
-    name_or_path: str, image_mean: list[float], image_std: list[float], vocab_size: int
-) -> ImageTokenizer:
-    """`build_image_tokenizer` where there is no processor, as for raw pixels, whose tokens need no mean and std."""
+    It takes pixels that `processor` has normalized. Without a processor it takes raw pixels only.
+    """
+    settings = None if processor is None else processor.image_processor
+    mean, std = ([0.0] * 3, [1.0] * 3) if settings is None else (settings.image_mean, settings.image_std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
-        return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
+        return ImageTokenizer.from_pretrained(name_or_path, mean, std)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
     )
-    return ImageTokenizer.random(vocab_size, image_mean, image_std)
+    return ImageTokenizer.random(vocab_size, mean, std)

@@ -9,6 +9,7 @@ from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.streaming.dataset import StreamingPairs, open_stream
+from ..evaluation.recall_table import rename_metrics
 from ..evaluation.report import format_report
 from ..evaluation.results import stated_zero_shot_protocol, write_results
 from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS, PROTOCOLS
@@ -202,7 +203,7 @@ def build_parts(
         text_model=options.text_model,
         vision_model=options.vision_model,
         config=config,
-        num_word_pieces=len(tokenizer),
+        tokenizer=tokenizer,
         num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
         max_text_length=options.max_text_length,
         with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
@@ -228,7 +229,7 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
 
 
 def finish_retrieval(
-    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, unit: str = "image", **facts
+    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, modality: str = "image", **facts
 ) -> None:
     """
     The last step of a retrieval script: measure, write `results.json` and the model with its card, and tell.
@@ -236,7 +237,7 @@ def finish_retrieval(
     Args:
         options: The script's, [`ModelArguments`] and [`MeasuringArguments`] among them.
         trained_on: The data set and split; `None` if the model is only measured, whose card is written then.
-        unit: What the captions tell of, an "image" or a "video".
+        modality: What the captions describe, an "image" or a "video".
         facts: What else `results.json` has to say, by name.
     """
     args, dataset = trainer.args, trainer.eval_dataset
@@ -248,14 +249,13 @@ def finish_retrieval(
     if not trainer.is_world_process_zero():
         return
     path = os.path.join(args.output_dir, "results.json")
-    named = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in metrics.items()}
     results = write_results(
         path,
-        named if unit == "video" else metrics,
+        rename_metrics(metrics, modality),
         protocol=options.protocol,
         zero_shot_protocol=zero_shot_protocol,
         measured_on=dataset.name,
-        **{f"num_{unit}s": len(dataset)},
+        **{f"num_{modality}s": len(dataset)},
         num_captions=sum(1 for _ in dataset.iter_captions()),
         **facts,
         model=options.model,
@@ -263,9 +263,10 @@ def finish_retrieval(
         num_steps=trainer.state.global_step,
     )
     if trained_on is None:
-        write_card_of_measured(args.output_dir, options.model, results, unit=unit)
+        write_card_of_measured(args.output_dir, options.model, results, modality=modality)
     num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
-    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")
+    examples = trainer.example_retrievals
+    print("", format_report(metrics, examples, dataset, modality=modality, num_folds=num_folds), sep="\n\n")
     print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
     print(f"The numbers are in {path}, and in the card beside it.")
     if trained_on is not None:

@@ -9,6 +9,7 @@ from ..data.image_token_cache import TokenSource
 from ..data.rows import IMAGE_TOKENS, TOKEN_SOURCE
 from ..data.streaming.dataset import StreamingPairs
 from ..data.video_collators import COTSVideoDataCollator, holds_videos
+from ..encoders_cots import check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import COTSTrainingArguments
@@ -29,9 +30,7 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
     check_launch(args)
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
-    num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
-    if num_words > vocab_size:
-        raise ValueError(f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size}.")
+    check_vocabulary(processor.tokenizer, model.config)
 
 
 def settle_image_tokens(
