@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.data.scenes.still import SHAPE_WORDS
+from modeling_cots.data.scenes.drawing import SHAPES
 from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
 KINDS = ("color and shape", "color", "shape")
@@ -34,7 +34,7 @@ def words_of_objects(scene, caption: str) -> list[tuple[str, str, object]]:
     """(kind, word, object) for every object that a caption names by words that it has only once."""
     found = []
     for item in scene.objects:
-        for shape in SHAPE_WORDS[item.shape]:
+        for shape in SHAPES[item.shape].words:
             if f"{item.color} {shape}" in caption:
                 named = zip(KINDS, (f"{item.color} {shape}", item.color, shape), strict=True)
                 padded = f" {caption} ".replace(",", " ,")

@@ -8,20 +8,12 @@ import random
 from functools import partial
 
 import torch
-from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ..video_reading_cots import UnreadableVideoError, read_video
 from .image_collators import RAW_PIXELS, caption_batch, tokenize
 from .items import sample_randomness
 from .skip_report import SkipReport
-
-
-def holds_videos(dataset) -> bool:
-    """Whether the items of a data set are videos, as those of `open_videos` are, and not images."""
-    if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
-        return False
-    return "video" in dataset[0]
 
 
 class COTSVideoDataCollator:

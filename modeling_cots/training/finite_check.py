@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.items import decode_name
+from ..data.skip_report import and_more
 from ..method.feature_queue import PairQueue
 
 MIN_IMAGES = 1_000
@@ -109,7 +110,7 @@ class FiniteCheck:
         shown = [_describe_term(name, [part[0].get(name) for part in gathered]) for name in terms]
         labels = [label for _, part in gathered for label in part]
         raise NonFiniteLossError(
-            f"Step {step}: {', '.join(shown)}. Samples with which it happened: {_shorten(labels)}."
+            f"Step {step}: {', '.join(shown)}. Samples with which it happened: {and_more(labels, MAX_REPORTED)}."
         )
 
     def _watch_skipped(self, num_seen: int, num_skipped: int, step: int) -> None:
@@ -121,7 +122,7 @@ class FiniteCheck:
         if self._num_seen < MIN_IMAGES:
             return
         if self._num_skipped > self.max_skipped_fraction * self._num_seen:
-            names = _shorten(gather_object(self._skipped_names))
+            names = and_more(gather_object(self._skipped_names), MAX_REPORTED)
             raise UnreadableDataError(
                 f"Step {step}: {self._num_skipped:,} of the last {self._num_seen:,} images could not be read, which "
                 f"is more than max_skipped_fraction={self.max_skipped_fraction:g} allows: {names}. Look whether the "
@@ -144,11 +145,6 @@ def _labels(batch: _Batch, rows: torch.Tensor) -> list[str]:
 def _describe_term(name: str, values: list[float | None]) -> str:
     bad = [value for value in values if value is not None]
     return f"{name} is {bad[0]}" if bad else f"the {name} is not finite"
-
-
-def _shorten(labels: list[str]) -> str:
-    more = f" and {len(labels) - MAX_REPORTED} more" if len(labels) > MAX_REPORTED else ""
-    return ", ".join(labels[:MAX_REPORTED]) + more
 
 
 class StepSnapshot:

@@ -6,9 +6,10 @@ from transformers.trainer_utils import HubStrategy
 from ..data.image_augmentation import ImageTransform
 from ..data.image_collators import COTSDataCollator
 from ..data.image_token_cache import TokenSource
+from ..data.items import modality_of
 from ..data.rows import IMAGE_TOKENS, TOKEN_SOURCE
 from ..data.streaming.dataset import StreamingPairs
-from ..data.video_collators import COTSVideoDataCollator, holds_videos
+from ..data.video_collators import COTSVideoDataCollator
 from ..encoders_cots import check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
@@ -17,7 +18,7 @@ from .processes import check_launch
 
 
 def check_setup(model, args: COTSTrainingArguments, processor) -> None:
-    """Raise `ValueError` for parts that do not fit each other or the method."""
+    """Raise `ValueError` for a model, arguments, a launch or a tokenizer that COTS cannot be trained with."""
     if not isinstance(model, COTSForPreTraining):
         raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(model).__name__}.")
     if not isinstance(args, COTSTrainingArguments):
@@ -33,14 +34,14 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
     check_vocabulary(processor.tokenizer, model.config)
 
 
-def settle_image_tokens(
+def choose_image_tokens(
     train_dataset, model, args: COTSTrainingArguments, image_tokenizer: ImageTokenizer | None, has_own_collator: bool
 ) -> tuple[TokenSource | None, ImageTokenizer | None]:
     """
-    Where the targets of masked vision modelling come from: what cached tokens are of, or else the tokenizer.
+    Where the targets of masked vision modelling come from: the source of cached tokens, or else the image tokenizer.
 
-    A collator of one's own need not know of cached tokens: then they are computed. Raises `ValueError` without either,
-    for cached tokens of other views of the images than training shows, and for those of another image tokenizer.
+    A custom collator need not know of cached tokens: with one, tokens are computed. Raises `ValueError` where there is
+    neither, and for cached tokens that training cannot use (`TokenSource.check`).
     """
     if args.cmvm_weight == 0:
         return None, image_tokenizer
@@ -51,9 +52,8 @@ def settle_image_tokens(
         )
     item = {} if has_own_collator else _first_item(train_dataset)
     if TOKEN_SOURCE in item:
-        source = TokenSource.from_json(item[TOKEN_SOURCE])
-        _check_views(item, args)
-        _check_source(source, model.config, image_tokenizer)
+        source, tokens = TokenSource.from_json(item[TOKEN_SOURCE]), item[IMAGE_TOKENS]
+        source.check(model.config, args, image_tokenizer, None if tokens is None else len(tokens))
         return source, None
     if image_tokenizer is None:
         raise ValueError(
@@ -63,39 +63,11 @@ def settle_image_tokens(
     return None, image_tokenizer
 
 
-def _check_views(item: dict, args: COTSTrainingArguments) -> None:
-    for name, needed in (("min_crop_scale", 1.0), ("auto_augment", None)):
-        value = getattr(args, name)
-        if value != needed:
-            raise ValueError(
-                f"The image tokens of the data set are of whole images, and {name}={value} shows others to the "
-                f"model: set {name} to {needed} to train on the cached tokens, or train on the data set that they "
-                f"were computed from, without the column {IMAGE_TOKENS}."
-            )
-    if args.horizontal_flip > 0 and item[IMAGE_TOKENS] is not None and len(item[IMAGE_TOKENS]) < 2:
-        raise ValueError(
-            f"horizontal_flip={args.horizontal_flip} flips images, and the data set has no image tokens of "
-            "flipped ones: compute them with `examples/tokenize_images.py --mirrored`, or set horizontal_flip to 0."
-        )
-
-
 def _first_item(dataset) -> dict:
     if isinstance(dataset, StreamingPairs):
         return dataset.first_item()
     is_empty = dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0
     return {} if is_empty else dataset[0]
-
-
-def _check_source(source: TokenSource, config, image_tokenizer: ImageTokenizer | None) -> None:
-    if image_tokenizer is not None:
-        wanted = TokenSource.of(image_tokenizer, config.image_size, config.patch_size)
-    else:  # whose weights they are of cannot be told
-        wanted = TokenSource(config.image_vocab_size, config.image_size, config.patch_size, source.codebook)
-    if difference := source.differences(wanted):
-        raise ValueError(
-            f"The cached image tokens do not fit this run: {difference}. Compute them anew with "
-            f"examples/tokenize_images.py, or train on the data set without the column {IMAGE_TOKENS}."
-        )
 
 
 def build_training_collator(
@@ -106,8 +78,8 @@ def build_training_collator(
     max_text_length: int,
     token_source: TokenSource | None = None,
 ):
-    """The collator of training images or videos, with the augmentation and the masks that the arguments ask for."""
-    if holds_videos(train_dataset):
+    """The collator of training images or videos; augmentation and masks are those of the arguments."""
+    if modality_of(train_dataset) == "video":
         return build_video_collator(args, processor, max_text_length)
     transform = ImageTransform(
         config.image_size,
@@ -130,7 +102,7 @@ def build_training_collator(
 
 
 def build_video_collator(args: COTSTrainingArguments, processor, max_text_length: int) -> COTSVideoDataCollator:
-    """The collator of training videos. Raises `ValueError` for what is set and could do nothing for them."""
+    """The collator of training videos. Raises `ValueError` for options that do not apply to videos."""
     for name in ("cmvm_weight", "cmlm_weight"):
         if getattr(args, name) > 0:
             raise ValueError(f"Videos have no masked passes: set {name} to 0, got {getattr(args, name)}.")
@@ -145,7 +117,7 @@ def build_video_collator(args: COTSTrainingArguments, processor, max_text_length
 
 
 def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:
-    """Distributed data parallelism refuses parameters that get no gradient: those of a switched-off head."""
+    """Freeze the heads of losses with weight 0: distributed data parallelism refuses parameters without a gradient."""
     unused = []
     if args.cmvm_weight == 0:
         unused += [*model.cmvm_head.parameters(), *model.text_to_image.parameters()]

@@ -41,7 +41,7 @@ from .processes import (
 )
 from .publishing import build_card, prepare_push, push_in_background
 from .recovery import RunCheckpoints, check_loaded_weights
-from .setup import build_training_collator, check_setup, freeze_unused_parameters, settle_image_tokens
+from .setup import build_training_collator, check_setup, choose_image_tokens, freeze_unused_parameters
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,7 @@ class COTSTrainer(Trainer):
         **kwargs,
     ):
         check_setup(model, args, processing_class)
-        token_source, image_tokenizer = settle_image_tokens(
+        token_source, image_tokenizer = choose_image_tokens(
             kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
         )
         self.max_text_length = max_text_length

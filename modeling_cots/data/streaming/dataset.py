@@ -49,6 +49,8 @@ class StreamingPairs(IterableDataset):
         seed: Of both, and of what is drawn for each item in training.
     """
 
+    modality = "image"
+
     def __init__(
         self,
         shards: FileShards | RowShards,
