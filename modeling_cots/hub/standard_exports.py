@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification
 
-from ..hub_export import CARD_NAME, check_processor, mark_generated, streams_of, write_json
+from ..hub_export import CARD_NAME, check_processor, cots_model_of, mark_generated, write_json
 from ..processing_cots import forget_calls
 
 HYPOTHESIS_TEMPLATE = "This is a photo of {}."  # as the zero-shot-image-classification pipeline
@@ -86,7 +86,7 @@ def export_text_encoder(
 
     Raises `ValueError` for a text encoder that is not a class of transformers.
     """
-    model, folder = streams_of(model), Path(folder)
+    model, folder = cots_model_of(model), Path(folder)
     check_processor(model, processor)
     _check_stock(model.text_model, "text encoder")
     encoder = AutoModel.from_config(_plain_copy(model.text_model.config)).float()
@@ -139,7 +139,7 @@ def export_zero_shot_classifier(
 
     Raises `ValueError` for a vision encoder other than ViT, and for labels or a template that cannot be used.
     """
-    model, folder, labels = streams_of(model), Path(folder), _checked_labels(labels)
+    model, folder, labels = cots_model_of(model), Path(folder), _checked_labels(labels)
     check_processor(model, processor)
     _check_stock(processor.image_processor, "image processor")
     if model.config.vision_config.model_type != "vit":

@@ -16,7 +16,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub.model_card import build_model_card
 from ..hub.widget_examples import publishable_images, record_widget_examples
-from ..hub_export import export_repository, mark_generated, streams_of
+from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id, push_folder
 from .record import build_record, save_record
 
@@ -50,7 +50,7 @@ def build_card(trainer, model, folder: str) -> ModelCard:
 
 
 def export_trained(trainer, output_dir: str) -> None:
-    model = streams_of(trainer.model)
+    model = cots_model_of(trainer.model)
     card = build_card(trainer, model, output_dir)
     export_repository(model, trainer.processing_class, output_dir, card=mark_generated(card))
 
