@@ -104,13 +104,13 @@ def test_an_encoder_without_mask_token_cannot_be_pre_trained():
         COTSForPreTraining(config)
 
 
-def test_streams_hold_the_very_sub_configurations(tiny_config):
+def test_encoders_hold_the_very_sub_configurations(tiny_config):
     model = COTSModel(tiny_config)
     assert model.text_model.config is model.config.text_config
     assert model.vision_model.config is model.config.vision_config
 
 
-def test_streams_have_no_pooler_and_only_pre_training_a_mask_token(tiny_config):
+def test_encoders_have_no_pooler_and_only_pre_training_a_mask_token(tiny_config):
     model, pretraining = COTSModel(tiny_config), COTSForPreTraining(tiny_config)
     assert model.text_model.pooler is None and model.vision_model.pooler is None
     assert model.vision_model.embeddings.mask_token is None
@@ -195,7 +195,7 @@ def test_from_encoders_refuses_a_model_that_is_no_encoder(encoders):
         COTSModel.from_encoders(encoders[0], encoders[0])
 
 
-def test_from_encoders_refuses_weights_that_do_not_cover_the_stream(encoders):
+def test_from_encoders_refuses_weights_that_do_not_cover_the_encoder(encoders):
     text_model, vision_model = encoders
     del text_model.encoder.layer[1]
     with pytest.raises(ValueError, match="BertModel lacks 16 weights.*layer.1"):

@@ -189,14 +189,14 @@ def test_masked_pixels_stay_hidden(model, tiny_masked_inputs):
 
 
 @pytest.mark.parametrize(
-    ("logits", "other_stream", "bridge"),
+    ("logits", "other_encoder", "bridge"),
     [("image_token_logits", "text_model", "text_to_image"), ("text_token_logits", "vision_model", "image_to_text")],
 )
-def test_gradient_reaches_the_other_stream_through_its_global_feature(
-    model, tiny_masked_inputs, logits, other_stream, bridge
+def test_gradient_reaches_the_other_encoder_through_its_global_feature(
+    model, tiny_masked_inputs, logits, other_encoder, bridge
 ):
     """And through nothing else: without the bridge there is none."""
-    parameters = list(getattr(model.cots, other_stream).parameters())
+    parameters = list(getattr(model.cots, other_encoder).parameters())
 
     def gradient_norm() -> float:
         loss = model(**tiny_masked_inputs)[logits].square().sum()

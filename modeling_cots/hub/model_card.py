@@ -1,4 +1,4 @@
-"""The card of a trained model, filled from its configuration and the record of its training; never by hand."""
+"""The card of a trained model, filled from its configuration and the record of its training."""
 
 import os
 import re
@@ -11,20 +11,21 @@ from ..evaluation.recall_table import RecallRow, recall_rows, rename_metrics
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 
-# The last section of a card to which measurements were added. Unlike its rows, its head begins with a bar alone.
+# The section at the end of a card for results that were measured after training. Its head begins with a bar without a
+# space, by which rows are told from it.
 MEASURED_LATER = "## Measured later\n\nRecall in percent.\n\n"
 TABLE_HEAD = "|on | protocol | zero-shot | direction | R@1 | R@5 | R@10 | median rank |\n" + 8 * "|---" + "|"
-# Of these the card knows what they are: who made the images, what the captions say, what that does to a model.
+# Data sets that the template describes: source of the images, content of the captions, and biases that follow.
 KNOWN_DATA = {"scenes": "scenes", "flickr8k": "flickr8k"}
 
 
 def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
     """
-    Fill the template.
+    Fill the template of the card.
 
     Args:
         config: The [`COTSConfig`] of the trained model.
-        record: What `build_record` has collected of its training, with the `widget` entries of the card.
+        record: The record of its training from `build_record`, with the `widget` entries of the card.
         model_name: Title, and where the examples load it from.
     """
     data, evaluation = record["training_data"], record["evaluation_data"]
@@ -57,7 +58,7 @@ def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData
     modality, name = record["unit"], record["training_data"]["name"]
     is_on_the_hub = kind is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     return ModelCardData(
-        # The weights of one's own data are one's own to license.
+        # Weights trained on custom data are licensed by whoever trained them.
         license=None if kind is None else "apache-2.0",
         language=None if kind is None else "en",
         library_name="transformers",
@@ -99,7 +100,7 @@ def _result_cells(row: RecallRow) -> list[str]:
 
 
 def describe_encoder(config) -> str:
-    """The size of an encoder, in words."""
+    """Type, layers, width and heads of an encoder as a phrase for a card."""
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads"
@@ -114,14 +115,14 @@ def eval_results(
     protocol: str | None = None,
     zero_shot_protocol: str | None = None,
 ) -> list[EvalResult]:
-    """The recalls among `metrics` (as `retrieval_metrics` returns them) for the `model-index` of a card.
+    """The recalls in `metrics` (as `retrieval_metrics` returns them) for the `model-index` of a card.
 
     Args:
         metrics: Recalls in percent.
-        dataset_name: What they were measured on.
+        dataset_name: The data set that they were measured on.
         modality: What the captions describe, an "image" or a "video".
         protocol: One of `PROTOCOLS`, or None.
-        zero_shot_protocol: One of `ZERO_SHOT_PROTOCOLS`, beside each number; None where it is not known.
+        zero_shot_protocol: One of `ZERO_SHOT_PROTOCOLS`, stated with each number; None where it is not known.
     """
     return [
         EvalResult(
@@ -147,9 +148,9 @@ def load_card(model: str) -> ModelCard:
 
 
 def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> None:
-    """Add what was measured later to the `model-index` of a card; a number measured alike before is replaced.
+    """Add results to the `model-index` of a card; earlier results of the same metric on the same data are replaced.
 
-    The index needs a name of the model: `model_name` is for a card without one.
+    The index needs a name of the model: a card without one gets `model_name`.
     """
     replaced = {result.unique_identifier + (result.metric_type,) for result in results}
     kept = [
@@ -162,10 +163,10 @@ def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> 
 
 
 def write_card_of_measured(output_dir: str, model: str, results: dict, modality: str = "image") -> None:
-    """Write the card of a checkpoint that was only measured, with the numbers added; the checkpoint's own stays.
+    """Write a copy of the card of a checkpoint that was only measured, with the results added.
 
     Args:
-        output_dir: Its `README.md` is written.
+        output_dir: The folder in which `README.md` is written.
         model: The checkpoint, a folder or a Hub id.
         results: What `write_results` returned, with `measured_on` and `zero_shot_protocol` among its facts.
         modality: What the captions describe, an "image" or a "video".
@@ -184,7 +185,7 @@ def write_card_of_measured(output_dir: str, model: str, results: dict, modality:
 
 
 def _with_rows(text: str, results: dict, modality: str) -> str:
-    """The text of a card with one row a direction in its last table; rows of the same test set are replaced."""
+    """The text of a card with a row for each direction in its last table; rows of the same test set are replaced."""
     what = f"| {results['measured_on']} | {results['protocol'] or ''} | {results['zero_shot_protocol']} |"
     text, _, table = text.partition(MEASURED_LATER)
     rows = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith(what)]

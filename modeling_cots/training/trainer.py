@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
 from ..evaluation.embedding import embed_pairs, find_examples, measure_retrieval
-from ..hub_export import export_repository, mark_generated, streams_of
+from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.momentum import MomentumState
@@ -420,7 +420,7 @@ class COTSTrainer(Trainer):
             self._write_repository(output_dir)
 
     def _write_repository(self, folder: str) -> None:
-        model = streams_of(self.model)
+        model = cots_model_of(self.model)
         export_repository(model, self.processing_class, folder, card=mark_generated(self._build_card(model, folder)))
 
     def _build_card(self, model, folder: str) -> ModelCard:
