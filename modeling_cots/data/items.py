@@ -38,7 +38,7 @@ class EpochSeeds:
         """Change every item's seed, in running workers too."""
         self._epoch.fill_(epoch)
 
-    def __call__(self, index: int) -> int:
+    def __call__(self, index: int | str) -> int:
         """The seed of item `index` in this epoch, in [0, 2**63): a hash, so that neighbors are not alike."""
         digest = hashlib.blake2b(f"{self.seed}/{self.epoch}/{index}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1

@@ -7,6 +7,7 @@ The counterpart of `data_collator.py` for items of `open_videos`. Files are deco
 import random
 from functools import partial
 
+import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
@@ -118,7 +119,7 @@ def check_videos_readable(dataset, num_tries: int = 20) -> None:
     for index in range(min(num_tries, len(dataset))):
         item = dataset[index]
         try:
-            read_video(item["video"], lambda metadata: [0])
+            read_video(item["video"], lambda metadata: np.zeros(1, dtype=np.int64))
             return
         except UnreadableVideoError as error:
             errors.append(f"{item['name']} ({error})")

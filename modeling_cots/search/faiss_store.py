@@ -148,7 +148,7 @@ class FaissStore:
             raise
         finally:
             self._lock.release()
-        self.__init__(self.folder)
+        self.__init__(self.folder)  # type: ignore[misc]
 
     def close(self) -> None:
         """Nothing is held open."""

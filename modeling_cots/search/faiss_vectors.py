@@ -9,6 +9,7 @@ them.
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -37,7 +38,8 @@ class FaissVectors:
     def __init__(self, index_type: str, dim: int, fetch: Callable[[np.ndarray | slice], np.ndarray]):
         check_index_type(index_type, FAISS)
         self.index_type, self.dim, self._fetch = index_type, dim, fetch
-        self.index, self.thresholds = None, None
+        self.index: Any = None
+        self.thresholds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return 0 if self.index is None else self.index.ntotal

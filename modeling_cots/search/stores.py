@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +76,7 @@ def store_exists(index: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(index, "index.json"))
 
 
-def _kind_of(index: str | os.PathLike) -> type:
+def _kind_of(index: str | os.PathLike) -> Any:
     is_milvus = is_milvus_uri(os.fspath(index))
     needed, extra = ("pymilvus", "milvus") if is_milvus else ("faiss", "search")
     if importlib.util.find_spec(needed) is None:

@@ -105,7 +105,7 @@ def write_moving_scenes(
     target.mkdir(parents=True, exist_ok=True)
     metadata = target / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
-    rows = []
+    rows: list[dict] = []
     for number, scene in enumerate(scenes):
         rows.append({"file_name": f"{number:05d}.mp4", "captions": scene.captions})
         write_mp4(target / rows[-1]["file_name"], draw_frames(scene, image_size, num_frames), frame_rate, image_size)

@@ -162,7 +162,7 @@ def _sample_object(rng: random.Random, color: str, shape: str, cell: tuple[int, 
     # Whole pixels inside the cell, so that boxes of different cells never overlap.
     top = row * image_size // GRID + int(from_top * (image_size // GRID - side + 1))
     left = column * image_size // GRID + int(from_left * (image_size // GRID - side + 1))
-    return SceneObject(color, shape, size, rgb, cell, (left, top, left + side, top + side))
+    return SceneObject(color, shape, size, rgb, cell, (left, top, left + side, top + side))  # type: ignore[arg-type]
 
 
 # Captions

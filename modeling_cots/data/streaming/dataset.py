@@ -198,7 +198,7 @@ class SkippingCollator:
         self.collate = collate
 
     def __call__(self, items: list[dict | None]) -> dict:
-        return {} if items[0] is None else self.collate(items)
+        return {} if items[0] is None else self.collate(items)  # type: ignore[arg-type]
 
 
 def open_stream(

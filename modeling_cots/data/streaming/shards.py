@@ -150,7 +150,7 @@ def _read_tar(
         for member in refused:
             refuse(member.name, f"it is {member.refusal}")
         if sample:
-            yield sample["__key__"], sample
+            yield sample["__key__"], sample  # type: ignore[misc]
 
 
 def _read_parquet(stream: BinaryIO, columns: set[str], refuse) -> Iterator[tuple[str, dict]]:
