@@ -12,7 +12,7 @@ MAX_REPORTED_NAMES = 100
 SHARDS, SAMPLES = 0, 1
 
 
-def and_more(names: Sequence[str], limit: int) -> str:
+def and_more(names: Sequence[object], limit: int) -> str:
     """The first `limit` names, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, names[:limit])) + more

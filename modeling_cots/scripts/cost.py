@@ -198,7 +198,7 @@ class _FakeStep:
         keep_mask = torch.ones(size, dtype=torch.bool)
         batch = GlobalBatch(keys, keys, torch.zeros(size, dtype=torch.long), keep_mask, slice(0, size))
         logits = self.objective.contrast(image_embeds, text_embeds, batch)
-        return sum(self.objective.contrastive_losses(*logits, keep_mask, float(size)).values())
+        return torch.stack([*self.objective.contrastive_losses(*logits, keep_mask, float(size)).values()]).sum()
 
     def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """Loss of the masked `tokens` (B, M, H), each conditioned on the other encoder's `feature` (B, H')."""

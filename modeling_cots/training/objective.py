@@ -91,7 +91,8 @@ class COTSObjective:
         # Encode. Image tokens come first: the dVAE's activations then do not add to those that the model keeps.
         inputs = self.with_image_tokens(inputs)
         output = model(**self.model_inputs(inputs))
-        batch = self.gather(*self.momentum_encode(inputs), inputs)
+        momentum_image_embeds, momentum_text_embeds = self.momentum_encode(inputs)
+        batch = self.gather(momentum_image_embeds, momentum_text_embeds, inputs)
 
         # Filter the global batch. Gradients are averaged over the processes: a sum over the local pairs divided by
         # this number is their share of the mean over all kept pairs.

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
-from ..evaluation.embedding import embed_pairs, find_examples, measure_retrieval
+from ..evaluation.embedding import ExampleRetrievals, embed_pairs, find_examples, measure_retrieval
 from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
@@ -97,7 +97,7 @@ class COTSTrainer(Trainer):
         )
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
-        self.example_retrievals = None  # of the last evaluation, to be shown
+        self.example_retrievals: ExampleRetrievals | None = None  # of the last evaluation, to be shown
         if data_collator is None:
             data_collator = build_training_collator(
                 kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length, token_source

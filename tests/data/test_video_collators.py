@@ -1,6 +1,5 @@
 """From videos to batches: which frames, one crop for all of them, and files of every kind, sound or not."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forks import server_with_package
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from video_files import LEVELS, write_audio, write_video
 
@@ -228,9 +228,7 @@ batch = collate([item({str(path)!r})])
 assert batch["valid"].all()
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 27
+    assert float(server_with_package().run_python("-c", code).stdout) < 27
 
 
 # What is no data set of videos, and no processor for them

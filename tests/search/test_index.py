@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forks import ClientError, server_with_package
 from programs import TORCHRUN, run_python
 
 from modeling_cots import COTSModel, ScenesDataset, SearchIndex
@@ -113,12 +112,15 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
     model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     SearchIndex.create(tmp_path / place, model, tiny_processor).close()
-    command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / place)]
-    killed = subprocess.Popen([*command, "stop"], stdout=subprocess.PIPE, text=True)
-    assert killed.stdout.readline() == "reached\n"
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    result = run_python(*command[1:])
+    command = ["-c", RUN, tmp_path / "model", tmp_path / place]
+    os.mkfifo(tmp_path / "said")
+    killed = server_with_package().start_python(*command, "stop", output=tmp_path / "said")
+    with open(tmp_path / "said") as said:
+        assert said.readline() == "reached\n"
+        os.kill(killed.pid, signal.SIGKILL)
+        with pytest.raises(ClientError, match="died"):
+            killed.result()
+    result = server_with_package().run_python(*command)
     # 48 of 50 lay in parts of 8 that were written before the end.
     assert "48 of 70 images are in the index already" in result.stderr + result.stdout
     assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70"

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -109,7 +109,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, rgb: tuple[int,
         draw.ellipse(inner, outline=rgb, width=(right - left) // 3 - OVERSAMPLING)
 
 
-def _fill_unit_square(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _fill_unit_square(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     (low_x, high_x), (low_y, high_y) = ((min(values), max(values)) for values in zip(*points, strict=True))
     return [((x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)) for x, y in points]
 
