@@ -161,11 +161,11 @@ class Step:
         cots, batch, trainer = self.trainer.model.cots, self.batch, self.trainer
         pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
         return {
-            "vision, clean": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
+            "vision, unmasked": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
             "vision, masked": self.with_backward(
                 lambda: cots.run_vision_model(pixels, batch["bool_masked_pos"]).last_hidden_state
             ),
-            "text, clean": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
+            "text, unmasked": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
             "text, masked": self.with_backward(
                 lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
             ),
@@ -277,7 +277,7 @@ def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
             finally:  # where memory ends, too
                 modeling_cots_pretraining.MAX_JOINED_POSITIONS = limit
             note = f"{size} pairs, {2 * size * width} positions; joined up to {limit}"
-            rows.append(row("views", f"{stream}: views joined / one after the other", ratio, "<= 1", note))
+            rows.append(row("views", f"{stream}: both passes joined / one after the other", ratio, "<= 1", note))
     return rows
 
 
@@ -343,7 +343,7 @@ def compiled_row(device: str, sizes: Sizes, folder: str) -> dict:
     """Layers are compiled for good, so the sides are two trainers; both are on the device, hence half the batch."""
     title, goal = "step: layers compiled / eager", "<= 0.85"
     if device == "cpu":
-        return row("compile", title, None, goal, "a lever for GPUs")
+        return row("compile", title, None, goal, "an optimization for GPUs")
     half = sizes.halve()
     eager, compiled = Step(device, half, folder), Step(device, half, folder)
     try:
