@@ -1,4 +1,4 @@
-"""What a training step costs beside its parts, and what each lever on it is worth.
+"""What a training step costs beside its parts, and what each optimization of it is worth.
 
     python benchmarks/step.py --device cpu     # base size, 2 pairs with images of 192 pixels: minutes
     python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with images of 384 pixels
@@ -248,31 +248,31 @@ def speed_rows(device: str, sizes: Sizes, whole: float, cached: float) -> list[d
     return rows
 
 
-def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
-    """Both views of images and of texts as one batch, beside one after the other."""
+def pass_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
+    """Unmasked and masked pass as one batch, beside one after the other, for images and for texts."""
     model, batch, limit = step.trainer.model, step.batch, modeling_cots_pretraining.MAX_JOINED_POSITIONS
     texts = (batch["masked_input_ids"], batch["attention_mask"], None)
     rows = []
     for size in sorted({1, min(4, sizes.batch), sizes.batch}):
 
-        def run(joined_up_to: int, stream: str, size=size) -> None:
+        def run(joined_up_to: int, encoder: str, size=size) -> None:
             modeling_cots_pretraining.MAX_JOINED_POSITIONS = joined_up_to
             with step.trainer.accelerator.autocast():
-                if stream == "images":
-                    views = model._run_vision_passes(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
+                if encoder == "images":
+                    passes = model._run_vision_passes(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
                 else:
                     tensors = [None if tensor is None else tensor[:size] for tensor in texts]
-                    views = model._run_text_passes(batch["input_ids"][:size], *tensors)
-            sum(view.last_hidden_state.float().square().mean() for view in views).backward()
+                    passes = model._run_text_passes(batch["input_ids"][:size], *tensors)
+            sum(each.last_hidden_state.float().square().mean() for each in passes).backward()
 
-        for stream, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
-            joined, apart = (lambda n=n, s=stream: run(n, s) for n in (2**40, 0))
+        for encoder, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
+            joined, apart = (lambda n=n, s=encoder: run(n, s) for n in (2**40, 0))
             try:
                 ratio = 1 / speed(joined, apart, device, sizes.rounds)
             finally:  # where memory ends, too
                 modeling_cots_pretraining.MAX_JOINED_POSITIONS = limit
             note = f"{size} pairs, {2 * size * width} positions; joined up to {limit}"
-            rows.append(row("views", f"{stream}: views joined / one after the other", ratio, "<= 1", note))
+            rows.append(row("views", f"{encoder}: both passes joined / one after the other", ratio, "<= 1", note))
     return rows
 
 
@@ -338,7 +338,7 @@ def compiled_row(device: str, sizes: Sizes, folder: str) -> dict:
     """Layers are compiled for good, so the sides are two trainers; both are on the device, hence half the batch."""
     title, goal = "step: layers compiled / eager", "<= 0.85"
     if device == "cpu":
-        return row("compile", title, None, goal, "a lever for GPUs")
+        return row("compile", title, None, goal, "an optimization for GPUs")
     half = sizes.halve()
     eager, compiled = Step(device, half, folder), Step(device, half, folder)
     try:
@@ -358,7 +358,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
     """All rows that need the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         step = Step(device, sizes, folder)
-        rows = step_rows(device, sizes, step) + view_rows(device, sizes, step)
+        rows = step_rows(device, sizes, step) + pass_rows(device, sizes, step)
         rows.append(optimizer_row(device, sizes, step, folder))
         del step
         free(device)
@@ -366,7 +366,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
 
 
 def measure(device: str, quick: bool) -> list[dict]:
-    """Rows 3a to 3c and 4, and one a lever."""
+    """Rows 3a to 3c and 4, and one for each optimization."""
     sizes = choose_sizes(device, quick)
     rows = [make(device, quick, sizes) for make in (update_row, text_row, layout_row)]
     measured = None

@@ -1,4 +1,4 @@
-"""The local store: one writer, catching up after a crash, and a folder that plain `datasets` searches too."""
+"""The local store: one writer, recovery after a crash, and a folder that `datasets` alone can search."""
 
 import os
 
@@ -26,7 +26,7 @@ def test_rows_of_a_killed_run_are_taken_up(tmp_path):
     fill(store, make_rows(make_vectors(20)))
     store.begin()
     store.add(make_rows(make_vectors(9, seed=1), first=20))
-    store._lock.release()  # as the system does for a killed process
+    store._lock.release()  # the system does this for a killed process
     reader = FaissStore(tmp_path / "index")
     assert len(reader) == 20  # a reader sees what was finished
     writer = FaissStore(tmp_path / "index")

@@ -1,4 +1,4 @@
-"""The rows of a local index: a folder of `datasets` that grows, forgets and survives half-written files."""
+"""The rows of a local index: appending, deleting, and half-written files in a folder of `datasets`."""
 
 import datasets
 import numpy as np
