@@ -1,4 +1,4 @@
-"""Drawing relevance maps (`relevance.py`): an image, and over it one heat map for the caption and for each word."""
+"""Drawing relevance maps (`relevance.py`): an image under a heat map for the caption and for each word."""
 
 import math
 import textwrap
@@ -16,7 +16,7 @@ PANEL = 2.5  # inches
 
 
 def resize_map(relevance: torch.Tensor, width: int, height: int) -> np.ndarray:
-    """A map (rows, columns) at the size of the image, smooth between patches, its maximum 1: (height, width)."""
+    """A map (rows, columns) resized to (height, width), smooth between patches, with a maximum of 1."""
     relevance = relevance.float()
     relevance = relevance / relevance.max().clamp(min=torch.finfo(torch.float32).tiny)
     resized = F.interpolate(relevance[None, None], size=(height, width), mode="bilinear", align_corners=False)
@@ -40,9 +40,9 @@ def overlay(image: Image.Image, relevance: torch.Tensor, opacity: float = 0.75) 
 
 def draw_word_maps(image: Image.Image, caption: str, relevance):
     """
-    The image, one heat map for the whole caption and one a word, and the relevance of each word for the image.
+    Draw the image, a heat map for the caption and for each word, and the relevance of each word for the image.
 
-    Every map is scaled to its own maximum; the titles tell by how much a word raises the similarity.
+    Every map is scaled to its own maximum. The titles say how much each word adds to the similarity.
 
     Args:
         image: RGB.
@@ -78,7 +78,7 @@ def draw_word_maps(image: Image.Image, caption: str, relevance):
 
 
 def _draw_words(axes, relevance) -> None:
-    """One bar for each word of the caption, those that are mapped above in the darker color."""
+    """Draw a bar for each word of the caption, darker for words with a heat map."""
     places = range(len(relevance.caption_words))
     mapped = {position for word in relevance.words for position in word.positions}
     shades = ["#7a1f5c" if mapped & set(word.positions) else "#c9a9bd" for word in relevance.caption_words]
