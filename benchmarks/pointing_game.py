@@ -9,7 +9,7 @@ the words of a caption name: color and shape ("red circle"), the color alone, th
 * attention roll-out (Abnar and Zuidema, 2020), the product of (A + I) / 2 over the layers: it knows no words;
 * the GAE map of the whole caption, which knows no single word;
 * other meanings of "the map of a word" than ours (what the embedding loses without the word): what it loses when the
-  word is replaced by [MASK]; the projected output at the word's own pieces; the word as a caption of its own;
+  word is replaced by [MASK]; the projected output at the word's own pieces; the word as its own caption;
 * occlusion: the patch without which, grayed out to the image's mean, the word's score falls most. No map of
   attention, but what the model reacts to: a bound for what its attention could show.
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.image_reading import UnreadableImageError, read_image
+from ..data.skip_report import and_more
 from .rows import FIXED_COLUMNS, fixed_features
 
 logger = logging.get_logger(__name__)
@@ -212,9 +213,8 @@ class Embedder:
     def report_skipped(self) -> None:
         """Warn of the images that could not be read, with their names."""
         if self.skipped:
-            shown = ", ".join(f"{name} ({error})" for name, error in self.skipped[:MAX_REPORTED])
-            more = f" and {len(self.skipped) - MAX_REPORTED} more" if len(self.skipped) > MAX_REPORTED else ""
-            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}{more}.")
+            shown = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
+            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:

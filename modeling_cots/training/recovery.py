@@ -28,7 +28,7 @@ class RunCheckpoints:
         accelerator: Its processes meet at every checkpoint.
 
     Attributes:
-        resumed_from: The folder that `choose` settled on, if any.
+        resumed_from: The folder that `choose` found, if any.
         saved_step: The step of the checkpoint that was written or loaded last in this call of `train`, or `None`.
     """
 

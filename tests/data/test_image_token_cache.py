@@ -173,7 +173,7 @@ def test_with_neither_tokens_nor_tokenizer_there_is_nothing_to_predict(make_trai
 
 def test_a_collator_of_ones_own_gets_computed_tokens(make_trainer):
     trainer = make_trainer()
-    settled = choose_image_tokens(
+    chosen = choose_image_tokens(
         with_tokens(), trainer.model, trainer.args, trainer.image_tokenizer, has_own_collator=True
     )
-    assert settled == (None, trainer.image_tokenizer)
+    assert chosen == (None, trainer.image_tokenizer)

@@ -53,7 +53,7 @@ def run(monkeypatch, capsys):
 
 
 def start(hub, *arguments: str, token=OWN_TOKEN) -> CompletedProcess:
-    """The script in a process of its own, with this hub and no other."""
+    """The script in its own process, with this hub and no other."""
     environment = {} if token is OWN_TOKEN else {"HF_TOKEN": token}
     script = ROOT / "examples" / "push_to_hub.py"
     return hub.client(hub.token).run_python(script, *arguments, check=False, environment=environment)

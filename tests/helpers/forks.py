@@ -48,7 +48,7 @@ class ForkServer:
     Args:
         imports: Modules that all forks share.
         environment: That of the process, by default the caller's. What libraries read while they are imported is
-            settled by it.
+            decided by it.
     """
 
     def __init__(self, *imports: str, environment: dict[str, str] | None = None):

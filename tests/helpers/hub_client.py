@@ -1,4 +1,4 @@
-"""Clients of a model hub for the tests: Python processes of their own, in which huggingface_hub knows that hub only.
+"""Clients of a model hub for the tests: separate Python processes, in which huggingface_hub knows that hub only.
 
 huggingface_hub reads `HF_ENDPOINT`, `HF_HOME` and the rest of its environment when it is imported, so clients cannot
 live in the process of the tests, which is offline. For each token one process is started with the right environment;

@@ -1,4 +1,4 @@
-"""A pre-training run that its test can kill: the example script in a process of its own, with a tiny model.
+"""A pre-training run that its test can kill: the example script in its own process, with a tiny model.
 
 `start` forks it from a server that has imported everything, so that a start costs no imports; the process is a real
 one, killed by a real SIGKILL, from outside at any moment or by itself at a chosen moment of saving.

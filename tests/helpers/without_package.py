@@ -20,7 +20,7 @@ answer = {}
 
 def run_without_package(code: str, folder: Path, hub: HubForTests | None = None) -> dict:
     """
-    What `code` puts into the dict `answer`, run in a process of its own without the package.
+    What `code` puts into the dict `answer`, run in its own process without the package.
 
     Args:
         folder: Where the process runs.

@@ -17,12 +17,12 @@ from modeling_cots.training.checkpoints import (
 )
 
 
-def write(run, step: int, *, seal: bool = True):
+def write(run, step: int, *, committed: bool = True):
     folder = run / f"checkpoint-{step}"
     (folder / "part").mkdir(parents=True)
     (folder / "weights").write_bytes(bytes(range(200)))
     (folder / "part" / "state").write_bytes(b"state" * step)
-    if seal:
+    if committed:
         commit_checkpoint(folder, num_processes=2)
     return folder
 
@@ -69,7 +69,7 @@ def test_the_latest_is_the_one_written_last_and_whole(tmp_path, caplog):
     """Not the one with the highest number: an earlier run may have got further in the same folder."""
     write(tmp_path, 9)
     write(tmp_path, 2)
-    write(tmp_path, 10, seal=False)
+    write(tmp_path, 10, committed=False)
     (tmp_path / "checkpoint-11.tmp").mkdir()
     (tmp_path / "checkpoint-12").write_text("a file")
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -94,7 +94,7 @@ def test_what_is_chosen(tmp_path):
         choose_checkpoint(True, run)
     folder = str(write(tmp_path, 4))
     assert choose_checkpoint("latest", run) == choose_checkpoint(True, run) == choose_checkpoint(folder, "x") == folder
-    half_written = write(tmp_path, 5, seal=False)
+    half_written = write(tmp_path, 5, committed=False)
     with pytest.raises(ValueError, match="stopped while it saved.*newest whole one beside it is .*checkpoint-4"):
         choose_checkpoint(str(half_written), run)
     shutil.rmtree(folder)
@@ -105,7 +105,7 @@ def test_what_is_chosen(tmp_path):
 def test_rotation_counts_whole_ones_alone(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    write(tmp_path, 4, seal=False)
+    write(tmp_path, 4, committed=False)
     rotate_checkpoints(tmp_path, None)
     rotate_checkpoints(tmp_path, 0)
     assert len(names(tmp_path)) == 4
@@ -123,8 +123,8 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path):
 
 
 def test_rotation_deletes_nothing_while_no_one_is_whole(tmp_path):
-    write(tmp_path, 1, seal=False)
-    write(tmp_path, 2, seal=False)
+    write(tmp_path, 1, committed=False)
+    write(tmp_path, 2, committed=False)
     rotate_checkpoints(tmp_path, 1)
     assert len(names(tmp_path)) == 2
 
