@@ -26,12 +26,12 @@ import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.scripts.command_line import option_names, parse_config_and_options
-from modeling_cots.scripts.cost import estimate_training_cost
+from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.factory import build_config
 from modeling_cots.scripts.timm_weights import timm_vit_config
 
 SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
-TOKENIZER_WIDTHS = {"random": 8, "none": None}  # of what is not the dVAE
+TOKENIZER_WIDTHS = {"random": 8, "none": None}  # width of the image tokenizer, where it is not the dVAE
 
 
 @dataclass
@@ -48,7 +48,7 @@ class EstimateArguments:
     gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of one device."})
     gpu_tflops: float = field(
         default=300.0,
-        metadata={"help": "What one device really reaches, about 0.3 to 0.5 of the bf16 peak in its data sheet."},
+        metadata={"help": "Rate that one device reaches, about 0.3 to 0.5 of the bf16 peak in its data sheet."},
     )
 
 
@@ -70,8 +70,21 @@ def script_of(argv: list[str]):
     return SCRIPTS[min(SCRIPTS, key=lambda name: len(given & every - known[name]))]
 
 
+def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
+    """The cost of the model and the shapes that the options of a training script describe."""
+    config = build_config(
+        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
+    )
+    if (script_args.vision_model or "").startswith("timm/"):
+        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
+    shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
+    if script_args.image_tokenizer in TOKENIZER_WIDTHS:
+        shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
+    return estimate_training_cost(config, args, **shapes)
+
+
 def main() -> None:
-    # The run is for another machine: whether this one could do it does not matter.
+    # The run is for another machine, so that the arguments are not checked against this one.
     argv = [*sys.argv[1:], "--use_cpu", "true"]
     script = script_of(argv)
     script_args, estimate_args, args = parse_config_and_options(
@@ -83,15 +96,7 @@ def main() -> None:
     )
 
     # 1. Count.
-    config = build_config(
-        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
-    )
-    if (script_args.vision_model or "").startswith("timm/"):
-        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
-    shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
-    if script_args.image_tokenizer in TOKENIZER_WIDTHS:
-        shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
-    cost = estimate_training_cost(config, args, **shapes)
+    cost = estimate(script_args, args)
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")

@@ -5,6 +5,7 @@ on every process. `StepSnapshot` undoes the step; saving the run is the trainer'
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +89,15 @@ class FiniteCheck:
         self._watch_skipped(num_seen, num_skipped, step)
 
     def _counts(self, grad_norm) -> dict[str, torch.Tensor]:
+        """Batches of this process whose term is not finite, by term, and its images seen and skipped: () each."""
+
         terms = self._batches[0].losses
-        counts = {name: sum(~batch.losses[name].isfinite() for batch in self._batches) for name in terms}
+        counts = {name: _total(~batch.losses[name].isfinite() for batch in self._batches) for name in terms}
         if grad_norm is not None:
             device = self._batches[0].valid.device
             counts["gradient"] = ~torch.as_tensor(grad_norm, device=device).detach().isfinite()
-        counts["num_seen"] = sum((batch.pair_ids >= 0).sum() for batch in self._batches)
-        counts["num_skipped"] = sum((~batch.valid & (batch.pair_ids >= 0)).sum() for batch in self._batches)
+        counts["num_seen"] = _total((batch.pair_ids >= 0).sum() for batch in self._batches)
+        counts["num_skipped"] = _total((~batch.valid & (batch.pair_ids >= 0)).sum() for batch in self._batches)
         return counts
 
     def _stop_for_losses(self, terms: list[str], step: int) -> None:
@@ -130,6 +133,10 @@ class FiniteCheck:
             )
         self._num_seen = self._num_skipped = 0
         self._skipped_names = []
+
+
+def _total(counts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(counts)).sum()
 
 
 def _labels(batch: _Batch, rows: torch.Tensor) -> list[str]:

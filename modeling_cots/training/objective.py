@@ -117,6 +117,7 @@ class COTSObjective:
         """A batch with masked patches gets `image_tokens` (B, patches), cached or computed from raw pixels."""
         if "bool_masked_pos" not in inputs or "image_tokens" in inputs:
             return inputs
+        assert self.image_tokenizer is not None, "checked when the trainer was made"
         pixels = inputs.get("raw_pixels", inputs["pixel_values"])
         return {**inputs, "image_tokens": self.image_tokenizer(pixels, self.config.patch_size)}
 

@@ -6,6 +6,7 @@ What makes a folder a whole checkpoint is in `checkpoints.py`; which step is ref
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -61,7 +62,7 @@ class RunCheckpoints:
 
     def _agree(self, wanted: str | bool | None) -> tuple[str | None, int | None, str | None]:
         """Checkpoint, the number of processes that saved it, and the error, as process 0 found them."""
-        found = [None, None, None]
+        found: list[Any] = [None, None, None]
         if self.accelerator.is_main_process:
             try:
                 found[0] = choose_checkpoint(wanted, self.args.output_dir)
@@ -71,7 +72,7 @@ class RunCheckpoints:
                 found[2] = str(error)
         if self.args.world_size > 1:
             broadcast_object_list(found)
-        return tuple(found)
+        return found[0], found[1], found[2]
 
     @contextmanager
     def write(self, output_dir: str, step: int) -> Iterator[None]:
@@ -96,9 +97,9 @@ class RunCheckpoints:
         safetensors.torch.save_file(averages, self._averages_file(folder))
 
     def load_averages(self) -> dict[str, torch.Tensor] | None:
-        """What `save_averages` wrote into `resumed_from`; `None` for a process that was not there then."""
-        path = self._averages_file(self.resumed_from)
-        if not os.path.isfile(path):
+        """What `save_averages` wrote into `resumed_from`; `None` for a new run, or for a new process."""
+        path = None if self.resumed_from is None else self._averages_file(self.resumed_from)
+        if path is None or not os.path.isfile(path):
             return None
         return {name: value.to(self.args.device) for name, value in safetensors.torch.load_file(path).items()}
 
