@@ -30,7 +30,7 @@ AutoVideoProcessor.register(COTSConfig, COTSVideoProcessor)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=ImageTextRetrievalPipeline, pt_model=AutoModel)
 COTSConfig.pipelines_are_registered = True
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"  # the only place that says it; pyproject.toml reads it here
 
 _LAZY_NAMES = {
     "COTSTrainer": "training.trainer",

@@ -410,7 +410,7 @@ class COTSModel(COTSPreTrainedModel):
         is_video = output.image_embeds is None
         visual_embeds = output.video_embeds if is_video else output.image_embeds
         text_embeds = output.text_embeds.to(visual_embeds.device)
-        logits = image_text_logits(visual_embeds, text_embeds, self.config.temperature)
+        logits = image_text_logits(visual_embeds, text_embeds, self.config.temperature)  # type: ignore[arg-type]
         output["logits_per_video" if is_video else "logits_per_image"] = logits
         output.logits_per_text = logits.t()
         if return_loss:

@@ -11,7 +11,7 @@ from transformers.video_utils import VideoMetadata
 from .video_reading_cots import read_video
 
 
-class COTSVideosKwargs(VideosKwargs, total=False):
+class COTSVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     """
     Keyword arguments of a call, beside those of every video processor.
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,8 @@ def test_requirements_name_packages_that_satisfy_the_imports(folder):
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     names = {line.partition(">")[0] for line in lines}
     assert names == {"torch", "torchvision", "transformers", "pillow"}  # numpy and huggingface_hub come with these
-    setup = (Path(__file__).parents[1] / "setup.cfg").read_text(encoding="utf-8")
-    assert next(line for line in lines if line.startswith("transformers")) in setup.split()
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert next(line for line in lines if line.startswith("transformers")) in project["dependencies"]
 
 
 def test_the_card_says_what_the_hub_reads_and_claims_no_results(folder):

@@ -243,6 +243,6 @@ def test_stock_trainer_fine_tunes_it(model, tiny_inputs, tmp_path):
 
 @pytest.mark.parametrize("entry", ["encode_image", "get_image_features"])
 def test_raw_pixels_are_refused(model, tiny_inputs, entry):
-    """transformers' encoders would cast them without a word."""
+    """transformers' encoders would cast them silently."""
     with pytest.raises(ValueError, match="normalized floats"):
         getattr(model, entry)(tiny_inputs["pixel_values"].to(torch.uint8))

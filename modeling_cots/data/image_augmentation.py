@@ -36,7 +36,7 @@ class ImageTransform:
     ):
         from timm.data import create_transform
 
-        self.image_size = tuple(image_size)
+        self.image_size = (image_size[0], image_size[1])
         self.horizontal_flip = horizontal_flip
         (crop, *_), (*policies,), _ = (
             stage.transforms

@@ -100,7 +100,7 @@ class COTSDataCollator:
             nothing = torch.zeros(self.token_source.num_patches, dtype=torch.int64)
             batch["image_tokens"] = torch.stack([nothing if tokens is None else tokens for tokens in image_tokens])
         if self.word_masker is not None:
-            batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))
+            batch.update(self._mask_words(tokens, [item.get("seed") for item in items]))  # type: ignore[arg-type]
         return batch
 
     def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -108,7 +108,7 @@ class COTSDataCollator:
         try:
             if self.token_source is None:
                 return self.image_transform(item["image"]), None
-            pixels, is_flipped = self.image_transform.draw(item["image"])
+            pixels, is_flipped = self.image_transform.draw(item["image"])  # type: ignore[attr-defined]
             return pixels, self.token_source.read(item, is_flipped)
         except UnreadableImageError as error:
             self.report.add(item["name"], error)

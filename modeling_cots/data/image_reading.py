@@ -134,7 +134,7 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
     """What makes the image stand upright."""
     # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
     try:
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # type: ignore[arg-type]
     except Exception:  # damaged EXIF data around a sound image
         return None
 

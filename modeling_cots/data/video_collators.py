@@ -7,21 +7,14 @@ The counterpart of `data_collator.py` for items of `open_videos`. Files are deco
 import random
 from functools import partial
 
+import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ..video_reading_cots import UnreadableVideoError, read_video
 from .image_collators import RAW_PIXELS, caption_batch, tokenize
 from .items import sample_randomness
 from .skip_report import SkipReport
-
-
-def holds_videos(dataset) -> bool:
-    """Whether the items of a data set are videos, as those of `open_videos` are, and not images."""
-    if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
-        return False
-    return "video" in dataset[0]
 
 
 class COTSVideoDataCollator:
@@ -126,7 +119,7 @@ def check_videos_readable(dataset, num_tries: int = 20) -> None:
     for index in range(min(num_tries, len(dataset))):
         item = dataset[index]
         try:
-            read_video(item["video"], lambda metadata: [0])
+            read_video(item["video"], lambda metadata: np.zeros(1, dtype=np.int64))
             return
         except UnreadableVideoError as error:
             errors.append(f"{item['name']} ({error})")

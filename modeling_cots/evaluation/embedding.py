@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..data.image_collators import COTSEvaluationCollator
+from ..data.items import modality_of
 from ..data.pixel_normalization import PixelNormalizer
-from ..data.video_collators import COTSVideoEvaluationCollator, holds_videos
+from ..data.video_collators import COTSVideoEvaluationCollator
 from .retrieval_metrics import retrieval_metrics
 from .text_encoding import encode_texts
 
@@ -45,7 +46,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
 
     Returns [`PairEmbeddings`] on the CPU, the same on every process. Raises `ValueError` if no image could be read.
     """
-    collator_class = COTSVideoEvaluationCollator if holds_videos(dataset) else COTSEvaluationCollator
+    collator_class = COTSVideoEvaluationCollator if modality_of(dataset) == "video" else COTSEvaluationCollator
     share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     loader = DataLoader(
         share,

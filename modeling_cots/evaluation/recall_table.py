@@ -56,6 +56,7 @@ def recall_rows(
         num_captions: Number of captions of all of them.
     """
     metrics = rename_metrics({name.removeprefix("eval_"): value for name, value in metrics.items()}, modality)
+    num_items, num_captions = num_items or 0, num_captions or 0
     num_relevant = max(1, round(num_captions / num_items)) if num_items and num_captions else 0
     directions = (
         (f"{modality} to text", num_captions, num_relevant),

@@ -263,7 +263,7 @@ def _connected(scheme: str, host: str, port: int, deadline: float) -> Iterator[h
         watchdog.start()
         stack.callback(watchdog.cancel)
         if scheme == "https":
-            sock.do_handshake()
+            sock.do_handshake()  # type: ignore[attr-defined]
         connection = http.client.HTTPConnection(host, port)
         connection.sock, connection.default_port = sock, DEFAULT_PORTS[scheme]
         yield connection
@@ -271,7 +271,7 @@ def _connected(scheme: str, host: str, port: int, deadline: float) -> Iterator[h
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    if not all(is_public(socket_address[0]) for *_, socket_address in addresses):
+    if not all(is_public(str(socket_address[0])) for *_, socket_address in addresses):
         raise RequestError("the host in the URL of the image has an address that is not public")
     error: OSError | None = None
     for family, kind, protocol, _, socket_address in addresses:

@@ -26,7 +26,7 @@ def adaptive_momentum_filter(
         num_std: k, the number of standard deviations below the mean at which noise begins.
 
     Returns:
-        keep (B,) bool, and the threshold () float32, which is -inf while the filter is idle.
+        keep_mask (B,) bool, and the threshold () float32, which is -inf while the filter is idle.
     """
     if queue_scores is None:
         threshold = torch.full((), float("-inf"), device=scores.device)

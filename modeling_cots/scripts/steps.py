@@ -266,6 +266,7 @@ def finish_retrieval(
         write_card_of_measured(args.output_dir, options.model, results, modality=modality)
     num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
     examples = trainer.example_retrievals
+    assert examples is not None, "the trainer has evaluated"
     print("", format_report(metrics, examples, dataset, modality=modality, num_folds=num_folds), sep="\n\n")
     print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
     print(f"The numbers are in {path}, and in the card beside it.")

@@ -111,7 +111,7 @@ def _vit_config(timm_vit: VisionTransformer) -> ViTConfig:
 
 
 def _int_if_square(sides: tuple[int, int]) -> int | tuple[int, int]:
-    return sides[0] if sides[0] == sides[1] else tuple(sides)
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
 
 
 def _split_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
     ):
         band_figure.suptitle(f"{band} scores", fontsize=11, x=0.01, ha="left", weight="bold")
         for axes, triple in zip(band_figure.subplots(1, num_columns, squeeze=False)[0], row, strict=False):
-            _draw_pair(axes, *triple, is_dropped=triple[2] < threshold)
+            _draw_pair(axes, *triple, is_dropped=triple[2] < threshold)  # type: ignore[misc]
     return figure
 
 

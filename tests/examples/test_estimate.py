@@ -59,7 +59,7 @@ def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
 
 def test_timm_names_say_the_size(estimate, tmp_path):
     model = ["--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
-    assert number(estimate(*model), "  vision stream") == pytest.approx(21.6, abs=0.1)
+    assert number(estimate(*model), "  vision encoder") == pytest.approx(21.6, abs=0.1)
     with pytest.raises(ValueError, match="timm cannot build timm/nothing"):
         estimate("--vision_model", "timm/nothing")
 

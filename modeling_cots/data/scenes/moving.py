@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import requires_backends
 
-from .drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
+from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
 VALIDATION_SHARE = 8  # one description in so many belongs to the validation split
 MIN_IMAGE_SIZE = 48  # below this a small object has fewer than five pixels a side
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 PATTERNS = ("plain", "gradient")
 # Verb phrases, by action.
 ACTIONS = {
@@ -106,7 +105,7 @@ def write_moving_scenes(
     target.mkdir(parents=True, exist_ok=True)
     metadata = target / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
-    rows = []
+    rows: list[dict] = []
     for number, scene in enumerate(scenes):
         rows.append({"file_name": f"{number:05d}.mp4", "captions": scene.captions})
         write_mp4(target / rows[-1]["file_name"], draw_frames(scene, image_size, num_frames), frame_rate, image_size)

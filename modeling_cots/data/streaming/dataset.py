@@ -49,6 +49,8 @@ class StreamingPairs(IterableDataset):
         seed: Of both, and of what is drawn for each item in training.
     """
 
+    modality = "image"
+
     def __init__(
         self,
         shards: FileShards | RowShards,
@@ -196,7 +198,7 @@ class SkippingCollator:
         self.collate = collate
 
     def __call__(self, items: list[dict | None]) -> dict:
-        return {} if items[0] is None else self.collate(items)
+        return {} if items[0] is None else self.collate(items)  # type: ignore[arg-type]
 
 
 def open_stream(

@@ -33,7 +33,7 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _choices(inside: str, pattern: str) -> list[str] | range:
+def _choices(inside: str, pattern: str) -> list[str]:
     if match := RANGE.fullmatch(inside):
         first, last = int(match[1]), int(match[2])
         if last < first:

@@ -138,7 +138,7 @@ def _read_header(stream: BinaryIO) -> tarfile.TarInfo | None:
     block = _read_exactly(stream, BLOCK)
     try:
         header = tarfile.TarInfo.frombuf(block, ENCODING, ERRORS)
-    except tarfile.EOFHeaderError:
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
         return None
     except tarfile.HeaderError as error:
         raise DamagedShardError(f"no tar archive from here on: {error}") from error

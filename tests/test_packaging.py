@@ -1,0 +1,40 @@
+"""What pyproject.toml promises, held against the files that have to keep it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import modeling_cots
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_lowest_versions_are_the_lower_bounds_of_the_dependencies():
+    bounds = {}
+    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
+        (bounds[requirement.name],) = [part.version for part in requirement.specifier if part.operator == ">="]
+    lines = (ROOT / ".github/lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+    assert set(pins) == set(bounds)
+    for name, pin in pins.items():
+        assert (pin + ".0.0").startswith(bounds[name] + "."), f"{name}: the bound is {bounds[name]}, the pin {pin}"
+
+
+def test_the_workflow_runs_every_python_that_the_classifiers_name():
+    names = [line.removeprefix("Programming Language :: Python :: ") for line in PYPROJECT["project"]["classifiers"]]
+    versions = [name for name in names if re.fullmatch(r"3\.\d+", name)]
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    assert re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", workflow)[0]) == versions
+    assert PYPROJECT["project"]["requires-python"] == f">={versions[0]}"
+
+
+def test_the_version_stands_in_the_package_alone():
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert re.search(rf'^__version__ = "{re.escape(modeling_cots.__version__)}"', _face(), re.MULTILINE)
+
+
+def _face() -> str:
+    return (ROOT / "modeling_cots/__init__.py").read_text(encoding="utf-8")
