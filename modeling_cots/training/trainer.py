@@ -67,7 +67,7 @@ class COTSTrainer(Trainer):
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
-            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0 or
+            Gives the visual tokens that masked vision modeling predicts. Required unless `cmvm_weight` is 0 or
             `train_dataset` brings them along (`examples/tokenize_images.py`); then it is only checked against those.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
