@@ -31,6 +31,7 @@ from transformers import set_seed
 from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
 from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.pairs import open_pairs
+from modeling_cots.data.pixel_normalization import PixelNormalizer
 from modeling_cots.evaluation.pair_scores import score_pairs
 from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
 from modeling_cots.scripts.cost import flop_counter
@@ -180,7 +181,7 @@ class Ablation:
             text_model=None,
             vision_model=None,
             config=config,
-            num_word_pieces=len(self.tokenizer),
+            tokenizer=self.tokenizer,
             num_image_tokens=config.image_vocab_size,
             max_text_length=self.max_text_length,
         )
@@ -215,7 +216,7 @@ class Ablation:
             args = self.arguments(arm.overrides, 0, 1, work)
             trainer = self.build_trainer(arm, args, self.train_dataset, self.config)
             items = [self.train_dataset[index] for index in range(trainer.args.train_batch_size)]
-            batch = trainer._prepare_inputs(trainer.data_collator(items))
+            batch = PixelNormalizer(self.processor)(trainer.data_collator(items))
             trainer.model.train()
             with flop_counter() as counter, trainer.compute_loss_context_manager():
                 trainer.compute_loss(trainer.model, batch).backward()

@@ -198,14 +198,14 @@ def loader_rows(device: str, quick: bool) -> list[dict]:
         model.train()
 
         def step() -> None:
-            trainer.recovery.guard.begin_step()
+            trainer.finite_check.begin_step()
             trainer.training_step(model, batch)
             optimizer.step()
             optimizer.zero_grad()
             trainer.momentum_state.encoder.update_(trainer.model.cots, 0.99)
 
         stepping = medians({"step": step}, device, 1 if quick else 5, timer=clock_seconds)
-        pixels = trainer._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
+        pixels = trainer.pixel_normalizer({"pixel_values": batch["pixel_values"].to(device)})["pixel_values"]
     free(device)
     vision = trainer.model.config.vision_config
     layers = f"{vision.num_hidden_layers} layers of {vision.hidden_size}"

@@ -1,10 +1,10 @@
-"""A million embeddings that lie as a trained model's do: real ones of images and captions, enlarged.
+"""A million embeddings distributed like a trained model's: 50,000 embeddings of images, enlarged, and of captions.
 
-A model is trained by the quick start's recipe, with 256 numbers an embedding, unless it is there already. It embeds
-50,000 generated images; their captions are never looked at. Every further vector lies between three real ones: a
-image's embedding, moved by random shares towards two of its ten nearest neighbors, with noise of a twentieth of the
-distance to the first, brought to unit length. Queries are embeddings of captions of the validation split, other scenes
-with combinations that training never saw: of another modality, and from outside the distribution.
+A model with embeddings of 256 numbers is trained by the quick start's recipe, unless it exists already. It embeds
+50,000 generated images; their captions are not used. Every further vector starts at an image's embedding, moves by
+random shares towards two of its ten nearest neighbors, gets noise of a twentieth of the distance to the first of the
+two, and is scaled to unit length. Queries are embeddings of captions of the validation split, whose scenes have
+combinations that training never saw. They are of another modality than the vectors, and distributed differently.
 """
 
 import json
@@ -21,7 +21,7 @@ from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "runs" / "quickstart_256"
-NUM_IMAGES, NUM_NEIGHBOURS, NOISE, DIM = 50_000, 10, 0.05, 256
+NUM_IMAGES, NUM_NEIGHBORS, NOISE, DIM = 50_000, 10, 0.05, 256
 
 
 def train_model(folder: Path, max_steps: int | None = None) -> None:
@@ -57,7 +57,7 @@ def embed_scenes(folder: Path, num_images: int, num_queries: int) -> tuple[np.nd
 
 
 def enlarge(real: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
-    """(num, d) unit vectors, the real ones first; see the module's text."""
+    """(num, d) unit vectors, the real ones first; see the module's docstring."""
     vectors = np.empty((num, real.shape[1]), dtype=np.float32)
     vectors[: len(real)] = real[:num]
     neighbors = _nearest(real)
@@ -75,10 +75,10 @@ def enlarge(real: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _nearest(real: np.ndarray) -> np.ndarray:
-    """(N, 10) positions of the nearest others of each vector."""
+    """(N, 10) positions of the ten nearest other vectors of each vector."""
     rows = []
     for start in range(0, len(real), 1000):
         scores = real[start : start + 1000] @ real.T
         scores[np.arange(len(scores)), np.arange(start, start + len(scores))] = -np.inf
-        rows.append(np.argpartition(-scores, NUM_NEIGHBOURS, axis=1)[:, :NUM_NEIGHBOURS])
+        rows.append(np.argpartition(-scores, NUM_NEIGHBORS, axis=1)[:, :NUM_NEIGHBORS])
     return np.concatenate(rows)

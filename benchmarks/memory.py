@@ -85,7 +85,7 @@ def kept_by_real_step(config: COTSConfig, batch_size: int) -> float:
     """Bytes a pair that autograd keeps of a real step on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64)
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        batch = trainer.pixel_normalizer(next(iter(trainer.get_train_dataloader())))
         half = {name: tensor[: batch_size // 2] for name, tensor in batch.items()}
         sizes = [
             kept_bytes(lambda part=part: trainer.compute_loss(trainer.model, part), trainer.model)

@@ -9,7 +9,7 @@ the words of a caption name: color and shape ("red circle"), the color alone, th
 * attention roll-out (Abnar and Zuidema, 2020), the product of (A + I) / 2 over the layers: it knows no words;
 * the GAE map of the whole caption, which knows no single word;
 * other meanings of "the map of a word" than ours (what the embedding loses without the word): what it loses when the
-  word is replaced by [MASK]; the projected output at the word's own tokens; the word as a caption of its own;
+  word is replaced by [MASK]; the projected output at the word's own pieces; the word as its own caption;
 * occlusion: the patch without which, grayed out to the image's mean, the word's score falls most. No map of
   attention, but what the model reacts to: a bound for what its attention could show.
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
-from modeling_cots.data.scenes.still import SHAPE_WORDS
+from modeling_cots.data.scenes.drawing import SHAPES
 from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
 KINDS = ("color and shape", "color", "shape")
@@ -34,7 +34,7 @@ def words_of_objects(scene, caption: str) -> list[tuple[str, str, object]]:
     """(kind, word, object) for every object that a caption names by words that it has only once."""
     found = []
     for item in scene.objects:
-        for shape in SHAPE_WORDS[item.shape]:
+        for shape in SHAPES[item.shape].words:
             if f"{item.color} {shape}" in caption:
                 named = zip(KINDS, (f"{item.color} {shape}", item.color, shape), strict=True)
                 padded = f" {caption} ".replace(",", " ,")

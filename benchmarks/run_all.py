@@ -1,13 +1,13 @@
-"""All ratios in one command: prepare, check, time, write the JSON; and the table of the documentation from it.
+"""Measure all ratios and write them to a JSON file, or write the table of docs/performance.md from such a file.
 
     python benchmarks/run_all.py --device cuda --json out.json
     OMP_NUM_THREADS=1 python benchmarks/run_all.py --device cpu --json benchmarks/results_cpu.json
     python benchmarks/run_all.py --device cpu --json out.json --quick --only encode memory    # whether it runs
     python benchmarks/run_all.py --table benchmarks/results_cpu.json docs/performance.md      # nothing is measured
 
-Every topic is a script of its own in this folder with a function `measure(device, quick)`. It runs in a process of its
-own, and the file is written after each; its rows replace those that the file has of this topic, if that was measured
-on the same device. Of several GPUs the first visible one is taken, and the search has one thread.
+Every topic is a script in this folder with a function `measure(device, quick)`. It runs in a separate process. The
+file is written after each topic, whose rows replace its old ones; a file of another device is refused. Of several GPUs
+the first visible one is used, and the search has one thread.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from side_by_side import format_ratio, print_rows, versions, write_between
 
 FOLDER = Path(__file__).parent
 TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
-ON_ONE_THREAD = ("search",)  # as its rows say, its matrix products too; `data` sees to that itself
+ON_ONE_THREAD = ("search",)  # its rows say so; this holds for matrix products, too. `data` sets it itself.
 BEGIN, END = "<!-- ratios: written by benchmarks/run_all.py -->", "<!-- end of ratios -->"
 FIELDS = {"id", "title", "ratio", "goal", "note"}
 
 
 def available_topics() -> list[str]:
-    """The topics whose script is there."""
+    """The topics whose script exists."""
     return [topic for topic in TOPICS if (FOLDER / f"{topic}.py").is_file()]
 
 
 def check(device: str, topics: list[str], path: Path) -> None:
-    """Raises `ValueError` for what would fail later."""
+    """Raise `ValueError` for arguments that would fail later."""
     unknown = sorted(set(topics) - set(available_topics()))
     if unknown:
         raise ValueError(f"There is no topic {', '.join(unknown)}; there are {', '.join(available_topics())}.")
@@ -49,7 +49,7 @@ def check(device: str, topics: list[str], path: Path) -> None:
 
 
 def read_old_rows(path: Path, device: str, quick: bool) -> list[dict]:
-    """Rows of the file, if it is there. Raises `ValueError` where new ones would not fit what it says of all."""
+    """Rows of the file, if it exists. Raises `ValueError` for a file of another device or of other sizes."""
     if not path.is_file():
         return []
     old, new = json.loads(path.read_text(encoding="utf-8")), describe(device, quick)
@@ -62,7 +62,7 @@ def read_old_rows(path: Path, device: str, quick: bool) -> list[dict]:
 
 
 def environment_of(topic: str) -> dict[str, str]:
-    """The environment of a topic's process: one GPU, as COTSTrainer wants it, and one thread where rows say so."""
+    """The environment of a topic's process: one GPU, as COTSTrainer requires, and one thread where rows say so."""
     environment = dict(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if topic in ON_ONE_THREAD:
@@ -71,7 +71,7 @@ def environment_of(topic: str) -> dict[str, str]:
 
 
 def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
-    """Rows of one topic, measured in a fresh process. Raises `ValueError` where it failed or its rows are not rows."""
+    """Rows of one topic, measured in a new process. Raises `ValueError` if it fails or returns malformed rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         program = (
@@ -90,7 +90,7 @@ def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
 
 
 def describe(device: str, quick: bool) -> dict:
-    """What the ratios were measured on and with."""
+    """Device, date and versions of a measurement."""
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {threads} threads)"
     return {
@@ -102,7 +102,7 @@ def describe(device: str, quick: bool) -> dict:
 
 
 def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
-    """Measure, print and write; returns how many topics failed. A failure is told at the end and stops no other."""
+    """Measure, print and write; returns how many topics failed. Failures are printed at the end and stop no topic."""
     check(device, topics, path)
     old = read_old_rows(path, device, quick)
     measured, failed = {}, []
@@ -124,7 +124,7 @@ def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
 
 
 def sort_key(entry: dict) -> tuple[int, str]:
-    """Row 1a before 1b before 2; peers behind the row that they stand beside; what has no number in the end."""
+    """Sort rows 1a, 1b, 1p, 2, ...: by number, then by letter; rows without a number come last."""
     digits = "".join(letter for letter in entry["id"] if letter.isdigit())
     return (int(digits) if digits else 99, entry["id"])
 
@@ -145,7 +145,7 @@ def format_table(results: dict) -> str:
 
 
 def write_table(results_path: Path, document: Path) -> None:
-    """Put the table between the two marks of `document`. Raises `ValueError` for results of `--quick`."""
+    """Write the table between the two marks of `document`. Raises `ValueError` for results of `--quick`."""
     results = json.loads(results_path.read_text(encoding="utf-8"))
     if results["quick"]:
         raise ValueError(f"{results_path} was measured with --quick: its ratios mean nothing.")

@@ -1,19 +1,21 @@
-"""How well and how fast each engine of a local search index finds the ten nearest of a million vectors: ratio 6.
+"""Recall and speed of each index type of a local search index among a million vectors.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py
     OMP_NUM_THREADS=1 python benchmarks/search.py --synthetic --num 20000 --queries 50   # a minute
 
-The vectors are embeddings of a trained model, enlarged, and the queries are captions (`embeddings.py` says how). With
---synthetic, they are made as embeddings of images lie: in a cone (one mean that all share), in many groups of very
-different sizes, with variance that falls off along the axes; queries stand between a vector and its group, farther
-from all of them than they from each other, as texts do. Vectors without any structure (--plain) have no neighbors
-worth the name and are the worst case of every approximate method.
+The vectors are embeddings of a trained model, enlarged, and the queries are embeddings of captions (`embeddings.py`
+says how). With --synthetic they are drawn at random in the shape of image embeddings. They share a mean, so that they
+lie in a cone. They form many groups of very different sizes, and their variance falls off along the axes. A query is a
+vector with noise; it is farther from all vectors than these are from each other, as embeddings of texts are. With
+--plain the vectors have no structure: no neighbor is much nearer than the rest, the worst case of approximate search.
 
-Recall@10 is the share of the exact ten that are found. Speed is how many times faster one query is than FAISS' flat
-index in the same run, engines in turn by blocks of 20 queries (a flat index reads a gigabyte for each and leaves
-nothing of others' in the caches), by the time of the process on one thread, the median of the queries. Memory is
-the size of the written index as a share of the exact one's; what rescoring reads lies on disk beside it, and is not in
-it.
+Recall@10 is the share of the ten nearest vectors that a search returns among its ten. Speed is the median time of a
+query in FAISS' flat index over that in the index type, in the same run, as process time on one thread. The index types
+take turns by blocks of 20 queries, because the flat index reads a gigabyte for each query and empties the caches.
+Memory is the size of the index file as a share of the flat one's; the float32 embeddings that rescoring reads from the
+disk are not counted.
+
+In the table of docs/performance.md row 6 is the index type "ivfpq", and row 6p is an index of FAISS alone.
 """
 
 import argparse
@@ -29,17 +31,18 @@ from side_by_side import optional, row
 
 faiss = optional("faiss")
 if faiss is not None:
-    from modeling_cots.search.faiss_vectors import ENGINES, VECTORS, FaissVectors
+    from modeling_cots.search.faiss_vectors import VECTORS, FaissVectors
+    from modeling_cots.search.index_types import INDEX_TYPES
 
 TOP = 10
-BLOCK = 20  # queries of one engine in a row, which then finds its index in the caches, as one that serves does
-LEVER = "IVF1024,PQ128x4fsr,RFlat"  # FAISS' own: 4-bit codes of residuals, all vectors in memory to rank them again
-LEVER_LISTS, LEVER_FACTOR = 16, 20
-MEASURED = "ivfpq", LEVER  # the rows of the table; building hnsw takes longer than all the rest
+BLOCK = 20  # queries of one index type in a row, which find the index in the caches, as in a server
+REFINED = "IVF1024,PQ128x4fsr,RFlat"  # FAISS' own: 4-bit codes of residuals; rescores from vectors held in memory
+REFINED_NPROBE, REFINED_FACTOR = 16, 20
+MEASURED = "ivfpq", REFINED  # the rows of the table; building hnsw takes longer than all others together
 
 
 def draw_vectors(num: int, dim: int, rng: np.random.Generator, groups, plain: bool) -> np.ndarray:
-    """(num, dim) unit vectors around `groups`, a pair of centers and their shares; see the module's text."""
+    """(num, dim) unit vectors around `groups`, a pair of centers and their shares; see the module's docstring."""
     vectors = rng.standard_normal((num, dim), dtype=np.float32)
     if not plain:
         centers, shares = groups
@@ -55,7 +58,7 @@ def draw_vectors(num: int, dim: int, rng: np.random.Generator, groups, plain: bo
 
 
 def draw_queries(vectors: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
-    """(num, dim) unit vectors, each a stored one with noise of its own length."""
+    """(num, dim) unit vectors, each a stored one with noise of 0.6 times its length."""
     chosen = vectors[rng.integers(0, len(vectors), num)]
     noise = rng.standard_normal(chosen.shape, dtype=np.float32)
     queries = chosen + 0.6 * noise / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -64,19 +67,19 @@ def draw_queries(vectors: np.ndarray, num: int, rng: np.random.Generator) -> np.
 
 @dataclass
 class Found:
-    """One engine's figures: times as fast as FAISS' flat index; sizes and building as shares of its size and query."""
+    """The figures of one index type."""
 
     recall: float
-    speed: float
-    memory: float
-    building: float
+    speed: float  # times as fast as FAISS' flat index
+    memory: float  # size of the file over that of the flat index
+    building: float  # seconds of building over those of one query of the flat index
 
 
-class Lever:
-    """PERFORMANCE's lever 13 in FAISS alone, with the interface of `FaissVectors` as far as it is used here."""
+class RefinedVectors:
+    """The peer of row 6p: product codes that FAISS itself refines. It has the methods of `FaissVectors` used here."""
 
     def __init__(self, dim: int, fetch):
-        name = LEVER.replace("1024", "16").replace("128", str(dim // 2)) if dim != DIM else LEVER
+        name = REFINED.replace("1024", "16").replace("128", str(dim // 2)) if dim != DIM else REFINED
         self.index, self._fetch = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT), fetch
 
     def grow(self, num: int) -> None:
@@ -85,8 +88,8 @@ class Lever:
         self.index.add(vectors)
 
     def search(self, queries, top: int, allowed):
-        lists = faiss.SearchParametersIVF(nprobe=LEVER_LISTS)
-        parameters = faiss.IndexRefineSearchParameters(k_factor=LEVER_FACTOR, base_index_params=lists)
+        base = faiss.SearchParametersIVF(nprobe=REFINED_NPROBE)
+        parameters = faiss.IndexRefineSearchParameters(k_factor=REFINED_FACTOR, base_index_params=base)
         return self.index.search(queries, top, params=parameters)
 
     def save(self, folder: str) -> None:
@@ -94,31 +97,31 @@ class Lever:
 
 
 def build(names: list[str], stored: np.ndarray, folder: str) -> dict[str, tuple]:
-    """By name: the engine with all vectors in it, seconds of building, bytes of its file."""
+    """For each name: the index of all vectors, the seconds of building it, the bytes of its file."""
     built = {}
     for name in names:
         dim, fetch = stored.shape[1], lambda positions: np.asarray(stored[positions])
-        engine = Lever(dim, fetch) if name == LEVER else FaissVectors(name, dim, fetch)
+        index = RefinedVectors(dim, fetch) if name == REFINED else FaissVectors(name, dim, fetch)
         start = time.process_time()
-        engine.grow(len(stored))
+        index.grow(len(stored))
         seconds = time.process_time() - start
-        engine.save(folder)
-        built[name] = engine, seconds, os.path.getsize(os.path.join(folder, VECTORS))
+        index.save(folder)
+        built[name] = index, seconds, os.path.getsize(os.path.join(folder, VECTORS))
     return built
 
 
 def compare(names: list[str], stored: np.ndarray, queries: np.ndarray, folder: str) -> dict[str, Found]:
-    """Every engine on every query, in turn by blocks; "exact" is FAISS' flat index and always among them."""
+    """Measure every index type on every query, in turns by blocks; "exact", FAISS' flat index, is always included."""
     faiss.omp_set_num_threads(1)
     built = build(["exact", *(name for name in names if name != "exact")], stored, folder)
     everything = np.ones(len(stored), dtype=bool)
     seconds, hits = {name: [] for name in built}, {name: [] for name in built}
     nearest: list[set[int]] = []
     for start in range(0, len(queries), BLOCK):
-        for name, (engine, _, _) in built.items():
+        for name, (index, _, _) in built.items():
             for number, query in enumerate(queries[start : start + BLOCK], start):
                 begin = time.process_time()
-                positions = engine.search(query[None], TOP, everything)[1][0]
+                positions = index.search(query[None], TOP, everything)[1][0]
                 seconds[name].append(time.process_time() - begin)
                 if name == "exact":
                     nearest.append(set(positions))
@@ -131,7 +134,7 @@ def compare(names: list[str], stored: np.ndarray, queries: np.ndarray, folder: s
 
 
 def synthetic_vectors(num: int, dim: int, num_queries: int, plain: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors in groups, or without structure, and queries; see the module's text."""
+    """Random vectors in groups, or without structure, and queries; see the module's docstring."""
     rng = np.random.default_rng(0)
     num_groups = max(10, num // 250)
     shares = 1 / np.arange(1, num_groups + 1) ** 0.7  # a few large groups, many small ones
@@ -141,7 +144,7 @@ def synthetic_vectors(num: int, dim: int, num_queries: int, plain: bool) -> tupl
 
 
 def real_vectors(num: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """A trained model's embeddings, enlarged, and captions'; the model is trained if it is not there yet."""
+    """A trained model's embeddings of images, enlarged, and of captions; trains the model if it is missing."""
     if not (MODEL / "model.safetensors").is_file():
         train_model(MODEL)
     real, queries = embed_scenes(MODEL, min(NUM_IMAGES, num), num_queries)
@@ -149,7 +152,7 @@ def real_vectors(num: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(device: str, quick: bool) -> list[dict]:
-    """Row 6 of the product's engine for many millions, and FAISS' own index of that kind beside it."""
+    """Row 6, the index type "ivfpq", and row 6p, FAISS' own index with such codes."""
     if faiss is None:
         return [search_row(name, None, "FAISS is not installed") for name in MEASURED]
     if quick:
@@ -164,12 +167,12 @@ def measure(device: str, quick: bool) -> list[dict]:
 
 def search_row(name: str, ratio: float | None, note: str) -> dict:
     id, goal = ("6", ">= 100 at recall@10 >= .95") if name == "ivfpq" else ("6p", "peer")
-    title = f"search by captions: FAISS flat / {name if name == LEVER else f'engine {name}'}"
+    title = f"search by captions: FAISS flat / {name if name == REFINED else f'index type {name}'}"
     return row(id, title, ratio, goal, note)
 
 
 def on_disk(vectors: np.ndarray, folder: str) -> np.ndarray:
-    """The vectors mapped from a file, as in an index."""
+    """The vectors memory-mapped from a file, as in a search index."""
     path = os.path.join(folder, "embeddings.npy")
     np.save(path, vectors)
     return np.load(path, mmap_mode="r")
@@ -181,16 +184,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, LEVER], default=[*ENGINES, LEVER])
-    parser.add_argument("--synthetic", action="store_true", help="made vectors instead of a trained model's")
-    parser.add_argument("--plain", action="store_true", help="made vectors without structure")
+    parser.add_argument("--engines", nargs="+", choices=[*INDEX_TYPES, REFINED], default=[*INDEX_TYPES, REFINED])
+    parser.add_argument("--synthetic", action="store_true", help="random vectors in groups, not a model's")
+    parser.add_argument("--plain", action="store_true", help="random vectors without structure")
     args = parser.parse_args()
     if args.synthetic or args.plain:
         vectors, queries = synthetic_vectors(args.num, DIM, args.queries, args.plain)
     else:
         vectors, queries = real_vectors(args.num, args.queries)
     print(f"{args.num:,} vectors of {DIM}, {args.queries} queries, FAISS {faiss.__version__}", flush=True)
-    print("| engine | recall@10 | times as fast as exact | memory | building, in exact queries |")
+    print("| index type | recall@10 | times as fast as exact | memory | building, in exact queries |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, figures in compare(args.engines, on_disk(vectors, folder), queries, folder).items():

@@ -1,10 +1,10 @@
-"""What the benchmarks share: timing two sides in turn, rows of PERFORMANCE's ratio table, and printing them.
+"""Timing two sides in turns, and the rows of the ratio table in docs/performance.md; shared by the benchmarks.
 
-A row is a dict of `id` (the row of the table), `title`, `ratio` (`None` where it cannot be measured here), `goal` and
-`note` (sizes, and why a ratio is missing or short). Sides take turns (A B A B ...) on the same inputs, threads and
-precision; medians are compared. On a CPU the time is that of this thread or process, so that other programs do not
-count; on a GPU it is that of the device, between two events. Where processes load while a model computes
-(`seconds_a_batch`), it is the clock's.
+A row is a dict of `id` (its number or name in the table), `title`, `ratio` (`None` where it cannot be measured here),
+`goal` and `note` (sizes, and why a ratio is missing or misses its goal). Sides take turns (A B A B ...) on the same
+inputs, threads and precision, and medians are compared. On a CPU the time is process time, so that other programs
+do not count; on a GPU it is the device's time between two events. Where other processes load while a model computes
+(`seconds_a_batch`), it is the time of the clock.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 PEERS = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "faiss-cpu", "torch")
-ALSO_CALLED = {"faiss-cpu": ("faiss-gpu", "faiss-gpu-cu12")}  # the same module in another package
-HEAD_START, TIMED, LEFT = 2, 10, 2  # batches a worker: made ahead, timed, and still to come when the time is taken
+ALSO_CALLED = {"faiss-cpu": ("faiss-gpu", "faiss-gpu-cu12")}  # other packages with the same module
+HEAD_START, TIMED, LEFT = 2, 10, 2  # batches of a worker: prefetched before the timing, timed, left after the timing
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -39,10 +39,10 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 def seconds_a_batch(batches: Iterator, num_workers: int, device: str) -> float:
     """
-    Seconds a batch while `num_workers` processes make them, of `batches_to_time(num_workers)` batches.
+    Seconds that a batch takes while `num_workers` processes load; needs `batches_to_time(num_workers)` batches.
 
-    Starting the workers and the two batches that each makes ahead do not count, and as many are left in the end, so
-    that nothing timed was made before. By the clock; without workers on a CPU by the time of this process.
+    The start of the workers and the two batches that each prefetches are not timed. As many batches are left at the
+    end, so that no timed batch was prefetched. Returns time by the clock; without workers on a CPU, process time.
     """
     workers = max(1, num_workers)
     clock = time.process_time if device == "cpu" and num_workers == 0 else time.perf_counter
@@ -62,13 +62,13 @@ def batches_to_time(num_workers: int) -> int:
 
 
 def wait_for(device: str) -> None:
-    """Let a GPU end what it was asked for."""
+    """Wait until a GPU has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def medians(sides: dict[str, Callable], device: str, rounds: int = 5, timer: Callable = seconds) -> dict[str, float]:
-    """Median seconds of every side, after a call of each that does not count."""
+    """Median seconds of every side, after one untimed call of each."""
     for side in sides.values():
         side()
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -85,7 +85,7 @@ def speed(ours: Callable, theirs: Callable, device: str, rounds: int = 5, timer:
 
 
 def row(id: str, title: str, ratio: float | None, goal: str, note: str) -> dict:
-    """One row; the module's text says what the fields are."""
+    """One row; the module's docstring describes the fields."""
     return {"id": id, "title": title, "ratio": ratio, "goal": goal, "note": note}
 
 
@@ -114,14 +114,18 @@ def _version(name: str) -> str | None:
 
 
 def free(device: str) -> None:
-    """Give back the memory of models that are no longer referred to."""
+    """Free the memory of models that nothing refers to any more."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
 
 
 def write_between(document: Path, begin: str, end: str, lines: list[str]) -> None:
-    """Replace what stands between two marks of a Markdown file. Raises `ValueError` without both, once, in order."""
+    """
+    Replace the lines between two marks of a Markdown file.
+
+    Raises `ValueError` unless the file has each mark once, in this order.
+    """
     text = document.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{document} must hold the lines {begin} and {end} once, in this order.")
@@ -130,14 +134,14 @@ def write_between(document: Path, begin: str, end: str, lines: list[str]) -> Non
 
 
 def format_ratio(ratio: float | None) -> str:
-    """Three digits behind the point below 10, where goals are close."""
+    """Format a ratio with three decimals below 10, where it is close to its goal, and with two above."""
     if ratio is None:
         return "not measured"
     return f"{ratio:,.3f}" if ratio < 10 else f"{ratio:,.2f}"
 
 
 def print_rows(rows: list[dict]) -> None:
-    """One line a row, its note below."""
+    """Print each row in one line, with its note below."""
     for entry in rows:
         value = format_ratio(entry["ratio"])
         print(f"{entry['id']:4s} {entry['title']:78s} {value:>12s}   goal {entry['goal']}\n     {entry['note']}")

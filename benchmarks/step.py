@@ -1,11 +1,11 @@
-"""What a training step costs beside its parts, and what each lever on it is worth.
+"""What a training step costs beside its parts, and what each optimization of it is worth.
 
     python benchmarks/step.py --device cpu     # base size, 2 pairs with images of 192 pixels: minutes
     python benchmarks/step.py --device cuda    # base size in bf16, 256 pairs with images of 384 pixels
 
-A step is COTSTrainer's own: losses, guard, backward pass, clipping, optimizer, momentum update. Weights and pairs are
-random, and loading pairs is not part of it. Where a GPU has too little memory, all is measured again with half the
-batch. Compiled layers take turns with eager ones, two trainers with half the batch each.
+A step is COTSTrainer's own: losses, finite check, backward pass, clipping, optimizer, momentum update. Weights and
+pairs are random, and loading pairs is not part of it. Where a GPU has too little memory, all is measured again with
+half the batch. Compiled layers take turns with eager ones, two trainers with half the batch each.
 """
 
 import copy
@@ -31,7 +31,7 @@ from modeling_cots import (
     modeling_cots_pretraining,
 )
 from modeling_cots.evaluation.text_encoding import encode_texts
-from modeling_cots.method.losses import masked_token_loss, queue_logits, task_kl_loss
+from modeling_cots.method.losses import masked_token_loss
 from modeling_cots.method.momentum import MomentumEncoder
 from modeling_cots.scripts.factory import build_processor
 
@@ -131,13 +131,13 @@ class Step:
 
     def take(self) -> None:
         self.optimizer.zero_grad()
-        self.trainer.recovery.guard.begin_step()
+        self.trainer.finite_check.begin_step()
         self.trainer.training_step(self.model, self.batch)
         self.move()
 
     def move(self) -> None:
         """What comes after the backward pass."""
-        self.trainer.recovery.check_step(self.clip())
+        self.trainer.check_step(self.clip())
         self.optimizer.step()
         self.update()
 
@@ -149,10 +149,9 @@ class Step:
 
     def take_with_cached_tokens(self) -> None:
         """The step without the image tokenizer, whose answer is at hand."""
-        image_tokenizer = self.trainer.image_tokenizer
-        self.trainer.image_tokenizer = lambda pixel_values, patch_size: self.tokens
+        made_on_line, self.batch = self.batch, {**self.batch, "image_tokens": self.tokens}
         self.take()
-        self.trainer.image_tokenizer = image_tokenizer
+        self.batch = made_on_line
 
     # ------------------------------------------------------------------------------------------- its parts, alone
 
@@ -161,15 +160,15 @@ class Step:
         cots, batch, trainer = self.trainer.model.cots, self.batch, self.trainer
         pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
         return {
-            "vision, clean": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
+            "vision, unmasked": self.with_backward(lambda: cots.run_vision_model(pixels).last_hidden_state),
             "vision, masked": self.with_backward(
                 lambda: cots.run_vision_model(pixels, batch["bool_masked_pos"]).last_hidden_state
             ),
-            "text, clean": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
+            "text, unmasked": self.with_backward(lambda: cots.run_text_model(ids, mask).last_hidden_state),
             "text, masked": self.with_backward(
                 lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
             ),
-            "momentum encoders": lambda: trainer._momentum_encode(batch),
+            "momentum encoders": lambda: trainer.objective.momentum_encode(batch),
             "image tokenizer": lambda: trainer.image_tokenizer(pixels, self.config.patch_size),
             "contrast and KL": self.with_backward(self.contrast),
             "patch head": self.with_backward(self.patch_head()),
@@ -188,15 +187,11 @@ class Step:
         return run
 
     def contrast(self) -> torch.Tensor:
-        queue, size = self.trainer.queue, self.sizes.batch
+        objective, size = self.trainer.objective, self.sizes.batch
         query = torch.zeros(size, self.config.projection_dim, device=self.device, requires_grad=True)
-        excluded = torch.zeros(size, queue.size, dtype=torch.bool, device=self.device)
-        rows = [
-            queue_logits(query, query.detach(), candidates.clone(), excluded, self.config.temperature)
-            for candidates in (queue.text_embeds, queue.image_embeds)
-        ]
-        keep = torch.ones(size, dtype=torch.bool, device=self.device)
-        return task_kl_loss(*rows, keep, size) - sum(logits.log_softmax(dim=1)[:, 0].mean() for logits in rows)
+        gathered = objective.gather(query.detach(), query.detach(), self.batch)
+        logits = objective.contrast(query, query, gathered)
+        return sum(objective.contrastive_losses(*logits, gathered.valid, size).values())
 
     def patch_head(self) -> Callable[[], torch.Tensor]:
         masked, model = self.batch["bool_masked_pos"], self.trainer.model
@@ -253,31 +248,31 @@ def speed_rows(device: str, sizes: Sizes, whole: float, cached: float) -> list[d
     return rows
 
 
-def view_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
-    """Both views of images and of texts as one batch, beside one after the other."""
+def pass_rows(device: str, sizes: Sizes, step: Step) -> list[dict]:
+    """Unmasked and masked pass as one batch, beside one after the other, for images and for texts."""
     model, batch, limit = step.trainer.model, step.batch, modeling_cots_pretraining.MAX_JOINED_POSITIONS
     texts = (batch["masked_input_ids"], batch["attention_mask"], None)
     rows = []
     for size in sorted({1, min(4, sizes.batch), sizes.batch}):
 
-        def run(joined_up_to: int, stream: str, size=size) -> None:
+        def run(joined_up_to: int, encoder: str, size=size) -> None:
             modeling_cots_pretraining.MAX_JOINED_POSITIONS = joined_up_to
             with step.trainer.accelerator.autocast():
-                if stream == "images":
-                    views = model._run_vision_views(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
+                if encoder == "images":
+                    passes = model._run_vision_passes(batch["pixel_values"][:size], batch["bool_masked_pos"][:size])
                 else:
                     tensors = [None if tensor is None else tensor[:size] for tensor in texts]
-                    views = model._run_text_views(batch["input_ids"][:size], *tensors)
-            sum(view.last_hidden_state.float().square().mean() for view in views).backward()
+                    passes = model._run_text_passes(batch["input_ids"][:size], *tensors)
+            sum(each.last_hidden_state.float().square().mean() for each in passes).backward()
 
-        for stream, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
-            joined, apart = (lambda n=n, s=stream: run(n, s) for n in (2**40, 0))
+        for encoder, width in (("images", batch["bool_masked_pos"].shape[1]), ("texts", sizes.text_length)):
+            joined, apart = (lambda n=n, s=encoder: run(n, s) for n in (2**40, 0))
             try:
                 ratio = 1 / speed(joined, apart, device, sizes.rounds)
             finally:  # where memory ends, too
                 modeling_cots_pretraining.MAX_JOINED_POSITIONS = limit
             note = f"{size} pairs, {2 * size * width} positions; joined up to {limit}"
-            rows.append(row("views", f"{stream}: views joined / one after the other", ratio, "<= 1", note))
+            rows.append(row("views", f"{encoder}: both passes joined / one after the other", ratio, "<= 1", note))
     return rows
 
 
@@ -343,7 +338,7 @@ def compiled_row(device: str, sizes: Sizes, folder: str) -> dict:
     """Layers are compiled for good, so the sides are two trainers; both are on the device, hence half the batch."""
     title, goal = "step: layers compiled / eager", "<= 0.85"
     if device == "cpu":
-        return row("compile", title, None, goal, "a lever for GPUs")
+        return row("compile", title, None, goal, "an optimization for GPUs")
     half = sizes.halve()
     eager, compiled = Step(device, half, folder), Step(device, half, folder)
     try:
@@ -363,7 +358,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
     """All rows that need the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         step = Step(device, sizes, folder)
-        rows = step_rows(device, sizes, step) + view_rows(device, sizes, step)
+        rows = step_rows(device, sizes, step) + pass_rows(device, sizes, step)
         rows.append(optimizer_row(device, sizes, step, folder))
         del step
         free(device)
@@ -371,7 +366,7 @@ def rows_of_a_batch(device: str, sizes: Sizes) -> list[dict]:
 
 
 def measure(device: str, quick: bool) -> list[dict]:
-    """Rows 3a to 3c and 4, and one a lever."""
+    """Rows 3a to 3c and 4, and one for each optimization."""
     sizes = choose_sizes(device, quick)
     rows = [make(device, quick, sizes) for make in (update_row, text_row, layout_row)]
     measured = None

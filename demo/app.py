@@ -1,10 +1,10 @@
-"""A page to click on: text to images, image to texts, and what a word looks at.
+"""A web page for searching images by text and texts by image, and for seeing where the model finds a word.
 
     python demo/app.py                                   # runs/quickstart and its images; nothing is downloaded
     python demo/app.py --model runs/mine --dataset PHOTOS/ --split validation
 
-In a Space the options are the variables COTS_MODEL, COTS_DATASET and COTS_SPLIT; demo/README.md says how to make one.
-Nothing is sent anywhere: Gradio's analytics are off and its fonts are the machine's own.
+In a Space the variables COTS_MODEL, COTS_DATASET and COTS_SPLIT set the options; demo/README.md says how to make one.
+Nothing is sent to other servers: Gradio's analytics are off, and the page uses the fonts of the machine.
 """
 
 import argparse
@@ -46,7 +46,7 @@ label.float {position: static !important; display: inline-flex !important}
   .gradio-container main {padding: .75rem !important}
 }
 """
-# What Gradio leaves unsaid to a screen reader: the names of the groups of choices, and that a new map has come.
+# Gradio does not tell a screen reader the names of the groups of choices, nor that a new map has appeared.
 NAMES = """() => {
   for (const [id, name] of [["word", "Words"], ["texts", "Texts that fit it, best first"]]) {
     const group = document.getElementById(id)
@@ -59,7 +59,7 @@ NAMES = """() => {
 
 @dataclass
 class Collection:
-    """A model and the images it searches; `embeds` of all images and captions."""
+    """A model, the images that it searches, and the embeddings of all images and captions."""
 
     model: COTSModel
     processor: COTSProcessor
@@ -68,21 +68,21 @@ class Collection:
     captions: list[str]
 
     def image(self, image_id: int) -> Image.Image:
-        """An image as it is shown: for an item's `pair_id`."""
+        """The image of the item with this `pair_id`, scaled for showing."""
         image = read_image(self.items[image_id]["image"])
         image.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
         return image
 
 
 def open_collection(model_path: str, dataset: str, split: str) -> Collection:
-    """Load a model and embed what it is to search. Raises `ValueError` if there is no model."""
+    """Load a model and embed the images and captions. Raises `ValueError` if there is no model."""
     if not os.path.isdir(model_path) and (os.path.isabs(model_path) or model_path.startswith("runs/")):
         raise ValueError(
             f"There is no model in {model_path!r}. Train the quick start in a few minutes\n\n"
             f"    python examples/run_pretraining.py examples/configs/quickstart.yaml\n\n"
             f"or name another one: python demo/app.py --model FOLDER_OR_HUB_ID"
         )
-    # The maps need the attention weights, which only eager attention forms.
+    # The maps need attention weights, which only eager attention returns.
     model = COTSModel.from_pretrained(model_path, attn_implementation="eager").eval()
     processor = COTSProcessor.from_pretrained(model_path)
     images = open_dataset(dataset, split, image_size=model.config.image_size[0])
@@ -90,14 +90,14 @@ def open_collection(model_path: str, dataset: str, split: str) -> Collection:
     embeds = embed_pairs(model, images, processor, Accelerator(), batch_size=32, max_text_length=64)
     kept = set(embeds.image_ids.tolist())
     captions = [caption for item in images if item["pair_id"] in kept for caption in item["captions"]]
-    # Scenes are drawn, at any size: larger than the model's, to be looked at.
+    # Scenes can be drawn at any size: they are shown larger than the model reads them.
     items = ScenesDataset(split, image_size=SHOWN_SIDE) if dataset == "scenes" else images.dataset
     return Collection(model, processor, items, embeds, captions)
 
 
 @torch.no_grad()
 def find_images(collection: Collection, query: str) -> list[tuple[int, float]]:
-    """`pair_id` and cosine of the images that fit a text best."""
+    """The images that fit a text best, as pairs of `pair_id` and cosine."""
     inputs = collection.processor(text=[query], truncation=True, return_tensors="pt")
     embed = collection.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0]
     best = (collection.embeds.image_embeds @ embed).topk(min(NUM_IMAGES, len(collection.embeds.image_ids)))
@@ -125,13 +125,13 @@ def words_of(collection: Collection, caption: str) -> list[str]:
 
 
 class Page:
-    """What the parts of the page do."""
+    """The actions of the page."""
 
     def __init__(self, collection: Collection):
         self.collection = collection
 
     def search(self, query: str):
-        """From a text: the images, their ids, and the text as the caption to look into."""
+        """The images for a text, their ids, the text as the caption of step 3, and the best image."""
         query = query.strip()[:MAX_TEXT]
         if not query:
             raise gr.Error("Type what the images should show.", print_exception=False)
@@ -147,23 +147,23 @@ class Page:
         return shown, ids, query, self.collection.image(ids[0])
 
     def choose(self, ids: list[int], event: gr.SelectData):
-        """A found image that was clicked on."""
+        """The found image that was clicked on."""
         return self.collection.image(ids[event.index])
 
     def describe(self, image: Image.Image | None):
-        """From an image: the texts that fit it best."""
+        """The texts that fit an image best, as choices; no text is chosen yet."""
         if image is None:
             return gr.update(choices=[], value=None), None
         texts = find_texts(self.collection, image)
         return gr.update(choices=[(f"{text} ({score:.2f})", text) for text, score in texts], value=None), None
 
     def list_words(self, caption: str):
-        """The words to click on."""
+        """The words of the caption as choices; no word is chosen yet."""
         caption = (caption or "").strip()[:MAX_TEXT]
         return gr.update(choices=words_of(self.collection, caption) if caption else [], value=None), None
 
     def show_word(self, image: Image.Image | None, caption: str, word: str | None):
-        """Where in the image the model finds the word."""
+        """A heat map of where in the image the model finds the word."""
         if image is None or not word:
             return None
         relevance = explain_pair(
@@ -177,68 +177,81 @@ class Page:
 
 
 def build(collection: Collection, examples: list[str]) -> gr.Blocks:
-    """The page."""
+    """The page: its three steps from top to bottom, and which action runs at which event."""
     page = Page(collection)
     with gr.Blocks(title="COTS: search images with words") as blocks:
         gr.Markdown(
             f"# Search images with words\nA COTS model and {len(collection.embeds.image_ids):,} images. "
             "Search with a text, pick an image, then click on a word."
         )
-        gr.Markdown("## 1. From a text to images")
-        query = gr.Textbox(
-            label="What should the images show?", max_length=MAX_TEXT, submit_btn=False, elem_id="query"
-        )
-        search = gr.Button("Find images", variant="primary", elem_id="search")
-        gr.Examples(examples, query, label="For example")
-        found = gr.Gallery(
-            label="Images found, best first",
-            columns=4,
-            height="auto",
-            allow_preview=False,
-            buttons=[],
-            elem_id="found",
-        )
+        query, search, found = build_search(examples)
         ids = gr.State([])
-        gr.Markdown("## 2. From an image to texts\nClick on an image above, or bring your own.")
-        image = gr.Image(
-            label="Image",
-            type="pil",
-            format="png",  # what the model is then asked about is the image itself
-            sources=["upload", "clipboard"],
-            height=SHOWN_SIDE + 40,
-            buttons=[],
-            alt_text="The chosen image",
-            elem_id="image",
-        )
-        texts = gr.Radio(label="Texts that fit it, best first", elem_id="texts")
-        gr.Markdown(
-            "## 3. From a word to its place\nWrite a caption or pick a text above, then click on a word of it."
-        )
-        caption = gr.Textbox(label="Caption", max_length=MAX_TEXT, elem_id="caption")
-        word = gr.Radio(label="Words", elem_id="word")
-        heat = gr.Image(
-            label="Where the model finds the word",
-            format="png",
-            interactive=False,
-            buttons=[],
-            height=SHOWN_SIDE + 40,
-            elem_id="heat",
-        )
+        image, texts = build_image()
+        caption, word, heat = build_words()
         gr.on([search.click, query.submit], page.search, query, [found, ids, caption, image], api_name="find_images")
         found.select(page.choose, ids, image, api_visibility="private")
         image.change(page.describe, image, [texts, heat], api_name="find_texts")
         texts.input(lambda text: text, texts, caption, api_visibility="private")
         caption.change(page.list_words, caption, [word, heat], api_visibility="private")
-        # A new image under a chosen word: the map would be of the old one.
+        # A new image resets the chosen word, whose map shows the old image.
         image.change(lambda: None, None, word, api_visibility="private")
         word.input(page.show_word, [image, caption, word], heat, api_name="show_word")
         blocks.load(None, js=NAMES)
     return blocks
 
 
+def build_search(examples: list[str]) -> tuple[gr.Textbox, gr.Button, gr.Gallery]:
+    """Step 1: a box for the query, a button, and a gallery of the images found."""
+    gr.Markdown("## 1. From a text to images")
+    query = gr.Textbox(label="What should the images show?", max_length=MAX_TEXT, submit_btn=False, elem_id="query")
+    search = gr.Button("Find images", variant="primary", elem_id="search")
+    gr.Examples(examples, query, label="For example")
+    found = gr.Gallery(
+        label="Images found, best first",
+        columns=4,
+        height="auto",
+        allow_preview=False,
+        buttons=[],
+        elem_id="found",
+    )
+    return query, search, found
+
+
+def build_image() -> tuple[gr.Image, gr.Radio]:
+    """Step 2: the chosen image, and the texts that fit it."""
+    gr.Markdown("## 2. From an image to texts\nClick on an image above, or bring your own.")
+    image = gr.Image(
+        label="Image",
+        type="pil",
+        format="png",  # without loss, so that the model is given exactly this image
+        sources=["upload", "clipboard"],
+        height=SHOWN_SIDE + 40,
+        buttons=[],
+        alt_text="The chosen image",
+        elem_id="image",
+    )
+    return image, gr.Radio(label="Texts that fit it, best first", elem_id="texts")
+
+
+def build_words() -> tuple[gr.Textbox, gr.Radio, gr.Image]:
+    """Step 3: a caption, its words, and the heat map of the chosen word."""
+    gr.Markdown("## 3. From a word to its place\nWrite a caption or pick a text above, then click on a word of it.")
+    caption = gr.Textbox(label="Caption", max_length=MAX_TEXT, elem_id="caption")
+    word = gr.Radio(label="Words", elem_id="word")
+    heat = gr.Image(
+        label="Where the model finds the word",
+        format="png",
+        interactive=False,
+        buttons=[],
+        height=SHOWN_SIDE + 40,
+        elem_id="heat",
+    )
+    return caption, word, heat
+
+
 def launch(collection: Collection, examples: list[str], **options):
-    """Serve the page; `options` are those of Gradio's `launch`."""
-    fonts = ["system-ui", "sans-serif"]  # Gradio's own would be fetched
+    """Serve the page; `options` are passed to Gradio's `launch`."""
+    fonts = ["system-ui", "sans-serif"]  # Gradio's default fonts would be downloaded
     theme = gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
     return build(collection, examples).launch(
         theme=theme, css=CSS, max_file_size="20mb", footer_links=[], ssr_mode=False, **options
@@ -248,8 +261,8 @@ def launch(collection: Collection, examples: list[str], **options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("COTS_MODEL", "runs/quickstart"), help="folder or Hub id")
-    parser.add_argument("--dataset", default=os.environ.get("COTS_DATASET", "scenes"), help="what to search")
-    parser.add_argument("--split", default=os.environ.get("COTS_SPLIT", "validation"), help="which of its splits")
+    parser.add_argument("--dataset", default=os.environ.get("COTS_DATASET", "scenes"), help="the data set to search")
+    parser.add_argument("--split", default=os.environ.get("COTS_SPLIT", "validation"), help="the split to search")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     args = parser.parse_args()
     try:

@@ -3,16 +3,20 @@
     python examples/estimate.py examples/configs/quickstart.yaml
     python examples/estimate.py examples/configs/msrvtt.yaml --num_pairs 6513
     python examples/estimate.py my.yaml --num_pairs 5300000 --gpu_memory_gib 80 --gpu_tflops 300 --num_gpus 8
+    python examples/estimate.py --script run_retrieval --dataset COCO/ --num_pairs 113287 --num_train_epochs 15
 
-Takes the configuration of a training script, and any of its options. The script is the first of `run_pretraining.py`,
-`run_retrieval.py` and `run_video_retrieval.py` that knows them all: `num_frames` says that it is of videos, of which a
-pair is all frames of one and a caption. Nothing is trained and no data is opened: shapes run through the model, values
-do not. Of pre-trained encoders only the configuration is read, and of timm's not even that. FLOP and bytes are counted
-on the real modules; pairs a second follow from the rate that is given, so they are as true as it is. Captions count as
-`max_text_length` tokens each, and the vocabulary as the configuration has it: a tokenizer that is trained on the
-captions may have fewer. With `--image_tokenizer none` the image tokens are those that the data bring along.
+Takes the configuration of a training script, and any of its options. `--script` names the script whose options and
+defaults are meant: `run_pretraining`, `run_retrieval` or `run_video_retrieval`. Without it, that is the first of the
+three that knows all options given. Of a video, a pair is one caption with all frames.
+
+Nothing is trained and no data is opened: shapes run through the model, values do not. Of pre-trained encoders only the
+configuration is read, and of timm's only the name. FLOP and bytes are counted on the real modules. Pairs a second are
+as true as the rate that is given. Captions count as `max_text_length` tokens each. The vocabulary counts as the
+configuration has it; a tokenizer trained on the captions may have fewer tokens. With `--image_tokenizer none` image
+tokens are those of the data set, and cost nothing.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -22,35 +26,65 @@ import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.scripts.command_line import option_names, parse_config_and_options
-from modeling_cots.scripts.cost import estimate_training_cost
+from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.factory import build_config
 from modeling_cots.scripts.timm_weights import timm_vit_config
 
-SCRIPTS = run_pretraining, run_retrieval, run_video_retrieval
-TOKENIZER_WIDTHS = {"random": 8, "none": None}  # of what is not the dVAE
+SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
+TOKENIZER_WIDTHS = {"random": 8, "none": None}  # width of the image tokenizer, where it is not the dVAE
 
 
 @dataclass
 class EstimateArguments:
+    script: str | None = field(
+        default=None,
+        metadata={
+            "help": "The training script whose options and defaults are meant; found by the options if not given.",
+            "choices": list(SCRIPTS),
+        },
+    )
     num_pairs: int | None = field(default=None, metadata={"help": "Pairs of the training set; without it no hours."})
     num_gpus: int = field(default=1, metadata={"help": "Devices that share a batch."})
     gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of one device."})
     gpu_tflops: float = field(
         default=300.0,
-        metadata={"help": "What one device really reaches, about 0.3 to 0.5 of the bf16 peak in its data sheet."},
+        metadata={"help": "Rate that one device reaches, about 0.3 to 0.5 of the bf16 peak in its data sheet."},
     )
 
 
 def script_of(argv: list[str]):
-    """The first training script that knows every option of the configuration and the command line."""
-    given = option_names(argv)
-    known = [{option.name for option in fields(script.ScriptArguments)} for script in SCRIPTS]
-    foreign = [given & set.union(*known) - names for names in known]
-    return SCRIPTS[min(range(len(SCRIPTS)), key=lambda number: len(foreign[number]))]
+    """
+    The training script that `--script` names, or else the first one that knows all options of `argv` and its file.
+
+    Raises `ValueError` for `script` in the file, which the training script itself would refuse.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--script", choices=list(SCRIPTS))
+    named, given = parser.parse_known_args(argv)[0].script, option_names(argv)
+    if named is not None:
+        return SCRIPTS[named]
+    if "script" in given:
+        raise ValueError("`script` is no option of a training script: give --script on the command line.")
+    known = {name: {option.name for option in fields(script.ScriptArguments)} for name, script in SCRIPTS.items()}
+    every = set.union(*known.values())
+    return SCRIPTS[min(SCRIPTS, key=lambda name: len(given & every - known[name]))]
+
+
+def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
+    """The cost of the model and the shapes that the options of a training script describe."""
+    config = build_config(
+        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
+    )
+    if (script_args.vision_model or "").startswith("timm/"):
+        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
+    shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
+    if script_args.image_tokenizer in TOKENIZER_WIDTHS:
+        shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
+    return estimate_training_cost(config, args, **shapes)
 
 
 def main() -> None:
-    # The run is for another machine: whether this one could do it does not matter.
+    # The run is for another machine, so that the arguments are not checked against this one.
     argv = [*sys.argv[1:], "--use_cpu", "true"]
     script = script_of(argv)
     script_args, estimate_args, args = parse_config_and_options(
@@ -62,15 +96,7 @@ def main() -> None:
     )
 
     # 1. Count.
-    config = build_config(
-        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
-    )
-    if (script_args.vision_model or "").startswith("timm/"):
-        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
-    shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
-    if script_args.image_tokenizer in TOKENIZER_WIDTHS:
-        shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
-    cost = estimate_training_cost(config, args, **shapes)
+    cost = estimate(script_args, args)
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")

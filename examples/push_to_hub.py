@@ -1,4 +1,4 @@
-"""Make a Hub repository of a COTS model: the whole model, or one of the two parts that hosted widgets can serve.
+"""Make a Hub repository of a COTS model: the whole model, or one of the two parts that hosted widgets can run.
 
     python examples/push_to_hub.py --model runs/quickstart --repo_id cots-quickstart --private true --tag v1.0
     python examples/push_to_hub.py --model runs/quickstart --output_dir out/quickstart
@@ -6,8 +6,8 @@
     python examples/push_to_hub.py --model runs/quickstart --kind zero_shot_classifier \\
         --labels "a red circle" "a blue star" --images PHOTOS/ --repo_id cots-quickstart-shapes
 
-The token is that of `hf auth login`, or in `HF_TOKEN`. With `--output_dir` the repository is written there as well;
-without `--repo_id`, only there. A card in the repository that somebody edited stays, unless `--overwrite_card true`.
+The token is that of `hf auth login`, or of `HF_TOKEN`. `--output_dir` writes the repository to a folder; with
+`--repo_id` it is pushed as well. A card that somebody edited in the repository stays, unless `--overwrite_card true`.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ from modeling_cots.hub_push import HubPushError, full_repo_id
 from modeling_cots.scripts.command_line import parse_config_and_options
 
 KINDS = ("model", "text_encoder", "zero_shot_classifier")
-MAX_IMAGES = 500  # enough for a mean
+MAX_IMAGES = 500  # for the mean length of embeddings
 
 
 @dataclass
@@ -37,8 +37,8 @@ class ScriptArguments:
     kind: str = field(
         default="model",
         metadata={
-            "help": "`model`: everything. `text_encoder`: a stock sentence-transformers model, for the "
-            "sentence-similarity widget. `zero_shot_classifier`: a stock ViT classifier of `labels`, for the "
+            "help": "`model`: everything. `text_encoder`: a standard sentence-transformers model, for the "
+            "sentence-similarity widget. `zero_shot_classifier`: a standard ViT classifier of `labels`, for the "
             "image-classification widget."
         },
     )
@@ -46,17 +46,17 @@ class ScriptArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Write the repository to this folder, new or empty."}
     )
-    private: bool = field(default=False, metadata={"help": "Make the repository for its owner only."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if there is none."})
-    tag: str | None = field(default=None, metadata={"help": "Name for this version, such as `v1.0`."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; created if there is none."})
+    tag: str | None = field(default=None, metadata={"help": "Name of this version, such as `v1.0`."})
     overwrite_card: bool = field(default=False, metadata={"help": "Replace a card in the repository that was edited."})
-    labels: list[str] | None = field(default=None, metadata={"help": "Of the classifier: its classes."})
+    labels: list[str] | None = field(default=None, metadata={"help": "The classes of the classifier."})
     hypothesis_template: str = field(
-        default="This is a photo of {}.", metadata={"help": "Of the classifier: what is embedded for a label."}
+        default="This is a photo of {}.", metadata={"help": "The text that is embedded for a label of the classifier."}
     )
     images: str | None = field(
         default=None,
-        metadata={"help": "Of the classifier: a folder of typical images, which its scores are set up with."},
+        metadata={"help": "A folder of typical images, to which the scores of the classifier are adjusted."},
     )
 
 
@@ -84,7 +84,7 @@ def main() -> None:
                 model, processor, args.labels, folder, images=images, model_id=model_id, **template
             )
         else:
-            # Training has left its card in the folder, with what was measured and the images that it shows.
+            # Training wrote a card into the folder, with its results and the images that it shows.
             path = Path(args.model) / "README.md"
             card = path.read_text(encoding="utf-8") if path.exists() else None
             if card is not None:
@@ -108,15 +108,15 @@ def main() -> None:
 
 
 def check(args: ScriptArguments) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Raise `ValueError` for options that do not go together, before anything is loaded."""
     if args.kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {args.kind!r}.")
     if args.repo_id is None and args.output_dir is None:
         raise ValueError("Say where to: --repo_id NAME to push, --output_dir FOLDER to write the repository there.")
     if args.repo_id is None and (args.private or args.revision or args.tag or args.overwrite_card):
-        raise ValueError("--private, --revision, --tag and --overwrite_card are about a push: give --repo_id as well.")
+        raise ValueError("--private, --revision, --tag and --overwrite_card concern a push: give --repo_id as well.")
     if args.output_dir is not None and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
-        raise ValueError(f"--output_dir {args.output_dir} is not empty, and what lies there would be pushed as well.")
+        raise ValueError(f"--output_dir {args.output_dir} is not empty, and its files would be pushed as well.")
     is_classifier = args.kind == "zero_shot_classifier"
     if is_classifier and not args.labels:
         raise ValueError('A classifier needs its classes: --labels "a red circle" "a blue star".')
@@ -125,7 +125,7 @@ def check(args: ScriptArguments) -> None:
 
 
 def read_images(folder: Path) -> list:
-    """The first images in a folder and its sub-folders; other files are passed over."""
+    """The first images in a folder and its sub-folders; other files are skipped."""
     images = []
     for path in sorted(folder.rglob("*")):
         if len(images) == MAX_IMAGES:

@@ -21,10 +21,10 @@ from modeling_cots.scripts.steps import (
     ModelArguments,
     StreamArguments,
     build_parts,
+    describe_output,
     open_split,
     open_train_stream,
     read_config,
-    told_where,
 )
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         if eval_dataset is not None:
             print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
-        print(f"\n{told_where(args.output_dir)}")
+        print(f"\n{describe_output(args.output_dir)}")
     trainer.end()
 
 

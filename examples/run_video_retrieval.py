@@ -131,7 +131,7 @@ def main() -> None:
         script_args,
         zero_shot_protocol,
         trained_on=trained_on,
-        unit="video",
+        modality="video",
         num_frames=script_args.num_frames,
     )
     trainer.end()

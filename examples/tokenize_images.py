@@ -15,7 +15,7 @@ import torch
 
 from modeling_cots.data.image_token_writing import TokenWriter
 from modeling_cots.data.opening import open_dataset
-from modeling_cots.scripts.factory import build_config, load_image_tokenizer
+from modeling_cots.scripts.factory import build_config, build_image_tokenizer
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
     # 1. The sizes, the tokenizer, the data.
     config = build_config(args.model, args.model_config, None, None)
-    image_tokenizer = load_image_tokenizer(args.image_tokenizer, [0.0] * 3, [1.0] * 3, config.image_vocab_size)
+    image_tokenizer = build_image_tokenizer(args.image_tokenizer, None, config.image_vocab_size)
     columns = {name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column")}
     dataset = open_dataset(args.dataset, args.split, image_size=config.image_size[0], **columns)
 

@@ -2,9 +2,9 @@
 
     python examples/visualize_attention.py photo.jpg "a girl in a red hat" --words girl hat
 
-Writes one image: the image, the heat map of the whole caption, one heat map a word, and a bar for every word of the
-caption. Without --words the six words that matter most for the image are mapped. See docs/seeing.md for what the
-maps are, and benchmarks/pointing_game.py for how far they can be trusted.
+Writes one figure: the image, a heat map for the whole caption and for each word, and a bar for every word of the
+caption. Without --words the six words with the highest relevance for the image get heat maps. docs/seeing.md explains
+the maps, and benchmarks/pointing_game.py measures how well they point at objects.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from modeling_cots.visualization.relevance import explain_pair
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="an image file")
-    parser.add_argument("caption", help="what to hold against it")
+    parser.add_argument("caption", help="the caption to compare it with")
     parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')
     parser.add_argument("--model", default="runs/quickstart", help="a COTS checkpoint (folder or Hub id)")
-    parser.add_argument("--output", default="attention.png", help="the image to write")
+    parser.add_argument("--output", default="attention.png", help="the figure to write")
     args = parser.parse_args()
 
-    # 1. The pair and the model; the maps need the attention weights, which only eager attention forms.
+    # 1. The pair and the model. The maps need attention weights, which only eager attention computes.
     image = read_image(args.image)
     model = COTSModel.from_pretrained(args.model, attn_implementation="eager").eval()
     processor = AutoProcessor.from_pretrained(args.model)
@@ -34,7 +34,7 @@ def main() -> None:
     # 2. The maps.
     relevance = explain_pair(model, processor, image, args.caption, args.words)
 
-    # 3. The image.
+    # 3. The figure.
     draw_word_maps(image, args.caption, relevance).savefig(args.output, dpi=100)
     print(f"Cosine similarity of image and caption: {relevance.score:.3f}. What each word adds to it:")
     for word, score in zip(relevance.words, relevance.word_scores.tolist(), strict=True):

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.opening import open_dataset
-from modeling_cots.evaluation.pair_scores import load_scoring_model, score_pairs, write_scores
+from modeling_cots.evaluation.pair_scores import PairScores, load_scoring_model, score_pairs, write_scores
 from modeling_cots.visualization.figures import new_figure
 from modeling_cots.visualization.score_figures import band_positions, draw_contact_sheet, draw_histogram
 
@@ -33,17 +33,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_std < 0:
         parser.error(f"--num_std must not be negative, got {args.num_std}.")
-    new_figure(1, 1)  # without matplotlib stop now, and not after the work
+    new_figure(1, 1)  # without matplotlib stop here, before the work
 
     # 1. The model and the data.
     accelerator = Accelerator()
-    model, which = load_scoring_model(args.model)
+    model, description = load_scoring_model(args.model)
     processor = AutoProcessor.from_pretrained(args.model)
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset = open_dataset(args.dataset, args.split, image_size=model.config.image_size[0], **columns)
-    accelerator.print(f"Pairs are scored by {which}.")
+    accelerator.print(f"Pairs are scored by {description}.")
 
-    # 2. The scores, on every process; what follows is for one.
+    # 2. The scores, on every process; the first process does the rest.
     pairs = score_pairs(
         model.to(accelerator.device),
         dataset,
@@ -58,18 +58,10 @@ def main() -> None:
         return
     os.makedirs(args.output_dir, exist_ok=True)
     scores_path = os.path.join(args.output_dir, "scores.parquet")
-    write_scores(scores_path, dataset, pairs, {"model": which, "dataset": args.dataset, "split": args.split})
+    write_scores(scores_path, dataset, pairs, {"model": description, "dataset": args.dataset, "split": args.split})
 
     # 3. The images.
-    order = pairs.scores.argsort(stable=True).tolist()
-    rows = {}
-    for band, places in band_positions(len(order)).items():
-        chosen = [(dataset[int(pairs.pair_ids[order[place]])], order[place]) for place in places]
-        rows[band] = [
-            (read_image(item["image"]), item["captions"][int(pairs.caption_numbers[row])], pairs.scores[row].item())
-            for item, row in chosen
-        ]
-    draw_contact_sheet(rows, pairs.threshold).savefig(
+    draw_contact_sheet(pairs_of_bands(dataset, pairs), pairs.threshold).savefig(
         os.path.join(args.output_dir, "contact_sheet.jpg"), dpi=80, pil_kwargs={"quality": 85}
     )
     histogram = draw_histogram(pairs.scores, pairs.threshold, args.num_std)
@@ -77,10 +69,23 @@ def main() -> None:
 
     # 4. The summary.
     num_dropped = int((~pairs.keep).sum())
-    print(f"{num_dropped:,} of {len(order):,} pairs score below the threshold {pairs.threshold:.4f}.")
+    print(f"{num_dropped:,} of {len(pairs.scores):,} pairs score below the threshold {pairs.threshold:.4f}.")
     if pairs.num_skipped_images > 0:
         print(f"{pairs.num_skipped_images:,} images could not be read and are left out.")
     print(f"All scores are in {scores_path}, the images beside it.")
+
+
+def pairs_of_bands(dataset, pairs: PairScores) -> dict[str, list[tuple]]:
+    """For each band of scores the (image, caption, score) triples that the contact sheet shows."""
+    order = pairs.scores.argsort(stable=True).tolist()
+    bands = {}
+    for band, places in band_positions(len(order)).items():
+        bands[band] = []
+        for row in (order[place] for place in places):
+            item = dataset[int(pairs.pair_ids[row])]
+            caption = item["captions"][int(pairs.caption_numbers[row])]
+            bands[band].append((read_image(item["image"]), caption, pairs.scores[row].item()))
+    return bands
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a model card: of a trained model from its run folder, or of a recipe that nobody has run from its options.
+"""Write a model card for a trained model, from its run folder, or for a recipe that was not run, from its options.
 
     python model_cards/make_cards.py runs/quickstart model_cards/cots-scenes-quickstart.md
     python model_cards/make_cards.py runs/flickr8k_small model_cards/cots-small-flickr8k.md --name cots-small-flickr8k
@@ -21,7 +21,7 @@ from modeling_cots.hub.model_card import build_model_card, describe_encoder
 from modeling_cots.training.record import REPORTED_SETTINGS, load_record
 
 RECIPE_TEMPLATE = Path(__file__).parent / "recipe_template.md"
-# What a configuration does not say. Data: Lu et al., CVPR 2022. Reported: its supplement, MSR-VTT full split.
+# Facts that are not in the configurations. Data: Lu et al., CVPR 2022. Reported: its supplement, MSR-VTT full split.
 RECIPES = {
     "pretrain_5m": {
         "pairs": "5.3",
@@ -37,14 +37,14 @@ RECIPES = {
 
 
 def card_of_run(folder: Path, name: str) -> ModelCard:
-    """The card of a trained model, from what its run has left in `folder`."""
+    """The card of a trained model, from the files of its run in `folder`."""
     return build_model_card(COTSConfig.from_pretrained(folder), load_record(folder), model_name=name)
 
 
 def card_of_recipe(path: Path, name: str) -> ModelCard:
-    """The card of a recipe of the paper: its options, and that there are no weights.
+    """The card of a recipe of the paper: its options, and a note that there are no weights.
 
-    Raises `ValueError` for a configuration that is none of the paper's.
+    Raises `ValueError` for a configuration that is not one of the paper's recipes.
     """
     if path.stem not in RECIPES:
         raise ValueError(
@@ -53,7 +53,7 @@ def card_of_recipe(path: Path, name: str) -> ModelCard:
     options = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(COTSTrainingArguments)}
     given = {option: value for option, value in options.items() if option in known}
-    args = COTSTrainingArguments(**{**given, "use_cpu": True, "bf16": False})  # here nothing is trained
+    args = COTSTrainingArguments(**{**given, "use_cpu": True, "bf16": False})  # nothing is trained here
     config = COTSConfig()
     with torch.device("meta"):
         num_parameters = COTSModel(config).num_parameters()

@@ -1,7 +1,7 @@
-"""Building the two streams from their configurations: which encoders fit, and a clear refusal of the rest.
+"""Building the two encoders from their configurations, and refusing encoders and tokenizers that do not fit.
 
-Encoders are transformers' own. The text stream needs `input_ids` and `last_hidden_state`; the vision stream needs a
-[CLS] vector (the global image feature of COTS) and `bool_masked_pos` (masked image modelling).
+Encoders are transformers' own. The text encoder needs `input_ids` and `last_hidden_state`. The vision encoder needs a
+[CLS] vector (the global image feature of COTS) and `bool_masked_pos` (masked image modeling).
 """
 
 import inspect
@@ -10,11 +10,12 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedM
 
 
 def accepts(function, name: str) -> bool:
+    """Whether a function has a parameter of this name."""
     return name in inspect.signature(function).parameters
 
 
 def _build_encoder(config: PreTrainedConfig, **wanted) -> PreTrainedModel:
-    """`AutoModel.from_config` with those of the `wanted` constructor arguments that this encoder has."""
+    """`AutoModel.from_config`, with the `wanted` constructor arguments that the encoder's class has."""
     encoder_class = MODEL_MAPPING.get(type(config), AutoModel)
     if isinstance(encoder_class, (tuple, list)):
         encoder_class = encoder_class[0]
@@ -26,8 +27,8 @@ def build_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     encoder = _build_encoder(config, add_pooling_layer=False)
     if config.is_encoder_decoder or not accepts(encoder.forward, "input_ids"):
         raise ValueError(
-            f"`{config.model_type}` cannot be the text stream of COTS: it needs an encoder that takes `input_ids` and "
-            "returns `last_hidden_state`, such as bert, roberta, distilbert or modernbert."
+            f"`{config.model_type}` cannot be the text encoder of COTS, which must take `input_ids` and "
+            "return `last_hidden_state`, such as bert, roberta, distilbert or modernbert."
         )
     return encoder
 
@@ -37,12 +38,12 @@ def build_vision_encoder(config: PreTrainedConfig, use_mask_token: bool) -> PreT
     parameter_names = [name.rpartition(".")[2] for name, _ in encoder.named_parameters()]
     if not accepts(encoder.forward, "bool_masked_pos") or "cls_token" not in parameter_names:
         raise ValueError(
-            f"`{config.model_type}` cannot be the vision stream of COTS: it needs an encoder with a [CLS] vector "
-            "whose `forward` takes `bool_masked_pos`, such as vit, deit, beit or dinov2."
+            f"`{config.model_type}` cannot be the vision encoder of COTS, which must have a [CLS] vector "
+            "and take `bool_masked_pos`, such as vit, deit, beit or dinov2."
         )
     if use_mask_token and "mask_token" not in parameter_names:
         raise ValueError(
-            f"This `{config.model_type}` encoder has no mask token, which masked image modelling needs: "
+            f"This `{config.model_type}` encoder has no mask token, which masked image modeling needs: "
             "set `use_mask_token=True` in its vision_config."
         )
     return encoder
@@ -53,16 +54,27 @@ def max_text_length(encoder: PreTrainedModel) -> int | None:
     num_positions = getattr(encoder.config, "max_position_embeddings", None)
     if num_positions is None:
         return None
-    # RoBERTa and its kin count positions from the padding id on, so that the first ones are never used.
+    # RoBERTa and its relatives count positions from the padding id on, so that the first ones are never used.
     tables = [module for name, module in encoder.named_modules() if name.endswith("position_embeddings")]
     unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return num_positions - max(unused, default=0)
 
 
+def check_vocabulary(tokenizer, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a tokenizer with more tokens than the text encoder of a [`COTSConfig`] has embeddings."""
+    num_tokens, vocab_size = len(tokenizer), config.text_config.vocab_size
+    if num_tokens > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens and the text encoder only {vocab_size} embeddings: give the "
+            "tokenizer that the encoder was trained with."
+        )
+
+
 def copy_encoder_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Load the weights of a pre-trained encoder. Raises `ValueError` if they do not cover `target`, masks aside."""
     missing, _ = target.load_state_dict(source.state_dict(), strict=False)
     missing = [name for name in missing if not name.endswith("mask_token")]
     if missing:
         raise ValueError(
-            f"The checkpoint of {type(source).__name__} lacks {len(missing)} weights of the stream, {missing[:3]} ..."
+            f"The checkpoint of {type(source).__name__} lacks {len(missing)} weights of the encoder: {missing[:3]} ..."
         )

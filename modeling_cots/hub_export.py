@@ -1,9 +1,9 @@
-"""One complete repository folder from a COTS model: all that a Hub user expects to find, and nothing of training.
+"""Writing a COTS model as a complete repository folder: all that a Hub user expects, and nothing of training.
 
-Weights and configuration of the two streams, processor and tokenizer, the flat code files that transformers loads
-where this package is not installed, what sentence-transformers reads, the handler of Inference Endpoints, and a card.
-Sending it to a hub is `hub_push.py`'s. This file is one of those code files itself, so that a model which came from a
-hub can be exported again.
+The folder holds weights and configuration of the two encoders, processor and tokenizer, the flat code files that
+transformers loads where this package is not installed, the files that sentence-transformers reads, the handler of
+Inference Endpoints, and a card. `hub_push.py` sends it to a hub. This file is one of the code files itself, so that a
+model loaded from a hub can be exported again.
 """
 
 import copy
@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .encoders_cots import check_vocabulary
 from .pipeline_cots import CUSTOM_PIPELINES
 from .processing_cots import PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
 
@@ -29,7 +30,7 @@ AUTO_MAP = {
     **PROCESSOR_CODE,
     **VIDEO_PROCESSOR_CODE,
 }
-# What is loaded from a repository; the files that these import go along.
+# The code files that transformers loads from a repository. Files that these import are copied as well.
 CODE_FILES = (
     "configuration_cots.py",
     "modeling_cots.py",
@@ -37,9 +38,9 @@ CODE_FILES = (
     "video_processing_cots.py",
     "pipeline_cots.py",
 )
-# Its name in the package, and the one that Inference Endpoints look for in a repository.
+# Name of the handler in the package, and the name that Inference Endpoints look for in a repository.
 HANDLER_FILES = ("hub/handler.py", "handler.py")
-# Of the handler and the code files. What installs them on an endpoint is pip.
+# What the handler and the code files need. An endpoint installs it with pip.
 REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
 CARD_NAME = "README.md"
 CARD_MARK = "<!-- generated card, sha256:{} -->"
@@ -101,16 +102,16 @@ def export_repository(
     Write a folder that is a complete Hub repository.
 
     Args:
-        model: A [`COTSModel`]; of a [`COTSForPreTraining`] only the two streams are written.
+        model: A [`COTSModel`], or a [`COTSForPreTraining`], which is written without its heads.
         processor: The [`COTSProcessor`] of the model.
         folder: Created if need be. Files of the same names are replaced, others stay.
-        card: The card, written as it is. Without one, a `README.md` that is there stays, or else a short card is
-            written that knows the model and nothing of its training.
+        card: The card, written as it is. Without one, an existing `README.md` stays; if there is none, a short card
+            is written that describes the model and says nothing about its training.
         model_id: Where the examples of that short card load the model from; by default the folder's name.
 
-    Raises `ValueError` for a model that is not COTS, and a processor that is none or does not fit the model.
+    Raises `ValueError` for a model that is not COTS, and without a processor that fits the model.
     """
-    model, folder = streams_of(model), Path(folder)
+    model, folder = cots_model_of(model), Path(folder)
     check_processor(model, processor)
     code_folder = find_code(model)
     model.save_pretrained(folder)
@@ -128,39 +129,35 @@ def export_repository(
         (folder / CARD_NAME).write_text(mark_generated(basic), encoding="utf-8")
 
 
-def streams_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The two streams alone, a [`COTSModel`]: without heads, and without the mask token that pre-training adds.
+def cots_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The [`COTSModel`] in a model: without heads, and without the mask token that pre-training adds.
 
     Raises `ValueError` for a model that is not COTS.
     """
     if getattr(model.config, "model_type", None) != "cots":
         raise ValueError(f"This exports COTS models, got {type(model).__name__}.")
-    streams = model.base_model
-    with torch.device("meta"):  # its names only; some encoders have a mask token of their own
-        names = type(streams)(copy.deepcopy(streams.config)).state_dict().keys()
-    weights = streams.state_dict()
+    cots = model.base_model
+    with torch.device("meta"):  # only for the names: some encoders have a mask token without pre-training, too
+        names = type(cots)(copy.deepcopy(cots.config)).state_dict().keys()
+    weights = cots.state_dict()
     if weights.keys() == names:
-        return streams
-    copied = type(streams)(copy.deepcopy(streams.config)).to(streams.dtype)
+        return cots
+    copied = type(cots)(copy.deepcopy(cots.config)).to(cots.dtype)
     copied.load_state_dict({name: weights[name] for name in names})
     return copied
 
 
 def check_processor(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
+    """Raise `ValueError` for a processor without tokenizer or image processor, or with too many tokens."""
     if processor is None or not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ValueError(f"A repository needs the COTSProcessor of the model, got {type(processor).__name__}.")
-    num_words, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
-    if num_words > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {num_words} tokens and the text encoder only {vocab_size} embeddings: give the "
-            "processor that the model was trained with."
-        )
+    check_vocabulary(processor.tokenizer, model.config)
 
 
 def find_code(model: PreTrainedModel) -> Path:
-    """Folder of the code files: this package, or, where this file came with a model, the repository of that model.
+    """Folder of the code files: this package or, if this file was loaded with a model, the repository of that model.
 
-    Raises `ValueError` where that repository is no longer there.
+    Raises `ValueError` for a model that was not loaded from a repository.
     """
     package, source = Path(__file__).parent, model.config.name_or_path
     if (package / HANDLER_FILES[0]).is_file():
@@ -174,7 +171,7 @@ def find_code(model: PreTrainedModel) -> Path:
 
 
 def copy_code(source: Path, target: Path) -> None:
-    """Copy the code files, all that they import from each other, and the handler."""
+    """Copy the code files, the files that they import, and the handler."""
     files = {source / name for name in CODE_FILES}
     for file in [file for file in files if file.is_file()]:
         files.update(map(Path, get_relative_import_files(file)))
@@ -194,7 +191,7 @@ def _name_model_code(folder: Path) -> None:
 
 
 def _name_processor_code(folder: Path) -> None:
-    """Tell them, in `processor_config.json`, where the code of our two processors is."""
+    """Tell the Auto classes, in `processor_config.json`, where the code of our two processors is."""
     config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     config["auto_map"] = PROCESSOR_CODE
     if config.get("video_processor") is not None:
@@ -211,7 +208,7 @@ def write_json(path: Path, content) -> None:
 
 
 def build_basic_card(model: PreTrainedModel, model_id: str) -> ModelCard:
-    """A short card: what the model is and how it is loaded. It claims nothing about training and results."""
+    """A short card: what the model is and how it is loaded, without claims about training and results."""
     config = model.config
     data = ModelCardData(
         library_name="transformers",
@@ -236,20 +233,20 @@ def _describe(config) -> str:
 
 
 def mark_generated(card: ModelCard | str) -> str:
-    """The card with a last line that tells, as long as nobody edits the card, that nobody did."""
+    """The card with its own checksum in a last line, which no longer fits once somebody edits the card."""
     text = _normalized(str(card))
     return f"{text}\n\n{CARD_MARK.format(_digest(text))}\n"
 
 
 def is_untouched(card: str) -> bool:
-    """Whether a card is just as [`mark_generated`] wrote it, and so may be replaced by a newer one."""
+    """Whether a card is unedited since [`mark_generated`] wrote it, so that a newer one may replace it."""
     mark = re.escape(CARD_MARK).replace(r"\{\}", "([0-9a-f]{64})")
     found = re.fullmatch(f"(.*?)\\s*{mark}\\s*", _normalized(card), re.DOTALL)
     return found is not None and _digest(_normalized(found[1])) == found[2]
 
 
 def rename_card(card: str, old_id: str, new_id: str) -> str:
-    """A generated card whose examples load the model from `new_id`; one that somebody edited, as it is."""
+    """The card with `new_id` for `old_id` in its examples; a card that somebody edited is returned unchanged."""
     if not is_untouched(card):
         return card
     text = card.rpartition(CARD_MARK.partition("{")[0])[0]
@@ -259,7 +256,7 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
 
 
 def copy_card_images(card: str, source: Path, target: Path) -> None:
-    """Copy the images that a card shows from the folder it was written for to another one."""
+    """Copy the images that a card shows: files in `source` (its folder) whose relative paths stand in its text."""
     for name in set(re.findall(r"[\w./-]+\.(?:png|jpe?g|webp)", card)):
         image = source / name
         if ".." not in Path(name).parts and not Path(name).is_absolute() and image.is_file():

@@ -1,7 +1,7 @@
-"""Sending a complete repository folder to a hub: one commit, the repository's own card kept, clear refusals.
+"""Pushing a complete repository folder to a hub in one commit, without replacing a card that somebody edited.
 
-The folder is made by `hub_export.py`, or is one of the stock exports. huggingface_hub does the sending, with its
-progress bars and its retries.
+`hub_export.py` or `hub/standard_exports.py` writes the folder. huggingface_hub sends it, with its progress bars and
+its retries.
 """
 
 import os
@@ -20,12 +20,12 @@ from .hub_export import CARD_NAME, export_repository, is_untouched
 
 logger = logging.get_logger(__name__)
 
-# Left in the repository by an earlier push, they would be loaded beside, or in place of, the new weights.
+# Weights of an earlier push, which would be loaded beside the new weights or in place of them: they are deleted.
 STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json"]
 
 
 class HubPushError(RuntimeError):
-    """A push that a hub refused, or that did not get through."""
+    """A push that the hub refused or that the network interrupted."""
 
 
 def push_model(
@@ -40,7 +40,7 @@ def push_model(
     Export a model into a temporary folder and push that (see [`push_folder`] for the options).
 
     Args:
-        processor: Its [`COTSProcessor`]; by default the one beside which the model was loaded.
+        processor: Its [`COTSProcessor`]; by default the one in the folder or repository of the model.
         card: A `ModelCard` or its text; by default a short one without claims about training.
 
     Raises `ValueError` without a processor, and what [`push_folder`] raises.
@@ -53,10 +53,11 @@ def push_model(
 
 
 def processor_of(model: PreTrainedModel) -> ProcessorMixin:
+    """The processor in the folder or repository of a model. Raises `ValueError` where there is none."""
     source = model.config.name_or_path
     if not source:
         raise ValueError("A repository needs the model's processor: push_to_hub(repo_id, processor=processor).")
-    # Code of the repository is run only where the model itself came as such, which its user then has agreed to.
+    # The repository's code runs only if it already did for the model: if this file was loaded as part of it.
     is_remote = not os.path.isfile(Path(__file__).parent / "hub" / "handler.py")
     options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": is_remote}
     try:
@@ -81,20 +82,19 @@ def push_folder(
     """
     Push a folder as one commit into a repository, which is created if there is none.
 
-    A card that somebody has edited stays; one that is as it was generated is replaced. Hidden files, and what Python
-    keeps in `__pycache__`, are not sent.
+    A generated card is replaced unless somebody has edited it. Hidden files and `__pycache__` are not sent.
 
     Args:
         repo_id: `name` or `owner/name`.
-        private: Whether the repository is for its owner only; by default a new one is as the owner has set.
+        private: Make a new repository private; by default as the settings of its owner say.
         revision: Branch to push to, created if there is none; by default `main`.
-        tag: Name for this version, by which it is loaded later: `from_pretrained(repo_id, revision=tag)`.
+        tag: Name of this version, to load it by: `from_pretrained(repo_id, revision=tag)`.
         overwrite_card: Replace the card in the repository even if it was edited.
-        token: In place of the one of the environment or of `hf auth login`.
+        token: By default that of the environment or of `hf auth login`.
 
-    Raises `ValueError` for a tag that exists, and for `private=True` with a repository that everybody sees;
-    [`HubPushError`] for a token that may not do this and for a network that fails. After that the same push can be
-    made again: large files that had arrived are not sent twice.
+    Raises `ValueError` for a tag that exists, and for `private=True` with a public repository. Raises
+    [`HubPushError`] for a token without the right to write, and for a network that fails. The same push can then be
+    made again: large files that have arrived are not sent twice.
     """
     api = HfApi(token=token)
     with _failures_explained(repo_id):
@@ -120,7 +120,7 @@ def push_folder(
 
 def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, skipped: set[str]) -> list:
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    # Not the hidden ones, nor Python's: what git and caches keep there is nobody else's business.
+    # Without hidden files and `__pycache__`, where git and caches keep what is private.
     paths = {
         name.as_posix(): file
         for name, file in files.items()
@@ -136,7 +136,7 @@ def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, sk
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
-    """`repo_id` with its owner, which is the account of the token if none is named."""
+    """`repo_id` with its owner; by default that is the account of the token."""
     if "/" in repo_id:
         return repo_id
     with _failures_explained(repo_id):
@@ -144,7 +144,7 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Create a repository unless it is there; its full id. Raises `ValueError` where `private` is not what it is."""
+    """Create a repository if there is none; return its full id. Raises `ValueError` for a public one if `private`."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and everybody sees it: make it private in its settings first.")
@@ -164,7 +164,7 @@ def _failures_explained(repo_id: str) -> Iterator[None]:
         yield
     except ValueError:  # ours, and huggingface_hub's for an impossible repo_id
         raise
-    except Exception as error:  # httpx's and huggingface_hub's own errors have no common class but this
+    except Exception as error:  # the errors of httpx and huggingface_hub have no other class in common
         raise HubPushError(_explain(repo_id, error)) from error
 
 
@@ -178,8 +178,8 @@ def _explain(repo_id: str, error: Exception) -> str:
             "HF_TOKEN or `token` to one with write access to that owner."
         )
     return (
-        f"The push to {repo_id} did not get through ({reason}). Push again when the network is back: nothing half is "
-        "visible in the repository, and large files that had arrived are not sent twice."
+        f"The push to {repo_id} did not get through ({reason}). Push again when the network is back: the repository "
+        "shows no part of a push, and large files that have arrived are not sent twice."
     )
 
 

@@ -1,4 +1,4 @@
-"""`COTSModel`: the two streams of COTS (Lu et al., CVPR 2022, arXiv 2204.07441), which is what people download.
+"""`COTSModel`: the two encoders of COTS (Lu et al., CVPR 2022, arXiv 2204.07441), which is what people download.
 
 A text encoder and a vision encoder that never attend to each other, each projected to one unit-length embedding;
 retrieval is a dot product. Not here: the heads of masked pre-training (`modeling_cots_pretraining.py`) and the losses,
@@ -28,7 +28,7 @@ from .hub_push import push_model
 
 logger = logging.get_logger(__name__)
 
-# Frames that run through the encoder together where no gradient is wanted: a batch of videos is many images.
+# Number of frames that are encoded together where no gradient is needed: a batch of videos is many images.
 FRAMES_AT_A_TIME = 64
 
 
@@ -125,7 +125,7 @@ class COTSPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # A pre-training checkpoint loads into COTSModel: its heads and its mask token are of no use there.
+    # A pre-training checkpoint loads into COTSModel, which has no heads and no mask token.
     _keys_to_ignore_on_load_unexpected = [
         r"^(cmvm_head|cmlm_head|text_to_image|image_to_text)\.",
         r"vision_model\..*mask_token$",
@@ -146,24 +146,24 @@ class COTSPreTrainedModel(PreTrainedModel):
             config_kwargs:
                 Other fields of [`COTSConfig`], such as `projection_dim` or `temperature`.
 
-        Raises `ValueError` for an encoder that cannot be a stream of COTS, or whose weights do not cover its stream.
+        Raises `ValueError` for an encoder that does not fit COTS, or whose checkpoint lacks weights.
         """
         encoders = [
             encoder if isinstance(encoder, PreTrainedModel) else AutoModel.from_pretrained(encoder)
             for encoder in (text_model, vision_model)
         ]
         text_config, vision_config = (type(e.config).from_dict(e.config.to_dict()) for e in encoders)
-        # The streams train in float32 whatever the checkpoints are stored in.
+        # Encoders train in float32, whatever the dtype of their checkpoints.
         text_config.dtype = vision_config.dtype = None
         model = cls(COTSConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
-        streams = model.base_model.text_model, model.base_model.vision_model
-        for stream, encoder in zip(streams, encoders, strict=True):
-            copy_encoder_weights(encoder, stream)
+        targets = model.base_model.text_model, model.base_model.vision_model
+        for encoder, target in zip(encoders, targets, strict=True):
+            copy_encoder_weights(encoder, target)
         return model
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
-        """As of every model of transformers. Raises `ValueError` for `push_to_hub=True`: `push_to_hub` is for that."""
-        if push_to_hub or True in args[2:3]:  # where transformers has it among its positional arguments
+        """Save as transformers does. Raises `ValueError` for `push_to_hub=True`: call `push_to_hub` instead."""
+        if push_to_hub or True in args[2:3]:  # its place among the positional arguments of transformers
             raise ValueError(
                 "save_pretrained(push_to_hub=True) would push an incomplete repository, without processor, code and "
                 "card: call model.push_to_hub(repo_id, processor=processor) instead."
@@ -172,11 +172,11 @@ class COTSPreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, processor=None, card=None, **push_options):
         """
-        Push the two streams as a complete repository: with processor, code, card, handler (`hub_export.py`).
+        Push the two encoders as a complete repository, with processor, code, card and handler (`hub_export.py`).
 
         Args:
             repo_id (`str`): `name` or `owner/name`; created if there is none.
-            processor ([`COTSProcessor`], *optional*): By default the one beside which the model was loaded.
+            processor ([`COTSProcessor`], *optional*): By default the one in the folder or repository of the model.
             card (`ModelCard` or `str`, *optional*): By default a short one without claims about training.
             push_options: `private`, `revision`, `tag`, `overwrite_card`, `commit_message`, `token`; see `push_folder`.
 
@@ -187,12 +187,12 @@ class COTSPreTrainedModel(PreTrainedModel):
 
 class COTSModel(COTSPreTrainedModel):
     """
-    The two streams of COTS: images and texts in, one unit-length embedding each out.
+    The two encoders of COTS: every image, text or video gets one unit-length embedding.
 
     Args:
         config ([`COTSConfig`]): The architecture.
         use_mask_token (`bool`, defaults to `False`):
-            Whether the vision encoder has the mask token of masked image modelling ([`COTSForPreTraining`] does).
+            Whether the vision encoder has the mask token of masked image modeling, as in [`COTSForPreTraining`].
     """
 
     def __init__(self, config: COTSConfig, use_mask_token: bool = False):
@@ -211,7 +211,7 @@ class COTSModel(COTSPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def _requested_outputs(self) -> dict[str, bool]:
-        """What the composite configuration asks of both streams; their own configurations they heed themselves."""
+        """Outputs that the composite configuration asks of both encoders; each also follows its own configuration."""
         return {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
 
     def run_text_model(
@@ -233,7 +233,7 @@ class COTSModel(COTSPreTrainedModel):
                 for tensor in (input_ids, attention_mask, token_type_ids, position_ids)
             )
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        for name, value in optional.items():  # tokenizers and encoders do not always agree on these two
+        for name, value in optional.items():  # some tokenizers give them to encoders that do not take them
             if value is not None and accepts(self.text_model.forward, name):
                 kwargs[name] = value
         kwargs = {**self._requested_outputs(), **kwargs, "return_dict": True}
@@ -253,7 +253,7 @@ class COTSModel(COTSPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The vision encoder's output; its `pooler_output` is the [CLS] vector (B, vision hidden size)."""
-        if not pixel_values.is_floating_point():  # encoders would cast raw pixels and see an image far too bright
+        if not pixel_values.is_floating_point():  # encoders would cast raw pixels, which are far out of range
             raise ValueError(
                 f"`pixel_values` must be normalized floats, as the processor gives; got {pixel_values.dtype}."
             )
@@ -270,6 +270,29 @@ class COTSModel(COTSPreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
+    # What the public functions below share. Only those return a tuple where `return_dict` asks for one.
+
+    def _text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        outputs = self.run_text_model(*args, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def _image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
+        return outputs
+
+    def _video_features(
+        self, pixel_values_videos: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        outputs = self._image_features(frames_of(pixel_values_videos), interpolate_pos_encoding, **kwargs)
+        shape = pixel_values_videos.shape[:2]
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, shape)
+        outputs.pooler_output = unit_length(outputs.pooler_output).unflatten(0, shape).mean(dim=1)
+        return outputs
+
     @can_return_tuple
     def get_text_features(
         self,
@@ -283,9 +306,7 @@ class COTSModel(COTSPreTrainedModel):
         Text features in the form of transformers 5: `last_hidden_state` (B, L, text hidden size) of the encoder and,
         in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see `encode_text`.
         """
-        outputs = self.run_text_model(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
-        return outputs
+        return self._text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
 
     @can_return_tuple
     def get_image_features(
@@ -299,9 +320,7 @@ class COTSModel(COTSPreTrainedModel):
         encoder and, in `pooler_output` (B, `projection_dim`), the projection, *not* normalized. For embeddings see
         `encode_image`.
         """
-        outputs = self.run_vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        outputs.pooler_output = self.vision_projection(outputs.pooler_output)
-        return outputs
+        return self._image_features(pixel_values, interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -316,22 +335,15 @@ class COTSModel(COTSPreTrainedModel):
         normalized again (COTS, supplement). Hidden states and attentions are the frames', one after the other (B * T).
         Frames are encoded apart, so their order counts for nothing. For embeddings see `encode_video`.
         """
-        frames = frames_of(pixel_values_videos)
-        outputs = self.get_image_features(frames, interpolate_pos_encoding, **{**kwargs, "return_dict": True})
-        shape = pixel_values_videos.shape[:2]
-        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, shape)
-        outputs.pooler_output = unit_length(outputs.pooler_output).unflatten(0, shape).mean(dim=1)
-        return outputs
+        return self._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """Unit-length text embeddings (B, `projection_dim`), float32, of token ids (B, L)."""
-        return unit_length(
-            self.get_text_features(input_ids, attention_mask, **{**kwargs, "return_dict": True}).pooler_output
-        )
+        return unit_length(self._text_features(input_ids, attention_mask, **kwargs).pooler_output)
 
     def encode_image(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Unit-length image embeddings (B, `projection_dim`), float32, of pixels (B, 3, H, W)."""
-        return unit_length(self.get_image_features(pixel_values, **{**kwargs, "return_dict": True}).pooler_output)
+        return unit_length(self._image_features(pixel_values, **kwargs).pooler_output)
 
     def encode_video(self, pixel_values_videos: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -377,17 +389,16 @@ class COTSModel(COTSPreTrainedModel):
         if return_loss and (input_ids is None or not has_pixels):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values` or `pixel_values_videos`.")
         output = COTSOutput()
-        kwargs["return_dict"] = True
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            image_features = self._image_features(pixel_values, interpolate_pos_encoding, **kwargs)
             output.vision_model_output = image_features
             output.image_embeds = unit_length(image_features.pooler_output)
         if pixel_values_videos is not None:
-            video_features = self.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            video_features = self._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
             output.video_model_output = video_features
             output.video_embeds = unit_length(video_features.pooler_output)
         if input_ids is not None:
-            text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
+            text_features = self._text_features(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
             output.text_model_output = text_features
             output.text_embeds = unit_length(text_features.pooler_output)
         if has_pixels and input_ids is not None:

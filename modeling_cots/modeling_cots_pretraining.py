@@ -1,7 +1,7 @@
-"""`COTSForPreTraining`: the two streams with the heads of the paper's token level (COTS, CVPR 2022).
+"""`COTSForPreTraining`: the two encoders with the heads of the paper's token level (COTS, CVPR 2022).
 
-Its `forward` encodes; the four losses, the momentum copy and the queues are the trainer's. It is a file of its own
-because a downloaded `COTSModel` carries its code along, and has no use for these heads.
+Its `forward` encodes. The four losses, the momentum copy and the queues belong to training. This is a separate file
+because a saved `COTSModel` carries its code along, and needs no heads.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_cots import COTSConfig
 from .modeling_cots import COTSModel, COTSPreTrainedModel, unit_length
 
-# Patches or tokens of both views up to which they run as one batch: small layers wait for their calls more than they
-# compute. Above it the two run one after the other, and a layer's memory is that of one (docs/performance.md).
+# Largest number of positions (patches or tokens, both passes together) at which an encoder makes its unmasked and its
+# masked pass as one batch: launching a small layer takes longer than computing it. Larger batches make the passes one
+# after the other, so that a layer needs the memory of one pass (docs/performance.md).
 MAX_JOINED_POSITIONS = 1024
 
-# What an encoder gives for the clean and, if there is one, for the masked view of a batch.
-Views = tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling | None]
+# Outputs of an encoder for the unmasked pass and for the masked pass, which is `None` without a mask.
+Passes = tuple[BaseModelOutputWithPooling, BaseModelOutputWithPooling | None]
 
 
 @dataclass
@@ -39,7 +40,7 @@ class COTSForPreTrainingOutput(ModelOutput):
             Unit-length embeddings of the unmasked texts.
         image_token_logits (`torch.Tensor` of shape `(masked patches, image_vocab_size)`, with `bool_masked_pos`):
             Scores of the visual tokens, one row for every masked patch, in row-major order of the mask (CMVM).
-        text_token_logits (`torch.Tensor` of shape `(masked words, vocab_size)`, with `masked_input_ids`):
+        text_token_logits (`torch.Tensor` of shape `(masked tokens, vocab_size)`, with `masked_input_ids`):
             Scores of the tokens, one row for every masked one, in row-major order of the mask (CMLM).
         text_model_output (`BaseModelOutputWithPooling`):
             Output of the text encoder for the unmasked texts, with the global text feature as `pooler_output`.
@@ -61,10 +62,9 @@ class COTSForPreTrainingOutput(ModelOutput):
 
 class COTSForPreTraining(COTSPreTrainedModel):
     """
-    [`COTSModel`], as `.cots`, with the heads of masked vision-language modelling (the paper's token level).
+    [`COTSModel`], as `.cots`, with the heads of masked vision-language modeling (the paper's token level).
 
-    `forward` encodes; the losses are the trainer's. One call makes the clean and the masked pass of both streams, as
-    one batch where it is small, otherwise one after the other.
+    `forward` encodes and computes no loss. One call makes the unmasked and the masked pass of both encoders.
     """
 
     def __init__(self, config: COTSConfig):
@@ -144,22 +144,16 @@ class COTSForPreTraining(COTSPreTrainedModel):
             raise ValueError("Give `pixel_values` or `pixel_values_videos`, one of the two.")
         if (masked_input_ids is None) != (masked_token_pos is None):
             raise ValueError("`masked_input_ids` and `masked_token_pos` go together.")
-        kwargs["return_dict"] = True
         if pixel_values_videos is not None:
             if bool_masked_pos is not None or masked_input_ids is not None:
                 raise ValueError("Videos have no masked passes: leave out `bool_masked_pos` and `masked_input_ids`.")
-            vision_output = self.cots.get_video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
-            text_output = self.cots.get_text_features(input_ids, attention_mask, token_type_ids, **kwargs)
-            return COTSForPreTrainingOutput(
-                image_embeds=unit_length(vision_output.pooler_output),
-                text_embeds=unit_length(text_output.pooler_output),
-                text_model_output=text_output,
-                vision_model_output=vision_output,
-            )
-        vision_output, masked_vision_output = self._run_vision_views(
+            video_features = self.cots._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
+            text_features = self.cots._text_features(input_ids, attention_mask, token_type_ids, **kwargs)
+            return _embeddings_of_videos(video_features, text_features)
+        vision_output, masked_vision_output = self._run_vision_passes(
             pixel_values, bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
-        text_output, masked_text_output = self._run_text_views(
+        text_output, masked_text_output = self._run_text_passes(
             input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs
         )
         image_feature, text_feature = vision_output.pooler_output, text_output.pooler_output
@@ -177,7 +171,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
             vision_model_output=vision_output,
         )
 
-    def _run_vision_views(self, pixel_values, bool_masked_pos, **kwargs) -> Views:
+    def _run_vision_passes(self, pixel_values, bool_masked_pos, **kwargs) -> Passes:
         run = partial(self.cots.run_vision_model, **kwargs)
         if bool_masked_pos is None:
             return run(pixel_values), None
@@ -185,16 +179,16 @@ class COTSForPreTraining(COTSPreTrainedModel):
         if 2 * bool_masked_pos.numel() > MAX_JOINED_POSITIONS:
             return run(pixel_values), run(pixel_values, bool_masked_pos)
         nothing = torch.zeros_like(bool_masked_pos)
-        return _halves(run(torch.cat([pixel_values] * 2), torch.cat([nothing, bool_masked_pos])))
+        return _split_passes(run(torch.cat([pixel_values] * 2), torch.cat([nothing, bool_masked_pos])))
 
-    def _run_text_views(self, input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs) -> Views:
+    def _run_text_passes(self, input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs) -> Passes:
         run = partial(self.cots.run_text_model, **kwargs)
         if masked_input_ids is None:
             return run(input_ids, attention_mask, token_type_ids), None
         if 2 * input_ids.numel() > MAX_JOINED_POSITIONS:
             return tuple(run(ids, attention_mask, token_type_ids) for ids in (input_ids, masked_input_ids))
         shared = (None if tensor is None else torch.cat([tensor] * 2) for tensor in (attention_mask, token_type_ids))
-        return _halves(run(torch.cat([input_ids, masked_input_ids]), *shared))
+        return _split_passes(run(torch.cat([input_ids, masked_input_ids]), *shared))
 
     def _predict_image_tokens(self, masked_vision_output, bool_masked_pos, text_feature) -> torch.Tensor:
         # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
@@ -204,13 +198,24 @@ class COTSForPreTraining(COTSPreTrainedModel):
         return self.cmvm_head(conditioned[bool_masked_pos])
 
     def _predict_text_tokens(self, masked_text_output, masked_token_pos, image_feature) -> torch.Tensor:
-        # COTS, token level (CMLM): the paired image's global feature is added to each masked word's vector.
+        # COTS, token level (CMLM): the paired image's global feature is added to each masked token's vector.
         conditioned = masked_text_output.last_hidden_state + self.image_to_text(image_feature).unsqueeze(1)
         return self.cmlm_head(conditioned[masked_token_pos])
 
 
-def _halves(output: BaseModelOutputWithPooling) -> Views:
-    """The clean and the masked view of B samples, from the output for both of them, one after the other (2 B)."""
+def _embeddings_of_videos(
+    video_features: BaseModelOutputWithPooling, text_features: BaseModelOutputWithPooling
+) -> COTSForPreTrainingOutput:
+    return COTSForPreTrainingOutput(
+        image_embeds=unit_length(video_features.pooler_output),
+        text_embeds=unit_length(text_features.pooler_output),
+        text_model_output=text_features,
+        vision_model_output=video_features,
+    )
+
+
+def _split_passes(output: BaseModelOutputWithPooling) -> Passes:
+    """The output of one batch (2 B) as that of its unmasked first half and of its masked second half (B each)."""
     halves = ({}, {})
     for name, value in output.items():
         if isinstance(value, tuple):  # of layers, some of which may not have been asked for
@@ -220,6 +225,3 @@ def _halves(output: BaseModelOutputWithPooling) -> Views:
         for number, half in enumerate(halves):
             half[name] = tuple(part[number] for part in parts) if isinstance(value, tuple) else parts[number]
     return tuple(BaseModelOutputWithPooling(**half) for half in halves)
-
-
-__all__ = ["COTSForPreTraining", "COTSForPreTrainingOutput"]

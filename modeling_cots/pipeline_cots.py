@@ -1,8 +1,8 @@
 """`image-text-retrieval`: which candidates fit an image or a text, by the dot product of their embeddings.
 
 The package registers the task; a model repository carries this file and names it in `custom_pipelines` of its
-`config.json`. Candidates are embedded once (`build_index`) and a query costs one encoder pass and one product. Not
-here: indexes that live on disk or beyond the memory of one machine.
+`config.json`. Candidates are embedded once (`build_index`). A query then costs one encoder pass and one product. Not
+here: indexes on disk and indexes larger than the memory of one machine (the package's `search`).
 """
 
 import os
@@ -18,11 +18,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TASK = "image-text-retrieval"
-# What `config.json` of a model repository says of it.
+# The entry `custom_pipelines` in `config.json` of a model repository.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_cots.ImageTextRetrievalPipeline", "pt": ["AutoModel"]}}
 IMAGE_URLS = ("http://", "https://", "data:image/")
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TIMEOUT = 10.0  # seconds; without one, transformers would wait for a silent server for ever
+TIMEOUT = 10.0  # seconds; without a timeout, transformers would wait for a silent server forever
 BATCH_SIZE = 32  # of candidates
 QUIET_SECONDS = 2.0  # shorter work shows no progress bar
 
@@ -30,13 +30,13 @@ QUIET_SECONDS = 2.0  # shorter work shows no progress bar
 @dataclass(frozen=True)
 class RetrievalIndex:
     """
-    Candidates, embedded.
+    Embedded candidates.
 
     Args:
         embeds (`torch.Tensor` of shape `(N, projection_dim)`, float32, unit length): Their embeddings.
-        items: N objects that answers name: the candidates themselves, or titles, paths, rows of a table.
+        items: N objects to return in answers: the candidates themselves, or titles, paths, rows of a table.
 
-    Raises `ValueError` if the two do not have the same length, or there is nothing to find.
+    Raises `ValueError` if the two differ in length or are empty.
     """
 
     embeds: torch.Tensor
@@ -63,9 +63,9 @@ class ImageTextRetrievalPipeline(Pipeline):
     """
     Finds the candidates, images or texts, that fit a query, an image or a text.
 
-    An image is a PIL image, a URL, a `data:image/` URL or a path; every other string is a text. Where that guess is
-    not wanted, as with strings of strangers, say `{"image": ...}` or `{"text": ...}`. Texts that are too long for the
-    model are cut, with a warning.
+    An image is a PIL image, a URL, a `data:image/` URL or a path; every other string is a text. `{"image": ...}` or
+    `{"text": ...}` says which one a string is; strings from strangers should not be left to the guess. Texts that are
+    too long for the model are cut, with a warning.
 
     ```python
     >>> finder = pipeline("image-text-retrieval", model="runs/quickstart")
@@ -96,7 +96,7 @@ class ImageTextRetrievalPipeline(Pipeline):
         Args:
             inputs: A query, a list of queries, or a data set or generator of them.
             candidates (*optional*): Images and texts to choose from, embedded anew in every call.
-            index ([`RetrievalIndex`], *optional*): Instead of candidates, what `build_index` made of them.
+            index ([`RetrievalIndex`], *optional*): What `build_index` returned, instead of `candidates`.
             top_k (`int`, defaults to 5): How many to return for each query.
             timeout (`float`, defaults to 10): Seconds to wait for a URL.
             batch_size (`int`, *optional*): How many images or texts enter the model together.
@@ -131,7 +131,7 @@ class ImageTextRetrievalPipeline(Pipeline):
 
         Args:
             candidates: Images and texts, as in a call.
-            items (*optional*): What answers name instead of the candidates, one for each.
+            items (*optional*): Objects to return in answers instead of the candidates, one for each.
             batch_size (`int`, defaults to that of the pipeline, or 32): How many enter the model together.
             timeout (`float`, defaults to that of the pipeline): Seconds to wait for a URL.
         """
@@ -143,7 +143,7 @@ class ImageTextRetrievalPipeline(Pipeline):
             raise ValueError(f"Got {len(candidates)} candidates and {len(items)} items; need as many, at least one.")
         batch_size = batch_size or self._batch_size or BATCH_SIZE
         params = self._preprocess_params if timeout is None else {**self._preprocess_params, "timeout": timeout}
-        # Texts of like length together: a batch is padded to its longest.
+        # Texts of similar length together: a batch is padded to its longest text.
         order = sorted(range(len(candidates)), key=lambda row: _num_characters(candidates[row]))
         parts = []
         starts = range(0, len(candidates), batch_size)
@@ -162,8 +162,8 @@ class ImageTextRetrievalPipeline(Pipeline):
         return {} if timeout is None else {"timeout": timeout}, {}, given
 
     def preprocess(self, query: Any, timeout: float = TIMEOUT) -> dict[str, dict]:
-        # One key for both kinds, as transformers batches only what has the same keys.
-        kind, content = _told_apart(query)
+        # One key for images and texts, as transformers batches only inputs with the same keys.
+        kind, content = _image_or_text(query)
         return {"query": self._read_image(content, timeout) if kind == "image" else self._tokenize(content)}
 
     def _read_image(self, source: Any, timeout: float) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ class ImageTextRetrievalPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict) -> dict[str, torch.Tensor]:
         queries = model_inputs["query"]
-        queries = queries if isinstance(queries, list) else [queries]  # a single one comes as it is
+        queries = queries if isinstance(queries, list) else [queries]  # a single query has no list
         embeds = torch.empty(len(queries), self.model.config.projection_dim, device=self.device)
         images = [row for row, query in enumerate(queries) if "pixel_values" in query]
         texts = [row for row, query in enumerate(queries) if "pixel_values" not in query]
@@ -208,8 +208,8 @@ class ImageTextRetrievalPipeline(Pipeline):
             self.processor.save_pretrained(save_directory)
 
 
-def _told_apart(query: Any) -> tuple[str, Any]:
-    """`("image", source)` or `("text", text)`; raises `ValueError` for what is neither."""
+def _image_or_text(query: Any) -> tuple[str, Any]:
+    """`("image", source)` or `("text", text)`. Raises `ValueError` for anything else."""
     if isinstance(query, dict) and len(query) == 1 and next(iter(query)) in ("image", "text"):
         ((kind, content),) = query.items()
         content = str(content) if isinstance(content, os.PathLike) else content
@@ -220,7 +220,7 @@ def _told_apart(query: Any) -> tuple[str, Any]:
     elif isinstance(query, os.PathLike):
         return "image", str(query)
     elif isinstance(query, str):
-        return ("image" if _names_a_image(query) else "text"), query
+        return ("image" if _names_an_image(query) else "text"), query
     raise ValueError(
         f"A query or candidate is an image (PIL image, URL or path) or a text, or {{'image': ...}} or "
         f"{{'text': ...}}; got {str(query)[:100]!r} of type {type(query).__name__}."
@@ -236,8 +236,8 @@ def _is_missing(source: str) -> bool:
     return not source.lower().startswith(IMAGE_URLS) and not os.path.isfile(source)
 
 
-def _names_a_image(text: str) -> bool:
-    """Whether a string says where an image is; a file that is missing is then an error and not a text."""
+def _names_an_image(text: str) -> bool:
+    """Whether a string is the URL or path of an image. A missing file is then an error, not a text."""
     if text.lower().startswith(IMAGE_URLS):
         return True
     is_one_word = not any(character.isspace() for character in text)

@@ -1,14 +1,15 @@
 """`COTSProcessor`: images, captions and videos to tensors, in one object that is saved beside the model.
 
-It composes the image processor, the tokenizer and the video processor of transformers and adds no call logic of its
-own. Random augmentation is not here: it belongs to training (`data_collator.py`).
+It combines the image processor and the tokenizer of transformers with our video processor, and adds nothing to their
+calls. Random augmentation is not here: it belongs to training (`data/image_augmentation.py`).
 """
 
 from transformers.processing_utils import ProcessorMixin
 
-# Where a repository has the code of a processor and of the one for videos in it.
+# The `auto_map` of a repository: the file and class of the processor, and of the video processor in it.
 PROCESSOR_CODE = {"AutoProcessor": "processing_cots.COTSProcessor"}
 VIDEO_PROCESSOR_CODE = {"AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor"}
+# Arguments of a call that a tokenizer keeps in `init_kwargs`.
 LEFT_BY_CALLS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 
 
@@ -31,9 +32,9 @@ class COTSProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        Save the parts, the tokenizer without what its last call has left in it.
+        Save all parts; the tokenizer without the truncation and padding of its last call.
 
-        Raises `ValueError` for `push_to_hub=True`, after which nobody could load the processor without the package.
+        Raises `ValueError` for `push_to_hub=True`, which would push settings without the code to load them with.
         """
         if push_to_hub:
             raise ValueError("Call processor.push_to_hub(repo_id): save_pretrained(push_to_hub=True) leaves out code.")
@@ -42,9 +43,10 @@ class COTSProcessor(ProcessorMixin):
 
     def push_to_hub(self, repo_id: str, **options):
         """
-        Push the processor alone, as transformers does, into the repository of its model.
+        Push the processor without a model, into a repository that `COTSModel.push_to_hub` has filled.
 
-        Its settings go on naming the code that `COTSModel.push_to_hub` brings there; that brings a processor, too.
+        The code of the processor has to be in the repository already: this pushes settings that name it in `auto_map`.
+        To push model and processor together, call `COTSModel.push_to_hub`.
         """
         parts = [(self, PROCESSOR_CODE)]
         if getattr(self, "video_processor", None) is not None:
@@ -62,8 +64,8 @@ def forget_calls(tokenizer) -> None:
     """
     Drop the truncation and padding of a tokenizer's last call.
 
-    A fast tokenizer keeps them and saves them; loading makes defaults of them, and a processor would cut every text at
-    the `max_length` of somebody's last call instead of at `model_max_length` (tests/test_processing_cots.py).
+    A fast tokenizer saves them, and a loaded tokenizer has them as defaults. Texts would be cut at the `max_length` of
+    that call instead of at `model_max_length` (tests/test_processing_cots.py).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

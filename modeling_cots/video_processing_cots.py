@@ -26,9 +26,9 @@ class COTSVideoProcessor(BaseVideoProcessor):
     """
     Samples frames uniformly over the whole video, resizes and normalizes them: `pixel_values_videos` (B, T, 3, H, W).
 
-    A video of fewer than `num_frames` frames repeats some of them, so that every video gives a tensor of equal shape;
-    transformers' default refuses it. Videos are arrays (frames, height, width, 3) or (frames, 3, height, width), paths
-    of files, which are decoded frame by frame (`read_video`), or URLs, which transformers fetches.
+    A video of fewer than `num_frames` frames repeats some of them, so that every video gives a tensor of equal shape.
+    transformers' default refuses such a video. Videos are arrays (frames, height, width, 3) or (frames, 3, height,
+    width), paths of files, which are decoded frame by frame (`read_video`), or URLs, which transformers fetches.
 
     Set at construction or at a call: `num_frames` (16; `None` takes all frames); `fps`, frames a second, in place of
     it; `random_frames` (`False`; `True` in training), drawn from torch's generator.
@@ -48,7 +48,7 @@ class COTSVideoProcessor(BaseVideoProcessor):
     valid_kwargs = COTSVideosKwargs
 
     def preprocess(self, videos, **kwargs: Unpack[COTSVideosKwargs]):
-        """As the base class does; `fps` at the call takes the place of a `num_frames` that is not given there too."""
+        """As the base class does. With `fps` in the call, a `num_frames` from construction does not count."""
         if kwargs.get("fps") is not None:
             kwargs.setdefault("num_frames", None)
         return super().preprocess(videos, **kwargs)
@@ -62,12 +62,12 @@ class COTSVideoProcessor(BaseVideoProcessor):
         **kwargs,
     ) -> np.ndarray:
         """
-        Positions (T,) of the frames to take, ascending: one of each of T equal segments of the video.
+        Positions (T,) of the frames to take, ascending: one from each of T equal segments of the video.
 
         Args:
-            metadata: Gives the number of frames of the video, and its frame rate where `fps` is asked for.
-            num_frames: T, with repeated positions where the video is shorter; `None` takes all frames.
-            fps: Frames a second to take instead, at least one.
+            metadata: Has the number of frames of the video, and its frame rate, which `fps` needs.
+            num_frames: T; a video with fewer frames repeats some. `None` takes all frames.
+            fps: Frames a second to take instead; a video gives at least one frame.
             random_frames: A random frame of each segment instead of its middle one.
 
         Raises `ValueError` for a video without frames, for `num_frames` and `fps` at once, and for `fps` of a video
@@ -84,7 +84,7 @@ class COTSVideoProcessor(BaseVideoProcessor):
         return ((np.arange(num_frames) + offsets) * total / num_frames).astype(int)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
-        """Decode files with `read_video` where PyAV is installed; URLs and all else are the base class's."""
+        """Decode files with `read_video` where PyAV is installed; URLs are left to the base class."""
         if isinstance(video_url_or_urls, list):
             return list(zip(*(self.fetch_videos(url, sample_indices_fn) for url in video_url_or_urls), strict=True))
         if isinstance(video_url_or_urls, str) and "://" not in video_url_or_urls and is_av_available():

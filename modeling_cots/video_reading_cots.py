@@ -2,7 +2,7 @@
 
 transformers has a reader with PyAV too, which could not be used: it returns a repeated position once, so that a video
 shorter than the sample gives too few frames, and it believes the number of frames in the file's header, which is 0
-for webm. `tests/test_video_reading_cots.py` guards what this one does instead.
+for webm. `tests/test_video_reading_cots.py` tests both cases.
 """
 
 from bisect import bisect_right
@@ -14,10 +14,8 @@ import numpy as np
 from transformers.utils import is_av_available, requires_backends
 from transformers.video_utils import VideoMetadata
 
-# Containers that lead to the key frame before a given time; the others are decoded from their start.
+# Containers that can seek to the key frame before a given time; others are decoded from their start.
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
-# Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
-MAX_FRAME_PIXELS = 7680 * 4320
 # Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
 MAX_FRAME_PIXELS = 7680 * 4320
 
@@ -29,12 +27,12 @@ class UnreadableVideoError(ValueError):
 @dataclass(frozen=True)
 class FrameTimes:
     """
-    When the frames of a stream are shown, as its packets tell without being decoded.
+    At what times the frames of a video stream are shown, read from its packets without decoding them.
 
     Args:
-        num_frames: Their number, whatever the file's header says.
-        shown_at: Their times in order, in the stream's own unit; `None` where the packets do not tell them reliably.
-        key_frames: Times of those that decoding can start from, in order.
+        num_frames: Number of frames, counted instead of taken from the file's header.
+        shown_at: Time of every frame, ascending, in the time base of the stream; `None` where packets lack times.
+        key_frames: Times of the frames that decoding can start from, ascending.
     """
 
     num_frames: int
@@ -48,13 +46,13 @@ def read_video(
     """
     Decode frames of a video file: mp4, webm, avi, or whatever else FFmpeg reads.
 
-    Frames are counted, not timed, so that a variable frame rate changes nothing; they are turned upright as the file
-    says. In place of a frame that is damaged stands the next that can be decoded, or the last.
+    Frames are counted, not timed, so that a variable frame rate makes no difference. They are rotated upright as the
+    file says. A damaged frame is replaced by the next one that can be decoded, or by the last.
 
     Args:
-        path: Of the file.
-        sample_indices_fn: Called with `metadata`, gives the positions (T,) of the frames, in any order, with
-            repetitions if wanted. `None` takes all frames.
+        path: The video file.
+        sample_indices_fn: Called with `metadata`, returns the positions (T,) of the frames, in any order, possibly
+            repeated. `None` takes all frames.
 
     Returns frames (T, H, W, 3), uint8 RGB, and their `VideoMetadata`, as transformers' decoders do.
 
@@ -99,7 +97,7 @@ def _image_stream(container):
     if is_av_available():
         from av.stream import Disposition
     for stream in container.streams.video:
-        if stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
+        if stream.disposition & Disposition.attached_pic:  # the cover of a music file
             continue
         if stream.width * stream.height > MAX_FRAME_PIXELS:
             raise UnreadableVideoError(f"Its frames have {stream.width} x {stream.height} pixels, above the limit.")
@@ -108,7 +106,7 @@ def _image_stream(container):
 
 
 def _frame_times(container, stream) -> FrameTimes:
-    """Walk over all packets of a stream; none is decoded, and none is kept."""
+    """Read the times of a stream from its packets, of which none is decoded or kept."""
     packets = [
         (packet.pts, packet.is_keyframe)
         for packet in container.demux(stream)
@@ -146,7 +144,7 @@ def _frames_at(container, stream, times: FrameTimes, wanted: list[int]) -> Itera
 
 
 def _decoded(container, stream, is_timed: bool) -> Iterator[tuple[int, object]]:
-    """Frames from where the container stands, each with the time it is shown at, or else its number."""
+    """Frames from the position of the container on, each with its time, or with its number if not `is_timed`."""
     number = 0
     for packet in container.demux(stream):
         try:
@@ -160,7 +158,7 @@ def _decoded(container, stream, is_timed: bool) -> Iterator[tuple[int, object]]:
 
 
 def _to_array(frames: Iterator) -> np.ndarray:
-    """(T, H, W, 3) uint8, upright, of the size of the first: a stream may change its own midway."""
+    """(T, H, W, 3) uint8, upright, at the size of the first frame: a stream may change its size midway."""
     arrays, size = [], {}
     for frame in frames:
         size = size or {"width": frame.width, "height": frame.height}

@@ -1,5 +1,6 @@
 """One tiny configuration, and a processor to match, for all tests. Offline, on one CPU thread."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,12 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # `python -m pytest --hypothesis-profile default`.
 settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """A training run collects garbage: without this, each time among millions of objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -29,9 +29,9 @@ def is_there(name: str) -> bool:
         return any(ROOT.glob(name))
     if (ROOT / name).exists():
         return True
-    # A file by its name alone, or by its room in the package.
-    homes = [PACKAGE, *(ROOT / folder for folder in ("tests", "examples", "benchmarks", "demo"))]
-    return any((home / name).is_file() for home in homes) or len(list(PACKAGE.rglob(f"*/{name}"))) == 1
+    # A file by its name alone, of which there is one, or by its room.
+    homes = [ROOT / folder for folder in ("modeling_cots", "tests", "examples", "benchmarks", "demo")]
+    return len([file for home in homes for file in home.rglob(name)]) == 1 or (PACKAGE / name).is_file()
 
 
 def is_module(parts: list[str]) -> bool:

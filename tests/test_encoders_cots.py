@@ -1,11 +1,17 @@
-"""Which encoders can be a stream of COTS, and building a model from pre-trained ones."""
+"""Which encoders fit COTS, and building a model from pre-trained ones."""
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, BertConfig, BertModel, ViTConfig, ViTModel
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel
-from modeling_cots.encoders_cots import accepts, build_text_encoder, build_vision_encoder, max_text_length
+from modeling_cots.encoders_cots import (
+    accepts,
+    build_text_encoder,
+    build_vision_encoder,
+    check_vocabulary,
+    max_text_length,
+)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT_SIZES = {**SIZES, "vocab_size": 99, "pad_token_id": 0, "max_position_embeddings": 64}
@@ -79,14 +85,14 @@ def test_vision_encoders_that_fit(tiny_inputs, vision):
 @pytest.mark.parametrize("text", ["t5", "vit", "clip_vision_model"])
 def test_other_text_encoders_are_refused(text):
     small = {"d_model": 32, "num_layers": 1} if text == "t5" else VISION_SIZES
-    with pytest.raises(ValueError, match=f"`{text}` cannot be the text stream.*such as bert"):
+    with pytest.raises(ValueError, match=f"`{text}` cannot be the text encoder.*such as bert"):
         build_text_encoder(CONFIG_MAPPING[text](**small))
 
 
 @pytest.mark.parametrize("vision", ["swin", "clip_vision_model", "siglip_vision_model"])
 def test_other_vision_encoders_are_refused(vision):
     small = {"embed_dim": 8, "depths": [1], "num_heads": [1]} if vision == "swin" else VISION_SIZES
-    with pytest.raises(ValueError, match=f"`{vision}` cannot be the vision stream.*such as vit"):
+    with pytest.raises(ValueError, match=f"`{vision}` cannot be the vision encoder.*such as vit"):
         build_vision_encoder(CONFIG_MAPPING[vision](**small), use_mask_token=False)
 
 
@@ -98,13 +104,13 @@ def test_an_encoder_without_mask_token_cannot_be_pre_trained():
         COTSForPreTraining(config)
 
 
-def test_streams_hold_the_very_sub_configurations(tiny_config):
+def test_encoders_hold_the_very_sub_configurations(tiny_config):
     model = COTSModel(tiny_config)
     assert model.text_model.config is model.config.text_config
     assert model.vision_model.config is model.config.vision_config
 
 
-def test_streams_have_no_pooler_and_only_pre_training_a_mask_token(tiny_config):
+def test_encoders_have_no_pooler_and_only_pre_training_a_mask_token(tiny_config):
     model, pretraining = COTSModel(tiny_config), COTSForPreTraining(tiny_config)
     assert model.text_model.pooler is None and model.vision_model.pooler is None
     assert model.vision_model.embeddings.mask_token is None
@@ -183,14 +189,22 @@ def test_from_encoders_keeps_the_masked_text_head_tied(encoders):
 
 
 def test_from_encoders_refuses_a_model_that_is_no_encoder(encoders):
-    with pytest.raises(ValueError, match="vit.*cannot be the text stream"):
+    with pytest.raises(ValueError, match="vit.*cannot be the text encoder"):
         COTSModel.from_encoders(encoders[1], encoders[1])
     with pytest.raises(ValueError, match="bert.*image_size"):
         COTSModel.from_encoders(encoders[0], encoders[0])
 
 
-def test_from_encoders_refuses_weights_that_do_not_cover_the_stream(encoders):
+def test_from_encoders_refuses_weights_that_do_not_cover_the_encoder(encoders):
     text_model, vision_model = encoders
     del text_model.encoder.layer[1]
     with pytest.raises(ValueError, match="BertModel lacks 16 weights.*layer.1"):
         COTSModel.from_encoders(text_model, vision_model)
+
+
+def test_a_tokenizer_may_have_as_many_tokens_as_there_are_embeddings_and_no_more():
+    config = cots_config()
+    check_vocabulary(range(99), config)
+    check_vocabulary(range(20), config)
+    with pytest.raises(ValueError, match="has 100 tokens and the text encoder only 99 embeddings"):
+        check_vocabulary(range(100), config)

@@ -24,7 +24,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from without_package import run_without_package
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel, COTSProcessor, COTSVideoProcessor
-from modeling_cots.hub_export import export_repository, is_untouched, mark_generated, rename_card, streams_of
+from modeling_cots.hub_export import cots_model_of, export_repository, is_untouched, mark_generated, rename_card
 
 FILES = {
     "README.md",
@@ -106,7 +106,7 @@ def test_has_every_file_and_no_other(folder):
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def test_has_the_weights_of_the_streams_and_nothing_else(model, folder):
+def test_has_the_weights_of_the_encoders_and_nothing_else(model, folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
         num_parameters = sum(file.get_tensor(name).numel() for name in names)
@@ -285,9 +285,9 @@ def test_a_pre_training_checkpoint_loads_as_the_model_and_the_reverse(model, fol
     for original_format in (True, False):  # the second is how COTSTrainer writes its checkpoints
         checkpoint = tmp_path / f"checkpoint-{original_format}"
         model.save_pretrained(checkpoint, save_original_format=original_format)
-        streams, report = COTSModel.from_pretrained(checkpoint, output_loading_info=True)
+        cots, report = COTSModel.from_pretrained(checkpoint, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        for ours, theirs in zip(embed(streams.eval(), tiny_processor), expected, strict=True):
+        for ours, theirs in zip(embed(cots.eval(), tiny_processor), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
     whole, report = COTSForPreTraining.from_pretrained(folder, output_loading_info=True)
     heads = ("cmvm_head.", "cmlm_head.", "text_to_image.", "image_to_text.")
@@ -298,10 +298,10 @@ def test_a_pre_training_checkpoint_loads_as_the_model_and_the_reverse(model, fol
         torch.testing.assert_close(ours, theirs)
 
 
-def test_streams_of_half_precision_stay_in_it(model):
-    streams = streams_of(model.to(torch.bfloat16))
-    assert streams.dtype == torch.bfloat16
-    assert streams_of(streams) is streams
+def test_a_model_of_half_precision_stays_in_it(model):
+    cots = cots_model_of(model.to(torch.bfloat16))
+    assert cots.dtype == torch.bfloat16
+    assert cots_model_of(cots) is cots
 
 
 @pytest.mark.parametrize("vision", [{"model_type": "dinov2"}, {"model_type": "beit", "use_mask_token": True}])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import ClientError
+from forks import ClientError
 from hub_server import READ_TOKEN
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from tiny import CAPTIONS
@@ -136,7 +136,7 @@ def test_a_version_is_pulled_by_its_tag_where_the_package_is_not(hub, checkpoint
         answer["sentences " + revision] = sentences.tolist()
     answer["pushed"] = model.push_to_hub({second_id!r}).oid
     """
-    answer = run_without_package(code, tmp_path, hub.environment())
+    answer = run_without_package(code, tmp_path, hub)
     model, processor = COTSModel.from_pretrained(folder).eval(), COTSProcessor.from_pretrained(folder)
     inputs = processor(text=CAPTIONS, padding=True, truncation=True, return_tensors="pt")
     for revision, scale in (("v1.0", 1.0), ("main", -1.0)):
@@ -217,7 +217,7 @@ def test_a_processor_pushed_behind_its_model_still_names_its_code(hub, checkpoin
     answer["mean"], answer["class"] = list(processor.image_processor.image_mean), type(processor).__name__
     answer["video class"] = type(AutoVideoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)).__name__
     """
-    answer = run_without_package(code, tmp_path, hub.environment())
+    answer = run_without_package(code, tmp_path, hub)
     assert answer == {"mean": [0.1, 0.2, 0.3], "class": "COTSProcessor", "video class": "COTSVideoProcessor"}
 
 

@@ -98,7 +98,7 @@ def test_left_padding_with_its_positions_equals_no_padding(model, tiny_inputs):
 
 
 @torch.no_grad()
-def test_the_streams_never_see_each_other(model, tiny_inputs):
+def test_the_encoders_never_see_each_other(model, tiny_inputs):
     output = model(**tiny_inputs)
     other_images = model(**{**tiny_inputs, "pixel_values": tiny_inputs["pixel_values"].flip(0) + 1})
     assert torch.equal(other_images.text_embeds, output.text_embeds)
@@ -109,7 +109,7 @@ def test_the_streams_never_see_each_other(model, tiny_inputs):
 
 
 @torch.no_grad()
-def test_one_stream_at_a_time(model, tiny_inputs):
+def test_one_encoder_at_a_time(model, tiny_inputs):
     both = model(**tiny_inputs)
     text = model(input_ids=tiny_inputs["input_ids"], attention_mask=tiny_inputs["attention_mask"])
     image = model(pixel_values=tiny_inputs["pixel_values"])
@@ -243,6 +243,6 @@ def test_stock_trainer_fine_tunes_it(model, tiny_inputs, tmp_path):
 
 @pytest.mark.parametrize("entry", ["encode_image", "get_image_features"])
 def test_raw_pixels_are_refused(model, tiny_inputs, entry):
-    """transformers' encoders would cast them without a word."""
+    """transformers' encoders would cast them silently."""
     with pytest.raises(ValueError, match="normalized floats"):
         getattr(model, entry)(tiny_inputs["pixel_values"].to(torch.uint8))

@@ -59,7 +59,7 @@ def test_class_attributes(model_class):
 
 
 @both_models
-def test_base_model_and_streams_are_found(model):
+def test_base_model_and_encoders_are_found(model):
     cots = model.base_model
     assert isinstance(cots, COTSModel)
     assert isinstance(cots.text_model, PreTrainedModel) and isinstance(cots.vision_model, PreTrainedModel)
@@ -181,7 +181,7 @@ def test_feature_methods_return_tuples_on_request(tiny_config, tiny_inputs, meth
 
 
 def _request(config: COTSConfig, how: str) -> dict[str, bool]:
-    """Ask for hidden states and attentions by keyword, on the configuration, or on those of the streams."""
+    """Ask for hidden states and attentions by keyword, on the configuration, or on those of the encoders."""
     if how == "keyword":
         return {"output_hidden_states": True, "output_attentions": True}
     for asked in [config] if how == "config" else [config.text_config, config.vision_config]:
@@ -196,10 +196,10 @@ def _request(config: COTSConfig, how: str) -> dict[str, bool]:
 def test_hidden_states_and_attentions(tiny_config, inputs, model_class, how):
     model = model_class._from_config(tiny_config, attn_implementation="eager").eval()
     output = model(**inputs, **_request(model.config, how))
-    for stream, length in ((output.text_model_output, 7), (output.vision_model_output, 17)):
-        assert [tuple(states.shape) for states in stream.hidden_states] == [(4, length, 32)] * 3
-        assert [tuple(weights.shape) for weights in stream.attentions] == [(4, 4, length, length)] * 2
-        torch.testing.assert_close(stream.attentions[1].sum(-1), torch.ones(4, 4, length))
+    for encoder, length in ((output.text_model_output, 7), (output.vision_model_output, 17)):
+        assert [tuple(states.shape) for states in encoder.hidden_states] == [(4, length, 32)] * 3
+        assert [tuple(weights.shape) for weights in encoder.attentions] == [(4, 4, length, length)] * 2
+        torch.testing.assert_close(encoder.attentions[1].sum(-1), torch.ones(4, 4, length))
     attended_padding = output.text_model_output.attentions[0][3, :, :, 2:]
     assert not attended_padding.any()
 
@@ -208,8 +208,8 @@ def test_hidden_states_and_attentions(tiny_config, inputs, model_class, how):
 @torch.no_grad()
 def test_hidden_states_of_some_layers(model, inputs):
     everything, some = (model(**inputs, output_hidden_states=asked) for asked in (True, [0, 2]))
-    for stream in ("text_model_output", "vision_model_output"):
-        expected, found = everything[stream].hidden_states, some[stream].hidden_states
+    for encoder in ("text_model_output", "vision_model_output"):
+        expected, found = everything[encoder].hidden_states, some[encoder].hidden_states
         assert found[1] is None and torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
 
 
@@ -218,8 +218,8 @@ def test_hidden_states_and_attentions_keep_their_gradient(tiny_config, tiny_inpu
     model = COTSModel._from_config(tiny_config, attn_implementation="eager")
     output = model(**tiny_inputs, output_attentions=True, output_hidden_states=True)
     kept = [
-        getattr(stream, name)[0]
-        for stream in (output.text_model_output, output.vision_model_output)
+        getattr(encoder, name)[0]
+        for encoder in (output.text_model_output, output.vision_model_output)
         for name in ("hidden_states", "attentions")
     ]
     for tensor in kept:

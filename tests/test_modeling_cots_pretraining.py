@@ -79,7 +79,7 @@ def test_embeddings_are_those_of_the_unmasked_pairs(model, tiny_inputs, tiny_mas
 
 
 @pytest.mark.parametrize("vision", [{"model_type": "vit"}, {"model_type": "beit"}, {"model_type": "dinov2"}])
-def test_joined_views_equal_views_one_after_the_other(tiny_config, tiny_masked_inputs, monkeypatch, vision):
+def test_joined_passes_equal_passes_one_after_the_other(tiny_config, tiny_masked_inputs, monkeypatch, vision):
     """Outputs and gradients, whichever way the encoder hides patches; both ways really taken."""
     if vision["model_type"] != "vit":
         sizes = {name: getattr(tiny_config.vision_config, name) for name in VISION_SIZES}
@@ -95,8 +95,8 @@ def test_joined_views_equal_views_one_after_the_other(tiny_config, tiny_masked_i
         if name.endswith("mask_token"):
             nn.init.normal_(parameter)
     passes, results = [], []
-    for stream in (model.cots.vision_model, model.cots.text_model):
-        stream.register_forward_hook(lambda module, args, output: passes.append(len(output.last_hidden_state)))
+    for encoder in (model.cots.vision_model, model.cots.text_model):
+        encoder.register_forward_hook(lambda module, args, output: passes.append(len(output.last_hidden_state)))
     for limit in (0, 2**20):
         monkeypatch.setattr(modeling_cots_pretraining, "MAX_JOINED_POSITIONS", limit)
         model.zero_grad()
@@ -189,14 +189,14 @@ def test_masked_pixels_stay_hidden(model, tiny_masked_inputs):
 
 
 @pytest.mark.parametrize(
-    ("logits", "other_stream", "bridge"),
+    ("logits", "other_encoder", "bridge"),
     [("image_token_logits", "text_model", "text_to_image"), ("text_token_logits", "vision_model", "image_to_text")],
 )
-def test_gradient_reaches_the_other_stream_through_its_global_feature(
-    model, tiny_masked_inputs, logits, other_stream, bridge
+def test_gradient_reaches_the_other_encoder_through_its_global_feature(
+    model, tiny_masked_inputs, logits, other_encoder, bridge
 ):
     """And through nothing else: without the bridge there is none."""
-    parameters = list(getattr(model.cots, other_stream).parameters())
+    parameters = list(getattr(model.cots, other_encoder).parameters())
 
     def gradient_norm() -> float:
         loss = model(**tiny_masked_inputs)[logits].square().sum()

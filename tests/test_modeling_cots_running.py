@@ -28,7 +28,7 @@ def inputs(request, model_class) -> dict[str, torch.Tensor]:
 
 
 def total_loss(output: ModelOutput) -> torch.Tensor:
-    """The model's own loss, or one that all streams and heads of `COTSForPreTraining` take part in."""
+    """The model's own loss, or one that all encoders and heads of `COTSForPreTraining` take part in."""
     if output.get("loss") is not None:
         return output.loss
     loss = image_text_contrastive_loss(output.image_embeds @ output.text_embeds.t() / 0.1)
@@ -114,7 +114,7 @@ def test_eager_equals_sdpa(model, inputs, side, dtype, tolerance):
 
 
 @both_models
-def test_attention_can_be_switched_as_a_whole_and_by_stream(model):
+def test_attention_can_be_switched_as_a_whole_and_by_encoder(model):
     def implementations() -> tuple[str, str]:
         return model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation
 

@@ -2,12 +2,11 @@
 
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import server_without_package
 from hub_network import Answer, Network, Server
 from image_files import as_base64, as_bytes
 from PIL import Image
@@ -277,9 +276,7 @@ def test_by_trust_remote_code_where_the_package_is_not(repository, tmp_path, ima
     paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         image.save(path)
-    command = [sys.executable, "-c", REMOTE, str(repository), TASK, TEXTS[0], *paths]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
-    assert result.returncode == 0, result.stderr
+    result = server_without_package().run_python("-c", REMOTE, repository, TASK, TEXTS[0], *paths, cwd=tmp_path)
     remote, single = map(json.loads, result.stdout.splitlines())
     expected = pipeline(TASK, model=str(repository))([TEXTS[0], paths[0]], paths, batch_size=2)
     assert [ranking(answer) for answer in remote] == [ranking(answer) for answer in expected]

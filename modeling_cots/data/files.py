@@ -10,7 +10,11 @@ import pyarrow.parquet as pq
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
+from .skip_report import and_more
+
 logger = logging.get_logger(__name__)
+
+MAX_FILES = 3  # that a message names
 
 # In a folder the first of these suffixes that occurs decides.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -81,7 +85,7 @@ def find_files(dataset: str, split: str) -> list[Path] | None:
 def _load_files(files: list[Path], split: str) -> datasets.Dataset:
     suffixes = {file.suffix for file in files}
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
-        raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {_shorten(files)}.")
+        raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {and_more(files, MAX_FILES)}.")
     builder = BUILDERS[suffixes.pop()]
     # pandas would read the captions "null" and "nan" as missing.
     options = {"keep_default_na": False} if builder == "csv" else {}
@@ -95,7 +99,7 @@ def _load_files(files: list[Path], split: str) -> datasets.Dataset:
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):  # datasets' words for no rows, as in a csv file of a header alone
             return datasets.Dataset.from_dict({})
-        raise ValueError(f"{_shorten(files)} cannot be read: {type(cause).__name__}: {cause}") from error
+        raise ValueError(f"{and_more(files, MAX_FILES)} cannot be read: {type(cause).__name__}: {cause}") from error
 
 
 def _is_empty(file: Path) -> bool:
@@ -146,8 +150,8 @@ def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
     refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and leads_out(file, folder)]
     if refused:
         logger.warning(
-            f"Refused {len(refused)} files of {folder}, which are links that lead out of it: {_shorten(refused)}. "
-            "Name them, or the folder they lead to, if they are meant."
+            f"Refused {len(refused)} files of {folder}, which are links that lead out of it: "
+            f"{and_more(refused, MAX_FILES)}. Name them, or the folder they lead to, if they are meant."
         )
     return [file for file in files if file not in set(refused)]
 
@@ -202,8 +206,3 @@ def _has_dataset_card(folder: Path) -> bool:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-
-
-def _shorten(files: list[Path]) -> str:
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return ", ".join(str(file) for file in files[:3]) + more

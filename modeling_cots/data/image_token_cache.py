@@ -1,8 +1,8 @@
-"""Image tokens that were computed once and stand beside the images: what they are of, and whether they fit a run.
+"""Cached image tokens: which image tokenizer and which image size made them, and whether training can use them.
 
-A data set of `examples/tokenize_images.py` has two more columns: `image_tokens`, a row of uint16 ids for the image
-and, if asked for, one for the flipped image; and `image_tokens_source`, which says what they were computed with.
-Tokens belong to one view of an image, so that they are of use only where training sees that view: no crop.
+A data set of `examples/tokenize_images.py` has two more columns. `image_tokens` holds uint16 ids, one row for the
+image and, if asked for, one for the flipped image. `image_tokens_source` is a [`TokenSource`]. The tokens are those of
+the whole image: training that crops images cannot use them.
 """
 
 import json
@@ -21,7 +21,7 @@ VIEW = "bicubic resize of the whole picture"  # stands in data sets that were wr
 @dataclass(frozen=True)
 class TokenSource:
     """
-    What cached tokens were computed with.
+    The image tokenizer and the sizes that cached tokens were computed with.
 
     Args:
         vocab_size: Number of different tokens.
@@ -29,7 +29,7 @@ class TokenSource:
         patch_size: Height and width of the patch that a token stands for.
         codebook: Digest of the dVAE's weights and of how pixels are mapped for it. The processor's mean and standard
             deviation are no part of it: the dVAE sees the raw image.
-        view: What of an image was tokenized.
+        view: Which part of an image was tokenized, and how it was resized.
     """
 
     vocab_size: int
@@ -57,7 +57,7 @@ class TokenSource:
             return cls(**{**fields, **sizes})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{text!r} in the column {TOKEN_SOURCE} does not say where image tokens are of."
+                f"{text!r} in the column {TOKEN_SOURCE} does not describe a source of image tokens."
             ) from error
 
     def to_json(self) -> str:
@@ -69,20 +69,55 @@ class TokenSource:
         return rows * columns
 
     def differences(self, other: "TokenSource") -> str:
-        """What is not the same, in words; empty if nothing."""
-        mine, theirs = asdict(self), asdict(other)
-        return "; ".join(f"{name} {mine[name]} and not {theirs[name]}" for name in mine if mine[name] != theirs[name])
+        """The fields that differ, with both values; empty if none does."""
+        mine, others = asdict(self), asdict(other)
+        return "; ".join(f"{name} {mine[name]} and not {others[name]}" for name in mine if mine[name] != others[name])
+
+    def check(self, config, args, image_tokenizer, num_flips: int | None) -> None:
+        """
+        Raise `ValueError` where training could not use these tokens.
+
+        Args:
+            config: The model's; has `image_size`, `patch_size` and `image_vocab_size`.
+            args: Of the training; the tokens are of whole images, so that neither crops nor policies may change them.
+            image_tokenizer: Must be the one that made the tokens; `None`: which one that was stays unchecked.
+            num_flips: Rows of tokens that an item has: 1, or 2 with those of the flipped image; `None` if unknown.
+        """
+        for name, needed in (("min_crop_scale", 1.0), ("auto_augment", None)):
+            value = getattr(args, name)
+            if value != needed:
+                raise ValueError(
+                    f"The image tokens of the data set are of whole images, and {name}={value} shows others to the "
+                    f"model: set {name} to {needed} to train on the cached tokens, or train on the data set that they "
+                    f"were computed from, without the column {IMAGE_TOKENS}."
+                )
+        if args.horizontal_flip > 0 and num_flips is not None and num_flips < 2:
+            raise ValueError(
+                f"horizontal_flip={args.horizontal_flip} flips images, and the data set has no image tokens of "
+                "flipped ones: compute them with `examples/tokenize_images.py --mirrored`, or set horizontal_flip "
+                "to 0."
+            )
+        if image_tokenizer is not None:
+            wanted = TokenSource.of(image_tokenizer, config.image_size, config.patch_size)
+        else:
+            wanted = TokenSource(config.image_vocab_size, config.image_size, config.patch_size, self.codebook)
+        if difference := self.differences(wanted):
+            raise ValueError(
+                f"The cached image tokens do not fit this run: {difference}. Compute them anew with "
+                f"examples/tokenize_images.py, or train on the data set without the column {IMAGE_TOKENS}."
+            )
 
     def read(self, item: dict, is_flipped: bool) -> torch.Tensor:
         """
         The tokens (patches,) int64 of an item's image.
 
-        Raises `ValueError` for tokens of another source than this, and [`UnreadableImageError`] for an item without.
+        Raises `ValueError` for tokens that were computed in another way, and [`UnreadableImageError`] for an item
+        without any.
         """
         if item[TOKEN_SOURCE] != self.to_json():
             difference = TokenSource.from_json(item[TOKEN_SOURCE]).differences(self)
             raise ValueError(
-                f"The image tokens of {item['name']} are of another source than the first ones: {difference}."
+                f"The image tokens of {item['name']} were computed in another way than the first ones: {difference}."
             )
         if item[IMAGE_TOKENS] is None:
             raise UnreadableImageError("it could not be read when the image tokens were computed")

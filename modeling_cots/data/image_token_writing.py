@@ -1,7 +1,7 @@
 """Image tokens of a whole data set, written once beside its images: shards of parquet that `open_pairs` opens again.
 
-A shard is written under another name and then renamed, so that one that is there is whole; a run that was stopped goes
-on with the first that is missing.
+A shard that is there is whole (`atomic_write`); a run that was stopped goes on with the first that is missing. One
+that cannot be read all the same, as after a fault of the disk, is written anew.
 """
 
 import io
@@ -15,13 +15,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..method.image_tokenizer import ImageTokenizer
+from .atomic_write import atomic_write
 from .image_augmentation import ImageTransform
 from .image_reading import UnreadableImageError
 from .image_token_cache import TokenSource
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 from .skip_report import SkipReport
+
+logger = logging.get_logger(__name__)
 
 SHARD_ROWS = 1000
 GROUP_ROWS = 100
@@ -75,17 +79,17 @@ class TokenWriter:
         starts = range(0, len(dataset), self.shard_rows)
         paths = [Path(output_dir) / f"{split}-{i:05d}-of-{len(starts):05d}.parquet" for i in range(len(starts))]
         metadata = self._metadata(dataset)
-        _check_folder(paths, metadata, split)
         os.makedirs(output_dir, exist_ok=True)
+        _remove_unreadable(paths)
+        _check_folder(paths, metadata, split)
         with tqdm(total=len(dataset), desc="Tokenizing", unit=" images", disable=not progress) as bar:
             for path, start in zip(paths, starts, strict=True):
                 rows = range(start, min(start + self.shard_rows, len(dataset)))
                 if path.exists():
                     bar.update(len(rows))
                     continue
-                unfinished = path.with_suffix(".unfinished")
-                self._write_shard(unfinished, Subset(dataset, rows), metadata, bar)
-                os.replace(unfinished, path)
+                with atomic_write(path) as partial:
+                    self._write_shard(partial, Subset(dataset, rows), metadata, bar)
         return paths
 
     def _metadata(self, dataset) -> dict[bytes, bytes]:
@@ -124,6 +128,18 @@ class TokenWriter:
                 IMAGE_TOKENS: row if valid else None,
                 TOKEN_SOURCE: source,
             }
+
+
+def _remove_unreadable(paths: list[Path]) -> None:
+    """Remove shards of the run that are damaged, and what versions before 0.2 left half-written."""
+    for path in paths:
+        path.with_suffix(".unfinished").unlink(missing_ok=True)
+        if path.exists():
+            try:
+                pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as error:
+                logger.warning(f"{path} is damaged and is written anew: {error}")
+                path.unlink()
 
 
 def _check_folder(paths: list[Path], metadata: dict, split: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 NAME_BYTES = 120
 
@@ -41,6 +42,23 @@ class EpochSeeds:
         """The seed of item `index` in this epoch, in [0, 2**63): a hash, so that neighbors are not alike."""
         digest = hashlib.blake2b(f"{self.seed}/{self.epoch}/{index}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
+
+
+def modality_of(dataset) -> str:
+    """
+    "image" or "video": what the captions of a data set tell of.
+
+    Data sets of this package say it themselves, also within a `torch.utils.data.Subset`; of any other map-style data
+    set the first item tells, which is a video's where it has the key "video".
+    """
+    inner = dataset
+    while inner is not None:
+        if hasattr(inner, "modality"):
+            return inner.modality
+        inner = getattr(inner, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
+        return "image"
+    return "video" if "video" in dataset[0] else "image"
 
 
 def encode_names(names: list[str]) -> torch.Tensor:

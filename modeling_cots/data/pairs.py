@@ -1,7 +1,7 @@
 """A user's own images and captions as one data set: one item an image, with all its captions; nothing is decoded here.
 
 Images are decoded in the collator, which skips and counts what it cannot read: an exception inside a data set's
-iterator would end the epoch. How files are found is in pair_files.py.
+iterator would end the epoch. How files are found is in files.py.
 """
 
 import hashlib
@@ -15,16 +15,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
+from .columns import check_inside, drop_uncaptioned, find_column
 from .files import leads_out, load_rows
 from .items import EpochSeeds
 from .karpathy import is_karpathy, load_karpathy
-from .rows import CAPTION_COLUMNS, IMAGE_COLUMNS, IMAGE_TOKENS, JSON_CAPTIONS, TOKEN_SOURCE, cached_tokens
-
-logger = logging.get_logger(__name__)
-
-MAX_REPORTED_NAMES = 10
+from .rows import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    IMAGE_TOKENS,
+    JSON_CAPTIONS,
+    TOKEN_SOURCE,
+    cached_tokens,
+    list_captions,
+    split_field,
+)
 
 
 def open_pairs(
@@ -78,7 +83,9 @@ def open_pairs(
     _check_paths(images, root)
     items = _group_rows(_image_keys(images, root))
     if not keep_uncaptioned:
-        items = _drop_uncaptioned(items, images, _count_captions(captions, field))
+        num_captions = _count_captions(captions, field)
+        counts = [int(num_captions[item_rows].sum()) for item_rows in items]
+        items = drop_uncaptioned(items, counts, lambda item: _name(images[item[0]]["image"], item[0]), "image")
     if not items:
         raise ValueError(f"No image of the split {split!r} of {dataset!r} has a caption.")
     pairs = PairDataset(images, captions, field, items, root, seed)
@@ -105,6 +112,8 @@ class PairDataset(Dataset):
         root: Folder that image paths are relative to; `None`: they stand as they are.
         seed: Of what is drawn for each item in training.
     """
+
+    modality = "image"
 
     def __init__(
         self,
@@ -170,7 +179,7 @@ class PairDataset(Dataset):
 
 def _select_images(rows: datasets.Dataset, image_column: str | None, root: Path | None) -> datasets.Dataset:
     """One column "image" of {"bytes", "path"}, whatever form it had."""
-    column = _find_column(rows, image_column, IMAGE_COLUMNS, "image")
+    column = find_column(rows, image_column, IMAGE_COLUMNS, "image")
     feature = rows.features[column]
     storage = rows.data.schema.field(column).type
     is_text = _is_text(feature)
@@ -192,10 +201,8 @@ def _can_hold_image(storage: pa.DataType) -> bool:
 
 def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tuple[datasets.Dataset, str | None]:
     """The column of captions, and the field of its JSON objects that holds them, if it has such."""
-    field = None
-    if caption_column is not None and caption_column not in rows.column_names and "." in caption_column:
-        caption_column, field = caption_column.split(".", 1)
-    column = _find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
+    caption_column, field = split_field(caption_column, rows.column_names)
+    column = find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
     feature = rows.features[column]
     if isinstance(feature, dict):
         fields = [name for name in JSON_CAPTIONS if name in feature] if field is None else [field]
@@ -219,7 +226,7 @@ def _no_captions(num_rows: int) -> datasets.Dataset:
 
 def _select_metadata(rows: datasets.Dataset, image_column: str | None, caption_column: str | None):
     """Columns of one text, number or boolean a row, but for those of images and captions; `None` without any."""
-    used = {_find_column(rows, image_column, IMAGE_COLUMNS, "image"), TOKEN_SOURCE}
+    used = {find_column(rows, image_column, IMAGE_COLUMNS, "image"), TOKEN_SOURCE}
     used.update([caption_column] if caption_column else [n for n in CAPTION_COLUMNS if n in rows.column_names][:1])
     names = [
         name
@@ -231,17 +238,6 @@ def _select_metadata(rows: datasets.Dataset, image_column: str | None, caption_c
     return rows.select_columns(names) if names else None
 
 
-def _find_column(rows: datasets.Dataset, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
-    if wanted is not None and wanted not in rows.column_names:
-        raise ValueError(f"There is no {kind} column {wanted!r}; there are {', '.join(rows.column_names)}.")
-    found = [wanted] if wanted is not None else [name for name in usual if name in rows.column_names]
-    if not found:
-        raise ValueError(
-            f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {', '.join(rows.column_names)}."
-        )
-    return found[0]
-
-
 def _is_text(feature) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
@@ -251,18 +247,12 @@ def _describe(feature) -> str:
 
 
 def _check_paths(images: datasets.Dataset, root: Path | None) -> None:
-    """Refuse image paths that leave `root`, as metadata from elsewhere could name any file of this machine."""
+    """See `check_inside`; rows with embedded images may have any path."""
     column = images.with_format("arrow")[:]["image"]
     without_bytes = pc.is_null(pc.struct_field(column, "bytes"))
     paths = [path for path in pc.unique(pc.struct_field(column, "path").filter(without_bytes)).to_pylist() if path]
-    if root is None or not paths:
-        return
-    folder = os.path.join(os.path.abspath(root), "")
-    for path in paths:
-        if not os.path.abspath(os.path.join(folder, path)).startswith(folder):
-            raise ValueError(f"The image path {path!r} leads out of {folder!r}; it must stay inside.")
-    if not any(os.path.exists(os.path.join(folder, path)) for path in paths):
-        raise ValueError(f"None of the {len(paths)} images exists: {paths[0]!r}, for one, is not in {folder!r}.")
+    if root is not None:
+        check_inside(paths, root, "image")
 
 
 def _image_keys(images: datasets.Dataset, root: Path | None) -> list[Hashable]:
@@ -291,16 +281,6 @@ def _group_rows(keys: list[Hashable]) -> list[list[int]]:
     return list(items.values())
 
 
-def _drop_uncaptioned(items: list[list[int]], images: datasets.Dataset, num_captions: np.ndarray) -> list[list[int]]:
-    kept = [rows for rows in items if num_captions[rows].any()]
-    if len(kept) < len(items):
-        names = [_name(images[rows[0]]["image"], rows[0]) for rows in items if not num_captions[rows].any()]
-        more = f" and {len(names) - MAX_REPORTED_NAMES} more" if len(names) > MAX_REPORTED_NAMES else ""
-        shown = ", ".join(names[:MAX_REPORTED_NAMES]) + more
-        logger.warning(f"Left out {len(names)} of {len(items)} images, which have no caption: {shown}.")
-    return kept
-
-
 def _count_captions(captions: datasets.Dataset, field: str | None) -> np.ndarray:
     """(R,) number of captions in each row; missing ones do not count."""
     column = captions.with_format("arrow")[:]["caption"]
@@ -316,9 +296,7 @@ def _captions_of(captions: datasets.Dataset, row: int, field: str | None) -> lis
     value = captions[row]["caption"]
     if field is not None and value is not None:
         value = value[field]
-    if isinstance(value, str):
-        return [value]
-    return [caption for caption in value or [] if caption is not None]
+    return list_captions(value)
 
 
 def _name(image: dict | None, row: int) -> str:

@@ -27,7 +27,7 @@ class PixelNormalizer(nn.Module):
         """
         The batch with float32 pixels for uint8 ones; raw images stay there as `raw_pixels` (B, 3, H, W) uint8.
 
-        Floats, as a collator of one's own may give them, count as normalized and pass as they are.
+        Floats, which a custom collator may give, count as normalized and pass as they are.
         """
         for name in self._names:
             pixels = batch.get(name)

@@ -1,6 +1,7 @@
 """One row or sample, as a file or shard holds it, to an image and its captions; by which columns, is decided here."""
 
 import json
+from collections.abc import Container
 
 IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
@@ -32,14 +33,38 @@ def read_row(row: dict, image_column: str | None = None, caption_column: str | N
         image = image.get("bytes")
     if not isinstance(image, bytes):
         raise BadRowError("it has no image inside, only the name of a file or nothing")
-    field = None
-    if caption_column is not None and caption_column not in row and "." in caption_column:
-        caption_column, field = caption_column.split(".", 1)
+    caption_column, field = split_field(caption_column, row)
     column = _find(row, caption_column, CAPTION_COLUMNS, "caption")
     captions = _captions_of(row[column], column, field)
     if not captions:
         raise BadRowError("it has no caption")
     return image, captions
+
+
+def split_field(caption_column: str | None, columns: Container[str]) -> tuple[str | None, str | None]:
+    """
+    "column.field" as the column and the field of its JSON objects; (name, `None`) for the name of a column.
+
+    Args:
+        caption_column: As a user writes it, or `None`.
+        columns: Names of the columns that there are; one that has a dot in its name is a column.
+    """
+    if caption_column is None or caption_column in columns or "." not in caption_column:
+        return caption_column, None
+    column, field = caption_column.split(".", 1)
+    return column, field
+
+
+def list_captions(value) -> list[str]:
+    """
+    The captions in a cell: of a string itself, of a list its strings; missing ones do not count.
+
+    Raises `TypeError` for anything else.
+    """
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list | None) or not all(isinstance(each, str | None) for each in captions or []):
+        raise TypeError("captions are neither a string nor a list of strings")
+    return [each for each in captions or [] if each is not None]
 
 
 def wanted_columns(image_column: str | None, caption_column: str | None) -> set[str]:
@@ -75,10 +100,10 @@ def _captions_of(value, column: str, field: str | None) -> list[str]:
         value = next((value[name] for name in fields if value.get(name) is not None), None)
     elif field is not None:
         raise BadRowError(f"{column!r} has no field {field!r}")
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list | None) or not all(isinstance(each, str | None) for each in captions or []):
-        raise BadRowError(f"its captions in {column!r} are neither a string nor a list of strings")
-    return [each for each in captions or [] if each is not None]
+    try:
+        return list_captions(value)
+    except TypeError as error:
+        raise BadRowError(f"its captions in {column!r} are neither a string nor a list of strings") from error
 
 
 def _decode(content: bytes, is_json: bool):

@@ -1,4 +1,6 @@
-"""What a stream had to leave out: named once in the log of the process that met it, and counted for all workers."""
+"""What had to be left out of the data: each name is logged once, up to a hundred names, and everything is counted."""
+
+from collections.abc import Sequence
 
 import torch
 from transformers.utils import logging
@@ -10,17 +12,62 @@ MAX_REPORTED_NAMES = 100
 SHARDS, SAMPLES = 0, 1
 
 
+def and_more(names: Sequence[object], limit: int) -> str:
+    """The first `limit` names, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
+class NamedOnce:
+    """
+    Logs a warning for each name, once, and for up to a hundred names.
+
+    Args:
+        further: What to say when no more are named.
+    """
+
+    def __init__(self, further: str):
+        self.further = further
+        self.names: set[str] = set()
+
+    def warn(self, name: str, message: str) -> None:
+        """Log `message` unless `name` had its own, or a hundred others had."""
+        if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
+            return
+        self.names.add(name)
+        logger.warning(message)
+        if len(self.names) == MAX_REPORTED_NAMES:
+            logger.warning(self.further)
+
+
+class SkipReport:
+    """
+    Names images or videos that cannot be read; the trainer's log counts them.
+
+    Args:
+        kind: What is skipped, in the messages.
+    """
+
+    def __init__(self, kind: str = "image"):
+        self.kind = kind
+        self._named = NamedOnce(f"Further {kind}s that cannot be read are counted, but no longer named.")
+
+    def add(self, name: str, error: Exception) -> None:
+        """Report the one called `name`."""
+        self._named.warn(name, f"Skipped the {self.kind} {name}, which cannot be read ({error}).")
+
+
 class StreamReport:
     """
     Counts shards that were given up and samples that were refused, in memory that data loader workers share.
 
-    A shard or sample counts again in every pass over the data; its name is logged once, and up to a hundred names.
+    A shard or sample counts again in every pass over the data; each process that meets it names it once.
     """
 
     def __init__(self):
         # A column a worker, as two that add to one number at a time lose counts.
         self._counts = torch.zeros(2, MAX_WORKERS, dtype=torch.int64).share_memory_()
-        self._named: set[str] = set()
+        self._named = NamedOnce("Further shards and samples that are left out are counted, but no longer named.")
         self.last = ""
 
     @property
@@ -46,30 +93,4 @@ class StreamReport:
         worker = torch.utils.data.get_worker_info()
         self._counts[kind, 0 if worker is None else worker.id % MAX_WORKERS] += 1
         self.last = message
-        if name in self._named or len(self._named) >= MAX_REPORTED_NAMES:
-            return
-        self._named.add(name)
-        logger.warning(f"{message}.")
-        if len(self._named) == MAX_REPORTED_NAMES:
-            logger.warning("Further shards and samples that are left out are counted, but no longer named.")
-
-
-class SkipReport:
-    """Names every image that cannot be read, once each and up to a hundred; the trainer's log counts all.
-
-    Args:
-        kind: What is skipped, in the messages.
-    """
-
-    def __init__(self, kind: str = "image"):
-        self.kind = kind
-        self.names: set[str] = set()
-
-    def add(self, name: str, error: Exception) -> None:
-        """Report the one called `name`."""
-        if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
-            return
-        self.names.add(name)
-        logger.warning(f"Skipped the {self.kind} {name}, which cannot be read ({error}).")
-        if len(self.names) == MAX_REPORTED_NAMES:
-            logger.warning(f"Further {self.kind}s that cannot be read are counted, but no longer named.")
+        self._named.warn(name, f"{message}.")

@@ -1,6 +1,6 @@
 """Videos and captions to batches: which frames, one crop for all frames of a video, the choice of a caption, tokens.
 
-The counterpart of `data_collator.py` for items of `open_videos`. Files are decoded here, frame by frame
+The counterpart of `image_collators.py` for items of `open_videos`. Files are decoded here, frame by frame
 (`video_reading_cots.py`); one that cannot be read keeps its row with `valid` False, and is named once.
 """
 
@@ -9,20 +9,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ..video_reading_cots import UnreadableVideoError, read_video
 from .image_collators import RAW_PIXELS, caption_batch, tokenize
 from .items import sample_randomness
 from .skip_report import SkipReport
-
-
-def holds_videos(dataset) -> bool:
-    """Whether the items of a data set are videos, as those of `open_videos` are, and not images."""
-    if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
-        return False
-    return "video" in dataset[0]
 
 
 class COTSVideoDataCollator:

@@ -1,7 +1,7 @@
 """A user's own videos and captions as one data set: one item a video, with all its captions; nothing is decoded here.
 
 Frames are decoded in the collator, by the video processor, which skips and counts what cannot be read. The annotation
-files of MSR-VTT are read in msrvtt_files.py, metadata of a folder in pair_files.py.
+files of MSR-VTT are read in msrvtt.py, metadata of a folder in files.py.
 """
 
 import os
@@ -10,18 +10,16 @@ from pathlib import Path
 
 import datasets
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
+from .columns import check_inside, drop_uncaptioned, find_column
 from .files import load_rows
 from .items import EpochSeeds
 from .msrvtt import is_msrvtt, load_msrvtt
-
-logger = logging.get_logger(__name__)
+from .rows import list_captions
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentence")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
-MAX_REPORTED_NAMES = 10
 
 
 def open_videos(
@@ -67,8 +65,8 @@ def open_videos(
         captions = _group_captions(rows, video_column, caption_column)
         if video_folder is None and root is None:
             raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
-        files = _check_paths(Path(video_folder).expanduser() if video_folder else root, captions)
-    names = _captioned(captions)
+        files = check_inside(list(captions), Path(video_folder).expanduser() if video_folder else root, "video")
+    names = drop_uncaptioned(list(captions), [len(known) for known in captions.values()], str, "video")
     if not names:
         raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
     return VideoDataset(names, [files[name] for name in names], [captions[name] for name in names], seed)
@@ -86,6 +84,8 @@ class VideoDataset(Dataset):
         captions: N lists of strings.
         seed: Of what is drawn for each item in training.
     """
+
+    modality = "video"
 
     def __init__(self, names: list[str], paths: list[str], captions: list[list[str]], seed: int = 0):
         self.names, self.paths, self.captions = names, paths, captions
@@ -141,49 +141,17 @@ def _group_captions(
     """Captions by path, in the order in which paths first appear."""
     if len(rows) == 0:
         raise ValueError("The data set is empty.")
-    video_column = _find_column(rows, video_column, VIDEO_COLUMNS, "video")
-    caption_column = _find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
+    video_column = find_column(rows, video_column, VIDEO_COLUMNS, "video")
+    caption_column = find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
     grouped: dict[str, list[str]] = {}
     for number, row in enumerate(rows.select_columns([video_column, caption_column])):
         path, captions = row[video_column], row[caption_column]
-        captions = [captions] if isinstance(captions, str) else captions or []
         if not isinstance(path, str) or not path:
             raise ValueError(f"The column {video_column!r} must hold paths; row {number} holds {path!r}.")
-        if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
-            raise ValueError(f"Captions must be strings or lists of strings; {caption_column!r} holds {captions!r}.")
-        known = grouped.setdefault(os.path.normpath(path), [])
-        known.extend(caption for caption in captions if caption is not None)
+        try:
+            grouped.setdefault(os.path.normpath(path), []).extend(list_captions(captions))
+        except TypeError:
+            raise ValueError(
+                f"Captions must be strings or lists of strings; {caption_column!r} holds {captions!r}."
+            ) from None
     return grouped
-
-
-def _find_column(rows: datasets.Dataset, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
-    available = ", ".join(rows.column_names)
-    if wanted is not None and wanted not in rows.column_names:
-        raise ValueError(f"There is no {kind} column {wanted!r}; there are {available}.")
-    found = [wanted] if wanted is not None else [name for name in usual if name in rows.column_names]
-    if not found:
-        raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
-    return found[0]
-
-
-def _check_paths(folder: Path, videos: dict[str, list[str]]) -> dict[str, str]:
-    """Full paths; none may leave the folder, as metadata from elsewhere could name any file of this machine."""
-    root = os.path.join(os.path.abspath(folder), "")
-    files = {path: os.path.abspath(os.path.join(root, path)) for path in videos}
-    for path, file in files.items():
-        if not file.startswith(root):
-            raise ValueError(f"The video path {path!r} leads out of {root!r}; it must stay inside.")
-    if not any(os.path.exists(file) for file in files.values()):
-        raise ValueError(
-            f"None of the {len(files)} videos exists: {next(iter(files))!r}, for one, is not in {root!r}."
-        )
-    return files
-
-
-def _captioned(captions: dict[str, list[str]]) -> list[str]:
-    without = [name for name, known in captions.items() if not known]
-    if without:
-        more = f" and {len(without) - MAX_REPORTED_NAMES} more" if len(without) > MAX_REPORTED_NAMES else ""
-        shown = ", ".join(without[:MAX_REPORTED_NAMES]) + more
-        logger.warning(f"Left out {len(without)} of {len(captions)} videos, which have no caption: {shown}.")
-    return [name for name in captions if captions[name]]

@@ -1,7 +1,7 @@
-"""Embedding a whole data set of pairs, every image once, with all of its captions; and what the embeddings then tell.
+"""Embedding a data set of pairs, every image once with all of its captions, and measuring retrieval among them.
 
-The measures themselves are in `retrieval_metrics.py`. Processes share the images by position, so nothing is padded
-or counted twice, and the result does not depend on how many there are.
+The metrics are computed in `retrieval_metrics.py`. Each process embeds the images at its own positions. So no image is
+padded or counted twice, and the result does not depend on the number of processes.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..data.image_collators import COTSEvaluationCollator
+from ..data.items import modality_of
 from ..data.pixel_normalization import PixelNormalizer
-from ..data.video_collators import COTSVideoEvaluationCollator, holds_videos
+from ..data.video_collators import COTSVideoEvaluationCollator
 from .retrieval_metrics import retrieval_metrics
 from .text_encoding import encode_texts
 
@@ -45,7 +46,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
 
     Returns [`PairEmbeddings`] on the CPU, the same on every process. Raises `ValueError` if no image could be read.
     """
-    collator_class = COTSVideoEvaluationCollator if holds_videos(dataset) else COTSEvaluationCollator
+    collator_class = COTSVideoEvaluationCollator if modality_of(dataset) == "video" else COTSEvaluationCollator
     share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     loader = DataLoader(
         share,
@@ -57,11 +58,11 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
     was_training = model.training
     model.eval()
     parts = []
-    # A data loader draws a seed; evaluating must not shift the random numbers of the training around it.
+    # A data loader draws a seed, and evaluation must not shift the random numbers of training.
     with torch.random.fork_rng(devices=[]), accelerator.autocast():
         for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
             parts.append(_embed_images(model, batch, normalize_pixels))
-        # Captions at the end, when there are enough of every length to go together.
+        # Captions last, when all of them can be batched by length.
         text_embeds = encode_texts(model, [text for _, _, texts, _ in parts for text in texts])
     model.train(was_training)
     image_embeds, text_embeds, image_ids, text_ids = _collect(parts, text_embeds)
@@ -71,7 +72,7 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
 
 
 def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tuple:
-    """Embeddings and ids of the readable images of a batch; their captions, without padding, and whose they are."""
+    """Embeddings and ids of the readable images of a batch; token ids of their captions, unpadded, and pair ids."""
     readable = batch["valid"]
     described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
     if not readable.any():
@@ -87,10 +88,11 @@ def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tupl
 
 
 def _collect(parts: list[tuple], text_embeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What all processes have embedded, in the order of the data set."""
-    mine = [torch.cat(column) for column in zip(*((images, ids, of) for images, ids, _, of in parts), strict=True)]
-    everyone = gather_object([(*mine, text_embeds)])
-    image_embeds, image_ids, text_ids, text_embeds = (torch.cat(column) for column in zip(*everyone, strict=True))
+    """Embeddings and ids from all processes, in the order of the data set."""
+    columns = zip(*((images, image_ids, text_ids) for images, image_ids, _, text_ids in parts), strict=True)
+    local = [torch.cat(column) for column in columns]
+    gathered = gather_object([(*local, text_embeds)])
+    image_embeds, image_ids, text_ids, text_embeds = (torch.cat(column) for column in zip(*gathered, strict=True))
     images, texts = image_ids.argsort(stable=True), text_ids.argsort(stable=True)
     return image_embeds[images], text_embeds[texts], image_ids[images], text_ids[texts]
 
@@ -98,7 +100,10 @@ def _collect(parts: list[tuple], text_embeds: torch.Tensor) -> tuple[torch.Tenso
 def measure_retrieval(embeds: PairEmbeddings, protocol: str | None = None) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent, median and mean rank in both directions.
 
-    `protocol`, one of `PROTOCOLS`, counts only where its whole test set could be read: see `skipped_images`.
+    Args:
+        embeds: Of the whole test set.
+        protocol: One of `PROTOCOLS` or `None`. It is ignored if some images could not be read, whose number is then
+            the metric `skipped_images`.
     """
     metrics = retrieval_metrics(
         embeds.image_embeds,
@@ -114,11 +119,13 @@ def measure_retrieval(embeds: PairEmbeddings, protocol: str | None = None) -> di
 
 @dataclass
 class ExampleRetrievals:
-    """What a few captions find, by the `pair_id`s of images or videos.
+    """
+    The images or videos nearest to a few captions, as `pair_id`s.
 
     Args:
-        num_images: Among so many.
-        found: For each caption, the first of the image `wanted`, the nearest images, the nearest first.
+        num_images: Number of images that were searched.
+        wanted: For each caption, the image that it describes.
+        found: For each caption, the images nearest to it, nearest first.
     """
 
     num_images: int
@@ -127,7 +134,7 @@ class ExampleRetrievals:
 
 
 def find_examples(embeds: PairEmbeddings, num_captions: int = 3, num_found: int = 3) -> ExampleRetrievals:
-    """The first captions of `num_captions` images, spread evenly over the data set, and what they find."""
+    """Search with the first captions of `num_captions` images that are spread evenly over the data set."""
     num_images = len(embeds.image_ids)
     rows = torch.linspace(0, num_images - 1, num_captions).long().unique()
     wanted = embeds.image_ids[rows].tolist()

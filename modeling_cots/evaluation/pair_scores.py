@@ -1,7 +1,8 @@
-"""Scoring the pairs of a data set as the adaptive momentum filter does in training, to clean the data set with.
+"""Scoring the pairs of a data set as the adaptive momentum filter does in training, to find mismatched pairs.
 
-The score of a pair is the similarity of its two momentum embeddings; the threshold is mean - k * std, here of all the
-scores of the data set where training has those of its queue (`filtering.py`). Drawing is in `score_images.py`.
+The score of a pair is the similarity of its two momentum embeddings. The threshold is mean - k * std (`filtering.py`):
+here over all scores of the data set, in training over the queue of scores. Drawing is in
+`visualization/score_figures.py`.
 """
 
 import os
@@ -28,12 +29,12 @@ class PairScores:
     Scores of the C pairs of a data set: each of its readable images with each of that image's captions.
 
     Args:
-        pair_ids: (C,) int64, which item of the data set.
-        caption_numbers: (C,) int64, which of its captions, from 0.
+        pair_ids: (C,) int64, the number of the item in the data set.
+        caption_numbers: (C,) int64, the number of the caption in the item, from 0.
         scores: (C,) float32, cosine similarities.
-        keep: (C,) bool, what the filter keeps.
-        threshold: Below it the filter drops a pair.
-        num_skipped_images: Images that could not be read; they are left out.
+        keep: (C,) bool, whether the filter keeps the pair.
+        threshold: The filter drops pairs that score lower.
+        num_skipped_images: Number of images that could not be read; they are left out.
     """
 
     pair_ids: torch.Tensor
@@ -46,10 +47,15 @@ class PairScores:
 
 def load_scoring_model(name_or_path: str) -> tuple[COTSModel, str]:
     """
-    The model that scores pairs, in evaluation mode, and which one it is, in words.
+    Load the model that scores pairs: the momentum copy in a training checkpoint, otherwise the model itself.
 
-    Of a training checkpoint (`checkpoint-*`) it is the momentum copy, as in training; of anything else, which has
-    none, the model itself. Raises `ValueError` for a momentum copy that does not fit the configuration beside it.
+    Args:
+        name_or_path: A training checkpoint (`checkpoint-*`), or a folder or Hub id of a model, which has no momentum
+            copy.
+
+    Returns the model in evaluation mode, and a description such as "the momentum copy of runs/mine/checkpoint-500".
+
+    Raises `ValueError` for a momentum copy that does not fit the configuration in the same folder.
     """
     path = os.path.join(name_or_path, MOMENTUM_STATE_NAME)
     if not os.path.isfile(path):
@@ -73,8 +79,8 @@ def score_pairs(
     """
     Score every pair of `dataset` (items as `open_pairs` gives them), and filter at k = `num_std`.
 
-    All embeddings are held at once: 2 KB for an image with one caption at d = 256. Raises `ValueError` if no image can
-    be read.
+    All embeddings are held in memory: 2 KB for an image with one caption at d = 256. Raises `ValueError` if no image
+    can be read.
     """
     embeds = embed_pairs(
         model, dataset, processor, accelerator, batch_size=batch_size, max_text_length=max_text_length
@@ -100,10 +106,14 @@ def score_pairs(
 
 def write_scores(path: str, dataset, pairs: PairScores, description: dict[str, str]) -> None:
     """
-    A parquet file with one row a pair, lowest score first: pair_id, image, caption_number, caption, score, kept.
+    Write a parquet file with one row a pair, lowest score first: pair_id, image, caption_number, caption, score, kept.
 
-    `pair_id` is the item's number in the data set and `image` its path, or its row where it has none. `description`
-    and the threshold stand in the file's metadata.
+    Args:
+        path: The file.
+        dataset: The data set that was scored. `pair_id` is the number of an item; `image` is its path, or its row
+            where it has no path.
+        pairs: The scores.
+        description: Written to the metadata of the file, together with the threshold.
     """
     items = {}
     for pair_id in pairs.pair_ids.unique().tolist():

@@ -1,4 +1,4 @@
-"""`results.json`: the numbers of one retrieval run, with all that is needed to hold them against others'."""
+"""`results.json`: the metrics of one retrieval run, with the facts that a comparison with other results needs."""
 
 import json
 import os
@@ -10,10 +10,17 @@ ZERO_SHOT_PROTOCOLS = ("pretrained", "fine-tuned-elsewhere", "none")
 
 def stated_zero_shot_protocol(stated: str | None, is_trained_here: bool) -> str:
     """
-    How far a number is zero-shot: "pretrained" (the model has seen no pair of this data set's kind of task),
-    "fine-tuned-elsewhere" (on another retrieval data set) or "none" (fine-tuned on this data set, here or before).
+    How far the results of a run are zero-shot, one of `ZERO_SHOT_PROTOCOLS`.
 
-    Raises `ValueError` where a model that is only measured comes without a statement, and for one that cannot be true.
+    "pretrained" means that the model was never fine-tuned for retrieval, "fine-tuned-elsewhere" that it was fine-tuned
+    on another data set, and "none" that it was trained on this data set.
+
+    Args:
+        stated: What the user says. A run that trains need not say it.
+        is_trained_here: Whether the run trains on the data set that it measures on; the answer is then "none".
+
+    Raises `ValueError` for a run that only measures and states none of the three, and for a run that trains and states
+    another than "none".
     """
     names = ", ".join(ZERO_SHOT_PROTOCOLS)
     if is_trained_here:
@@ -26,22 +33,22 @@ def stated_zero_shot_protocol(stated: str | None, is_trained_here: bool) -> str:
 
 
 def check_test_set(dataset, protocol: str | None) -> None:
-    """Raise `ValueError` before any work where a data set does not have the counts of the protocol."""
+    """Raise `ValueError` for a data set with other numbers of images and captions than the protocol has."""
     if protocol is not None:
         check_protocol(protocol, len(dataset), sum(1 for _ in dataset.iter_captions()))
 
 
 def write_results(path: str, metrics: dict[str, float], *, protocol: str | None, **facts) -> dict:
     """
-    Write what was measured and on what; a protocol is named only where its whole test set could be read.
+    Write the metrics and what they were measured on. The protocol is named only if its whole test set could be read.
 
     Args:
-        path: Of the JSON file; its folder is made.
+        path: The JSON file; its folder is created.
         metrics: As `COTSTrainer.evaluate` returns them.
         protocol: One of `PROTOCOLS`, checked beforehand, or `None`.
-        facts: What else a reader has to know, by name.
+        facts: Further entries of the file.
 
-    Returns what was written.
+    Returns the content of the file.
     """
     measured = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "epoch"}
     skipped = int(measured.pop("skipped_images", 0))

@@ -1,4 +1,4 @@
-"""Retrieval as the field measures it: recall at K, median and mean rank, in both directions, ties counted against us.
+"""Metrics of retrieval in both directions: recall at K, median and mean rank, with ties counted against the model.
 
 Equal ids belong together, so an image may have several captions and a caption several images. A query's rank is that
 of its best-placed relevant candidate among the irrelevant ones, as is usual for Flickr30k and COCO; `COTSRetrieval`
@@ -14,7 +14,7 @@ import torch
 
 RECALL_AT = (1, 5, 10)
 
-# Number of images or videos, and of their captions, that a result under this name must have been measured on.
+# For each protocol the numbers of images or videos and of captions in its test set.
 PROTOCOLS = {
     "flickr8k-1k": (1_000, 5_000),
     "flickr30k-1k": (1_000, 5_000),
@@ -25,8 +25,8 @@ PROTOCOLS = {
 }
 COCO_NUM_FOLDS = 5
 
-# Equal candidates may score differently in the last bits, by where they stand in a matrix product. Scores of
-# unit-length embeddings that are closer than this are ties, or a collapsed model would win by rounding.
+# Scores that differ by less than this are ties. Equal embeddings may score differently in the last bits, depending on
+# their place in a matrix product, and a collapsed model would win by rounding.
 TIE_TOLERANCE = 1e-6
 
 
@@ -58,7 +58,7 @@ def best_positive_ranks(
     _check_embeds("candidate", candidate_embeds, candidate_ids, chunk_size)
     if len(query_embeds) == 0:
         raise ValueError("There are no queries, so there is nothing to rank.")
-    # Under autocast products would lose the digits that tell a tie from a difference.
+    # Autocast would compute products with too few digits to tell ties from differences.
     with torch.autocast(query_embeds.device.type, enabled=False):
         ranks = [
             _ranks_of_chunk(query_embeds[rows].float(), candidate_embeds, query_ids[rows], candidate_ids, chunk_size)
@@ -79,7 +79,7 @@ def _ranks_of_chunk(
     for columns in _chunks(len(candidate_embeds), chunk_size):
         scores = _scores_without(query_ids != candidate_ids[columns], queries, candidate_embeds[columns])
         best = torch.maximum(best, scores.amax(dim=1, keepdim=True))
-        del scores  # or it would live until the next ones are there, and the peak be nearly twice as high
+        del scores  # otherwise two chunks of scores would be in memory at once
     if torch.isinf(best).any():
         raise ValueError("A query has no relevant candidate: its id is not among the candidates' ids.")
     ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
@@ -163,7 +163,7 @@ def chance_recall(k: int, num_candidates: int, num_relevant: int = 1) -> float:
 
 
 def check_protocol(protocol: str, num_images: int, num_texts: int) -> None:
-    """Raise `ValueError` for a name that is none of `PROTOCOLS`, and for other counts than it has."""
+    """Raise `ValueError` for a name that is not in `PROTOCOLS`, and for other counts than those of the protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"No protocol is called {protocol!r}; there are {', '.join(PROTOCOLS)}.")
     if (num_images, num_texts) != PROTOCOLS[protocol]:
@@ -181,7 +181,7 @@ def _coco_folds(image_ids: torch.Tensor, text_ids: torch.Tensor) -> list[tuple[t
 
 class COTSRetrieval(evaluate.Metric):
     """
-    The same numbers through `evaluate`: add batches of images, with all captions of an image in its row.
+    The same metrics for `evaluate`. A batch has an image embedding and the embeddings of all its captions in each row.
 
     ```python
     >>> metric = evaluate.load("modeling_cots/evaluation/retrieval_metrics.py")

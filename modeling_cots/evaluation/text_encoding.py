@@ -1,7 +1,7 @@
-"""`encode_texts`: many texts at once, each beside others of its length.
+"""`encode_texts`: embedding many texts in batches of similar length.
 
-Padded to the longest of a data set, captions are mostly padding. Not for training, whose batches are drawn at random
-and whose text stream is a few per cent of a step.
+Captions that are padded to the longest caption of a data set are mostly padding. Training does not use this: its
+batches are drawn at random, and its text encoder takes a few percent of a step.
 """
 
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-# Padding included. A GPU wants many: as many as 7 images of 384 x 384 have patches. On a CPU what passes between the
-# layers should stay in its cache, and few texts differ little in length (benchmarks/encode.py, row 2).
+# Tokens of a batch, padding included. A GPU needs many: 4,096 are about the patches of 7 images of 384 x 384. On a CPU
+# the activations should stay in the cache, and a few texts need little padding (benchmarks/encode.py, row 2).
 TOKENS_AT_A_TIME, TOKENS_AT_A_TIME_ON_CPU = 4096, 256
 
 
 @torch.no_grad()
 def encode_texts(model, texts: list[torch.Tensor]) -> torch.Tensor:
     """
-    Embed C texts with a [`COTSModel`], those of like length together.
+    Embed C texts with a [`COTSModel`], in batches of similar length.
 
     Args:
         model: The model, in evaluation mode.
@@ -38,7 +38,7 @@ def encode_texts(model, texts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def batches_by_length(lengths: list[int], tokens_at_a_time: int) -> Iterator[list[int]]:
-    """Numbers of texts of like length, longest first; a batch holds so many tokens, padding included, or one text."""
+    """Positions in `lengths` by batch, longest text first; a batch has at most `tokens_at_a_time` padded tokens."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start = 0
     while start < len(rows):

@@ -1,10 +1,10 @@
-"""The handler of Inference Endpoints: lies in a model repository as `handler.py` and answers its requests.
+"""The handler of Inference Endpoints, which stands in a model repository as `handler.py` and answers requests.
 
-Three questions: how well labels fit an image (zero-shot classification), the embedding of an image, and embeddings
-of texts. What comes in is a stranger's. A payload is checked before anything is done with it; an image is bounded in
-bytes and pixels; a URL is fetched only from public addresses: its name is resolved once, all addresses are checked,
-and the connection goes to one of these, again for every redirect. What cannot be answered is answered with
-`{"error": ...}`. This file stands alone: it is loaded by its path, outside any package.
+It answers three kinds of requests: how well labels fit an image (zero-shot classification), the embedding of an image,
+and embeddings of texts. Requests come from strangers. A payload is checked before it is used. An image is limited in
+bytes and pixels. A URL is fetched only from public addresses: its host name is resolved once, all addresses are
+checked, and the connection goes to one of them, again for every redirect. A request that fails is answered with
+`{"error": ...}`. This file imports nothing from the package: it is loaded by its path.
 """
 
 import base64
@@ -36,17 +36,17 @@ MAX_IMAGE_BYTES = 20 * 2**20
 MAX_IMAGE_PIXELS = 50_000_000
 FETCH_SECONDS = 10.0  # for connecting, all redirects and the whole body together
 MAX_REDIRECTS = 3
-# Only what people send, as some of Pillow's other decoders run programs (EPS) or are little tested.
+# Common formats only: other decoders of Pillow run programs (EPS) or are little tested.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 HEADERS = {"User-Agent": "cots-handler", "Accept": "image/jpeg, image/png, image/webp", "Connection": "close"}
 URL_SAFE = "/%:@!$&'()*+,;=~?"
-SURROGATES = re.compile("[\ud800-\udfff]")  # what JSON can say and UTF-8 cannot
+SURROGATES = re.compile("[\ud800-\udfff]")  # characters that JSON can hold and UTF-8 cannot
 
 
 class RequestError(ValueError):
-    """A request that is refused; the message is for whoever sent it."""
+    """A refused request, with a message for its sender."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Query:
     A checked request.
 
     Args:
-        image: An image, or where it is: URL or base64. `None` if the question is about texts only.
-        texts: What to embed, or, for an image, what to compare it with.
-        labels: The name of each text in the answer of a classification; empty if it is none.
-        is_batch: Whether a list of texts was given, and so a list of embeddings is expected.
+        image: An image, its URL, or its content in base64. `None` if the request has texts only.
+        texts: Texts to embed or, with an image, to compare it with.
+        labels: The name of each text in the answer to a classification; empty for other requests.
+        is_batch: Whether the request has a list of texts, so that the answer is a list of embeddings.
     """
 
     image: Image.Image | str | None = None
@@ -250,14 +250,14 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 @contextlib.contextmanager
 def _connected(scheme: str, host: str, port: int, deadline: float) -> Iterator[http.client.HTTPConnection]:
-    """A connection to a checked address of `host`, that ends at the deadline whatever the host does."""
+    """A connection to a checked address of `host`, closed at the deadline whatever the host does."""
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(_connect(host, port, deadline))
         if scheme == "https":
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
             stack.enter_context(sock)
-        # Timeouts of a socket count from byte to byte, and a byte a second is a slow death.
+        # A socket's timeout starts again with every byte, so that a slow host could go on forever.
         watchdog = threading.Timer(deadline - time.monotonic(), _shut_down, [sock])
         watchdog.daemon = True
         watchdog.start()
@@ -293,7 +293,7 @@ def _shut_down(sock: socket.socket) -> None:
 
 class EndpointHandler:
     """
-    What Inference Endpoints load and call.
+    Answers requests; Inference Endpoints load and call it.
 
     Args:
         path: Folder of the model repository. Its own code is trusted, as this file is part of it.

@@ -1,4 +1,4 @@
-"""The card of a trained model, filled from its configuration and the record of its training; never by hand."""
+"""The card of a trained model, filled from its configuration and the record of its training."""
 
 import os
 import re
@@ -7,34 +7,35 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
-from ..evaluation.retrieval_metrics import RECALL_AT, chance_recall
+from ..evaluation.recall_table import RecallRow, recall_rows, rename_metrics
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
 
-# The last section of a card to which measurements were added. Unlike its rows, its head begins with a bar alone.
+# The section at the end of a card for results that were measured after training. Its head begins with a bar without a
+# space, by which rows are told from it.
 MEASURED_LATER = "## Measured later\n\nRecall in percent.\n\n"
 TABLE_HEAD = "|on | protocol | zero-shot | direction | R@1 | R@5 | R@10 | median rank |\n" + 8 * "|---" + "|"
-# Of these the card knows what they are: who made the images, what the captions say, what that does to a model.
+# Data sets that the template describes: source of the images, content of the captions, and biases that follow.
 KNOWN_DATA = {"scenes": "scenes", "flickr8k": "flickr8k"}
 
 
 def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
     """
-    Fill the template.
+    Fill the template of the card.
 
     Args:
         config: The [`COTSConfig`] of the trained model.
-        record: What `build_record` has collected of its training, with the `widget` entries of the card.
+        record: The record of its training from `build_record`, with the `widget` entries of the card.
         model_name: Title, and where the examples load it from.
     """
-    data, evaluation, metrics = record["training_data"], record["evaluation_data"], record["metrics"]
+    data, evaluation = record["training_data"], record["evaluation_data"]
     kind = KNOWN_DATA.get(data["name"].split()[0].lower())
     return ModelCard.from_template(
         _card_data(record, model_name, kind),
         template_path=TEMPLATE_PATH,
         model_name=model_name.rpartition("/")[2],
         model_id=model_name,
-        unit=record["unit"],
+        modality=record["unit"],
         kind=kind,
         text_encoder=describe_encoder(config.text_config),
         vision_encoder=f"{describe_encoder(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
@@ -48,21 +49,21 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         evaluation=evaluation and {name: _number(value) for name, value in evaluation.items()},
         protocol=record["protocol"],
         zero_shot_protocol=record["zero_shot_protocol"],
-        rows=None if metrics is None else _result_rows(metrics, evaluation, record["unit"]),
+        rows=_result_table(record),
         widget=record["widget"],
     )
 
 
 def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData:
-    unit, name = record["unit"], record["training_data"]["name"]
+    modality, name = record["unit"], record["training_data"]["name"]
     is_on_the_hub = kind is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
     return ModelCardData(
-        # The weights of one's own data are one's own to license.
+        # Weights trained on custom data are licensed by whoever trained them.
         license=None if kind is None else "apache-2.0",
         language=None if kind is None else "en",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=["cots", f"{unit}-text-retrieval", "two-stream", "sentence-transformers"],
+        tags=["cots", f"{modality}-text-retrieval", "two-stream", "sentence-transformers"],
         datasets=[name] if is_on_the_hub else None,
         model_name=model_name,
         eval_results=None
@@ -70,7 +71,7 @@ def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData
         else eval_results(
             record["metrics"],
             record["evaluation_data"]["name"],
-            unit=unit,
+            modality=modality,
             protocol=record["protocol"],
             zero_shot_protocol=record["zero_shot_protocol"],
         ),
@@ -82,25 +83,24 @@ def _number(value):
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def _result_rows(metrics: dict[str, float], evaluation: dict, unit: str) -> list[list[str]]:
-    """Title, recalls beside those of a random order, median and mean rank, for both directions."""
-    num_items, num_captions = evaluation["num_items"], evaluation["num_captions"]
-    rows = []
-    for title, name in ((f"{unit} to text", "i2t"), (f"text to {unit}", "t2i")):
-        row = [title]
-        for k in RECALL_AT:
-            chance = ""
-            if num_items and num_captions:
-                num_relevant = max(1, round(num_captions / num_items)) if name == "i2t" else 1
-                share = chance_recall(k, num_captions if name == "i2t" else num_items, num_relevant)
-                chance = f" ({share:.1f})"
-            row.append(f"{metrics[f'{name}_recall_at_{k}']:.1f}{chance}")
-        rows.append([*row, *(f"{metrics[f'{name}_{rank}_rank']:.1f}" for rank in ("median", "mean"))])
-    return rows
+def _result_table(record: dict) -> list[list[str]] | None:
+    """The cells of the two rows of measured results; `None` where nothing was measured."""
+    metrics, evaluation = record["metrics"], record["evaluation_data"]
+    if metrics is None:
+        return None
+    counts = evaluation["num_items"], evaluation["num_captions"]
+    return [_result_cells(row) for row in recall_rows(metrics, record["unit"], *counts)]
+
+
+def _result_cells(row: RecallRow) -> list[str]:
+    """Direction, recalls beside those of a random order where these are known, median and mean rank."""
+    chances = {k: f" ({chance:.1f})" for k, chance in row.chances.items()}
+    recalls = [f"{recall:.1f}{chances.get(k, '')}" for k, recall in row.recalls.items()]
+    return [row.direction, *recalls, f"{row.median_rank:.1f}", f"{row.mean_rank:.1f}"]
 
 
 def describe_encoder(config) -> str:
-    """The size of an encoder, in words."""
+    """Type, layers, width and heads of an encoder as a phrase for a card."""
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads"
@@ -111,30 +111,30 @@ def eval_results(
     metrics: dict[str, float],
     dataset_name: str,
     *,
-    unit: str = "image",
+    modality: str = "image",
     protocol: str | None = None,
     zero_shot_protocol: str | None = None,
 ) -> list[EvalResult]:
-    """The recalls among `metrics` (as `retrieval_metrics` returns them) for the `model-index` of a card.
+    """The recalls in `metrics` (as `retrieval_metrics` returns them) for the `model-index` of a card.
 
     Args:
         metrics: Recalls in percent.
-        dataset_name: What they were measured on.
-        unit: What the captions tell of, an "image" or a "video".
+        dataset_name: The data set that they were measured on.
+        modality: What the captions describe, an "image" or a "video".
         protocol: One of `PROTOCOLS`, or None.
-        zero_shot_protocol: One of `ZERO_SHOT_PROTOCOLS`, beside each number; None where it is not known.
+        zero_shot_protocol: One of `ZERO_SHOT_PROTOCOLS`, stated with each number; None where it is not known.
     """
     return [
         EvalResult(
-            task_type=f"{unit}-text-retrieval",
+            task_type=f"{modality}-text-retrieval",
             dataset_type=os.path.basename(dataset_name).replace(" ", "-"),
             dataset_name=dataset_name,
             dataset_config=protocol,
-            metric_type=name if unit == "image" else name.replace("i2t", "v2t").replace("t2i", "t2v"),
+            metric_type=name,
             metric_value=round(value, 2),
             metric_args=None if zero_shot_protocol is None else {"zero_shot_protocol": zero_shot_protocol},
         )
-        for name, value in metrics.items()
+        for name, value in rename_metrics(metrics, modality).items()
         if "recall_at" in name
     ]
 
@@ -148,9 +148,9 @@ def load_card(model: str) -> ModelCard:
 
 
 def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> None:
-    """Add what was measured later to the `model-index` of a card; a number measured alike before is replaced.
+    """Add results to the `model-index` of a card; earlier results of the same metric on the same data are replaced.
 
-    The index needs a name of the model: `model_name` is for a card without one.
+    The index needs a name of the model: a card without one gets `model_name`.
     """
     replaced = {result.unique_identifier + (result.metric_type,) for result in results}
     kept = [
@@ -162,35 +162,34 @@ def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> 
     card.data.model_name = card.data.model_name or model_name
 
 
-def write_card_of_measured(output_dir: str, model: str, results: dict, unit: str = "image") -> None:
-    """Write the card of a checkpoint that was only measured, with the numbers added; the checkpoint's own stays.
+def write_card_of_measured(output_dir: str, model: str, results: dict, modality: str = "image") -> None:
+    """Write a copy of the card of a checkpoint that was only measured, with the results added.
 
     Args:
-        output_dir: Its `README.md` is written.
+        output_dir: The folder in which `README.md` is written.
         model: The checkpoint, a folder or a Hub id.
         results: What `write_results` returned, with `measured_on` and `zero_shot_protocol` among its facts.
-        unit: What the captions tell of, an "image" or a "video".
+        modality: What the captions describe, an "image" or a "video".
     """
     card = load_card(model)
     measured = eval_results(
-        {name.replace("v2t", "i2t").replace("t2v", "t2i"): value for name, value in results["metrics"].items()},
+        results["metrics"],
         results["measured_on"],
-        unit=unit,
+        modality=modality,
         protocol=results["protocol"],
         zero_shot_protocol=results["zero_shot_protocol"],
     )
     add_results(card, measured, model_name=os.path.basename(os.path.normpath(model)))
-    card.text = _with_rows(card.text, results, unit)
+    card.text = _with_rows(card.text, results, modality)
     card.save(os.path.join(output_dir, "README.md"))
 
 
-def _with_rows(text: str, results: dict, unit: str) -> str:
-    """The text of a card with one row a direction in its last table; rows of the same test set are replaced."""
+def _with_rows(text: str, results: dict, modality: str) -> str:
+    """The text of a card with a row for each direction in its last table; rows of the same test set are replaced."""
     what = f"| {results['measured_on']} | {results['protocol'] or ''} | {results['zero_shot_protocol']} |"
     text, _, table = text.partition(MEASURED_LATER)
     rows = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith(what)]
-    image, metrics = unit[0] if unit == "video" else "i", results["metrics"]
-    for direction, side in ((f"{unit} to text", f"{image}2t"), (f"text to {unit}", f"t2{image}")):
-        numbers = [f"{metrics[f'{side}_recall_at_{k}']:.1f}" for k in RECALL_AT]
-        rows.append(" ".join([what, direction, "|", " | ".join(numbers), f"| {metrics[f'{side}_median_rank']:g} |"]))
+    for row in recall_rows(results["metrics"], modality):
+        recalls = " | ".join(f"{recall:.1f}" for recall in row.recalls.values())
+        rows.append(f"{what} {row.direction} | {recalls} | {row.median_rank:g} |")
     return "\n".join([text.rstrip() + "\n", MEASURED_LATER + TABLE_HEAD, *rows]) + "\n"

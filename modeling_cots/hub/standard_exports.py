@@ -1,8 +1,8 @@
-"""The parts of a COTS model that stock classes can express, as repositories that need no code of ours.
+"""Exporting parts of a COTS model as standard classes, in repositories that need no custom code.
 
-Hosted widgets serve no custom code. A text encoder of its own is what sentence-transformers already has (sentence
-similarity); the vision encoder with the embeddings of fixed labels as its head is an image classifier. What the stock
-classes cannot do is said, or refused, here.
+Hosted widgets run no custom code. The text encoder alone is a standard sentence-transformers model. The vision
+encoder, with the embeddings of fixed labels as its head, is a standard image classifier. Each docstring says how far
+its export equals COTS, and what is refused.
 """
 
 import copy
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification
 
-from ..hub_export import CARD_NAME, check_processor, mark_generated, streams_of, write_json
+from ..hub_export import CARD_NAME, check_processor, cots_model_of, mark_generated, write_json
 from ..processing_cots import forget_calls
 
 HYPOTHESIS_TEMPLATE = "This is a photo of {}."  # as the zero-shot-image-classification pipeline
@@ -73,10 +73,10 @@ def export_text_encoder(
     model: PreTrainedModel, processor: ProcessorMixin, folder: str | os.PathLike, *, model_id: str | None = None
 ) -> None:
     """
-    Write the text stream as a stock sentence-transformers model: transformer, mean pooling, dense, normalize.
+    Write the text encoder as a standard sentence-transformers model: transformer, mean pooling, dense, normalize.
 
-    Its embeddings are those of `encode_text`, in float32. The encoder's own pooler, which COTS does without, is filled
-    with zeros where the stock class has one; nothing reads it.
+    Its embeddings are those of `encode_text`, in float32. COTS has no pooler: where the standard class has one, it is
+    filled with zeros, and nothing reads it.
 
     Args:
         model: A [`COTSModel`] or [`COTSForPreTraining`].
@@ -86,14 +86,14 @@ def export_text_encoder(
 
     Raises `ValueError` for a text encoder that is not a class of transformers.
     """
-    model, folder = streams_of(model), Path(folder)
+    model, folder = cots_model_of(model), Path(folder)
     check_processor(model, processor)
-    _check_stock(model.text_model, "text encoder")
+    _check_standard(model.text_model, "text encoder")
     encoder = AutoModel.from_config(_plain_copy(model.text_model.config)).float()
     missing, unexpected = encoder.load_state_dict(model.text_model.state_dict(), strict=False)
     if unexpected or not all("pooler" in name for name in missing):
         raise ValueError(
-            f"{type(encoder).__name__} cannot take the weights of the text stream: {missing + unexpected}."
+            f"{type(encoder).__name__} cannot take the weights of the text encoder: {missing + unexpected}."
         )
     for name in missing:
         nn.init.zeros_(encoder.get_parameter(name))
@@ -120,44 +120,36 @@ def export_zero_shot_classifier(
     model_id: str | None = None,
 ) -> None:
     """
-    Write the vision stream as a stock `ViTForImageClassification` whose head is the embeddings of `labels`.
+    Write the vision encoder as a standard `ViTForImageClassification` whose head is the embeddings of `labels`.
 
     The head is the vision projection, then the product with the label embeddings, over the temperature: one matrix.
-    The length of the image embedding, by which COTS divides, a stock class cannot divide by. So the ranking of the
-    labels for an image is that of COTS, while its logits are those of COTS times that length: the softmax is sharper
-    (or flatter) than it should be. With `images` they are divided by the mean length over these, and scores are near
-    those of COTS for images like them.
+    COTS also divides by the length of the image embedding, which a standard class cannot do. So the labels of an image
+    rank as in COTS, while its logits are those of COTS times that length: the softmax is too sharp or too flat. With
+    `images` the head is divided by the mean length over these, and scores are near those of COTS for similar images.
 
     Args:
         model: A [`COTSModel`] or [`COTSForPreTraining`].
         processor: Its [`COTSProcessor`].
         labels: At least two different ones.
         folder: Created if need be; a card in it stays.
-        hypothesis_template: What is embedded for a label, which takes the place of `{}`.
+        hypothesis_template: The text that is embedded for a label, with `{}` in the place of the label.
         images: PIL images of the kind that will be classified.
         model_id: Where the card's example loads the model from; by default the folder's name.
 
     Raises `ValueError` for a vision encoder other than ViT, and for labels or a template that cannot be used.
     """
-    model, folder, labels = streams_of(model), Path(folder), _checked_labels(labels)
+    model, folder, labels = cots_model_of(model), Path(folder), _checked_labels(labels)
     check_processor(model, processor)
-    _check_stock(processor.image_processor, "image processor")
-    if model.config.vision_config.model_type != "vit":
-        raise ValueError(
-            f"A ViTForImageClassification cannot be made of a `{model.config.vision_config.model_type}` encoder."
-        )
-    if hypothesis_template.count("{}") != 1:
-        raise ValueError(
-            f"`hypothesis_template` must have the place of the label, {{}}, once: {hypothesis_template!r}."
-        )
+    _check_standard(processor.image_processor, "image processor")
+    _check_classifier(model.config.vision_config.model_type, hypothesis_template)
     if model.training:  # dropout would blur the embeddings; the caller's model stays as it is
         model = copy.deepcopy(model).eval()
     mean_length = 1.0 if images is None else mean_embedding_length(model, processor, images)
     texts = [hypothesis_template.replace("{}", label) for label in labels]
     query = processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        rows = model.encode_text(**query).double() / (model.config.temperature * mean_length)
-    build_classifier(model, labels, rows).save_pretrained(folder)
+        label_weights = model.encode_text(**query).double() / (model.config.temperature * mean_length)
+    build_classifier(model, labels, label_weights).save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     name = folder.name if model_id is None else model_id
     text = CLASSIFIER_CARD.format(
@@ -172,10 +164,10 @@ def export_zero_shot_classifier(
     _write_card(folder, data, text)
 
 
-def build_classifier(model: PreTrainedModel, labels: list[str], rows: torch.Tensor) -> ViTForImageClassification:
-    """The vision stream with a head that multiplies the projected [CLS] vector with each of `rows` (labels, d).
+def build_classifier(model: PreTrainedModel, labels: list[str], label_weights) -> ViTForImageClassification:
+    """The vision encoder with a head that multiplies the projected [CLS] vector with `label_weights` (labels, d).
 
-    The projection W h + b and the product with a row r are one linear map: (r W) h + r b.
+    The projection W h + b and the product with the weights r of a label are one linear map: (r W) h + r b.
     """
     config = _plain_copy(model.vision_model.config)
     config.id2label = dict(enumerate(labels))  # sets num_labels as well
@@ -183,8 +175,8 @@ def build_classifier(model: PreTrainedModel, labels: list[str], rows: torch.Tens
     classifier = ViTForImageClassification(config).float()
     classifier.vit.load_state_dict(model.vision_model.state_dict())
     with torch.no_grad():
-        classifier.classifier.weight.copy_(rows @ model.vision_projection.weight.double())
-        classifier.classifier.bias.copy_(rows @ model.vision_projection.bias.double())
+        classifier.classifier.weight.copy_(label_weights @ model.vision_projection.weight.double())
+        classifier.classifier.bias.copy_(label_weights @ model.vision_projection.bias.double())
     return classifier
 
 
@@ -201,9 +193,20 @@ def mean_embedding_length(model: PreTrainedModel, processor: ProcessorMixin, ima
     return total / len(images)
 
 
-def _check_stock(part, role: str) -> None:
+def _check_standard(part, role: str) -> None:
     if type(part).__module__.partition(".")[0] != "transformers":
-        raise ValueError(f"The {role}, {type(part).__name__}, is no class of transformers: nobody could load it.")
+        raise ValueError(
+            f"The {role}, {type(part).__name__}, is no class of transformers: loading it would need custom code."
+        )
+
+
+def _check_classifier(vision_type: str, hypothesis_template: str) -> None:
+    if vision_type != "vit":
+        raise ValueError(f"A ViTForImageClassification cannot be made of a `{vision_type}` encoder.")
+    if hypothesis_template.count("{}") != 1:
+        raise ValueError(
+            f"`hypothesis_template` must have the place of the label, {{}}, once: {hypothesis_template!r}."
+        )
 
 
 def _checked_labels(labels: Sequence[str]) -> list[str]:
@@ -216,7 +219,7 @@ def _checked_labels(labels: Sequence[str]) -> list[str]:
 
 
 def _plain_copy(config):
-    """A configuration without traces of the composite that it was part of."""
+    """A copy of an encoder's configuration, without what it got as a part of a COTSConfig."""
     config = copy.deepcopy(config)
     config.dtype = torch.float32
     config._name_or_path = ""
@@ -224,7 +227,7 @@ def _plain_copy(config):
 
 
 def _save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
-    """Save a tokenizer that cuts texts where COTS does, and names no processor of ours; returns that length."""
+    """Save a tokenizer that cuts texts where COTS does and names no custom processor; return that length."""
     max_length = min(tokenizer.model_max_length, model.max_text_length or tokenizer.model_max_length)
     forget_calls(tokenizer)
     tokenizer.save_pretrained(folder)

@@ -1,6 +1,6 @@
-"""The examples of a model card's widget: images that lie in the repository, and what the model said of them.
+"""Examples for the widget of a model card: images in the repository, with the model's recorded answers.
 
-No provider runs custom code for a widget, so that what is shown is what was recorded here, with the pipeline that
+No provider runs custom code for a widget. So the widget shows answers that are recorded here, with the pipeline that
 anyone can run on the same files.
 """
 
@@ -14,7 +14,7 @@ from ..data.scenes.still import ScenesDataset
 
 FOLDER = "widget"
 NUM_EXAMPLES = 3
-SIDE = 256  # pixels, at most: small files, and large enough to be looked at
+SIDE = 256  # pixels, at most: small files that are still easy to look at
 
 
 def record_widget_examples(
@@ -25,7 +25,7 @@ def record_widget_examples(
     num_examples: int = NUM_EXAMPLES,
 ) -> list[dict]:
     """
-    Save evenly spaced images of a data set as JPEG, and classify each among one caption of every one of them.
+    Save evenly spaced images of a data set as JPEG, and classify each, with one caption of every image as the labels.
 
     A repository shows its images to everyone: pass only what may be published.
 
@@ -55,26 +55,29 @@ def record_widget_examples(
         image.thumbnail((SIDE, SIDE))
         image.save(Path(folder) / source, quality=90)
         output = classify(str(Path(folder) / source), candidate_labels=labels)
-        examples.append(
-            {
-                "src": source,
-                "example_title": f"Image {number}",
-                "candidate_labels": ", ".join(labels),
-                "output": [{"label": found["label"], "score": round(found["score"], 4)} for found in output],
-            }
-        )
+        examples.append(_widget_entry(number, source, labels, output))
     model.train(was_training)
     return examples
 
 
+def _widget_entry(number: int, source: str, labels: list[str], output: list[dict]) -> dict:
+    """One example in the form that a card's `widget` has; `output` is the pipeline's."""
+    return {
+        "src": source,
+        "example_title": f"Image {number}",
+        "candidate_labels": ", ".join(labels),
+        "output": [{"label": found["label"], "score": round(found["score"], 4)} for found in output],
+    }
+
+
 def publishable_images(dataset):
-    """Images that nobody has rights in: those of `scenes`, drawn larger; `None` for all other data."""
+    """The images of a `scenes` data set, drawn larger, as nobody has rights in them; `None` for all other data."""
     if not isinstance(dataset, ScenesDataset):
         return None
     return ScenesDataset(dataset.split, dataset.num_scenes, SIDE, dataset.seed)
 
 
 def _label(captions: list[str]) -> str:
-    """The shortest caption without a comma, which is what separates labels in a widget."""
+    """The shortest caption without a comma, as a widget separates labels by commas."""
     whole = [caption for caption in captions if "," not in caption]
     return min(whole, key=len) if whole else captions[0].partition(",")[0]

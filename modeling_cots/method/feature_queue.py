@@ -7,10 +7,12 @@ of any size wrap around queues of any size (the paper's fine-tuning: 48 into 1,4
 import torch
 from torch import nn
 
+from .global_batch import GlobalBatch
+
 
 class PairQueue(nn.Module):
     """
-    The last `size` momentum embeddings of both streams, their similarity scores and their pair ids.
+    The last `size` momentum embeddings of images and texts, their similarity scores and their pair ids.
 
     Args:
         size (`int`): N_Q, the number of pairs.
@@ -63,21 +65,21 @@ class PairQueue(nn.Module):
         self.pair_ids[position] = pair_ids[first:]
         self.num_pushed += num_pairs
 
-    def candidates(self, fresh: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+    def candidates(self, fresh: GlobalBatch | None = None) -> tuple[torch.Tensor, ...]:
         """
-        What C candidates a pair is held against: image and text embeddings (C, d) each, pair ids (C,), and whether
-        each counts (C,) bool. They are copies: the queue is written in place before a backward pass reads them.
+        The C candidates of a batch: image and text embeddings (C, d) each, pair ids (C,), and whether each counts
+        (C,) bool. They are copies: the queue is written in place before a backward pass reads them.
 
         Args:
-            fresh: `image_embeds`, `text_embeds`, `pair_ids` and `valid` of pairs that are candidates beside the queue.
+            fresh: Pairs that are candidates beside the queue.
         """
         if fresh is None:
             return self.image_embeds.clone(), self.text_embeds.clone(), self.pair_ids.clone(), self.filled
         return (
-            torch.cat([self.image_embeds, fresh["image_embeds"]]),
-            torch.cat([self.text_embeds, fresh["text_embeds"]]),
-            torch.cat([self.pair_ids, fresh["pair_ids"]]),
-            torch.cat([self.filled, fresh["valid"]]),
+            torch.cat([self.image_embeds, fresh.image_embeds]),
+            torch.cat([self.text_embeds, fresh.text_embeds]),
+            torch.cat([self.pair_ids, fresh.pair_ids]),
+            torch.cat([self.filled, fresh.valid]),
         )
 
     def get_extra_state(self) -> torch.Tensor:

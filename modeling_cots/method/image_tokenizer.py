@@ -1,8 +1,8 @@
-"""`ImageTokenizer`: images to visual tokens on the patch grid, the targets of masked vision modelling (CMVM).
+"""`ImageTokenizer`: images to visual tokens on the patch grid, the targets of masked vision modeling (CMVM).
 
 COTS (CVPR 2022, supplement): the raw image is average-pooled 384 -> 192, and the encoder of DALL-E's discrete VAE,
-which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 pixels a patch. The
-dVAE is transformers' `FlavaImageCodebook`; it is frozen, and no part of the trained model.
+which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 x 8 pixels a patch.
+The dVAE is transformers' `FlavaImageCodebook`. It is frozen and not part of the trained model.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ class ImageTokenizer(nn.Module):
 
     Args:
         codebook (`FlavaImageCodebook`): The encoder of the discrete VAE; it is frozen.
-        image_mean (`list[float]`): Per channel, what the processor subtracted.
-        image_std (`list[float]`): Per channel, what it then divided by.
+        image_mean (`list[float]`): Mean of each channel, which the processor has subtracted.
+        image_std (`list[float]`): Standard deviation of each channel, by which it has divided.
     """
 
     def __init__(self, codebook: FlavaImageCodebook, image_mean: list[float], image_std: list[float]):
         super().__init__()
-        # Frozen again after loading: `from_pretrained` turns the gradients back on. Channels last convolve faster.
+        # Frozen after loading, as `from_pretrained` turns gradients on. Convolutions are faster with channels last.
         self.codebook = codebook.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(-1, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1))
@@ -46,8 +46,8 @@ class ImageTokenizer(nn.Module):
         """
         A small codebook with random weights, used as a random-projection quantizer (BEST-RQ, Chiu et al., 2022).
 
-        Its tokens mean nothing in particular, but equal patches have equal tokens, so predicting them from the rest
-        of the image is a task. For tests and for places that no model hub reaches.
+        Its tokens have no meaning, but equal patches have equal tokens, so that they can be predicted from the rest
+        of the image. For tests, and for machines without access to a model hub.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the accelerator for good
@@ -61,7 +61,7 @@ class ImageTokenizer(nn.Module):
         return self.codebook.config.vocab_size
 
     def fingerprint(self) -> str:
-        """A digest of all that decides about the tokens of a raw image of given size and patches."""
+        """A digest of all that determines the tokens of a raw image of given size and patches."""
         return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
 
     def train(self, mode: bool = True) -> "ImageTokenizer":
@@ -90,10 +90,10 @@ class ImageTokenizer(nn.Module):
 def _spread_codes(codebook: FlavaImageCodebook) -> None:
     """Make the random codebook use its whole vocabulary.
 
-    With the library's initialization (standard deviation 0.02 through 25 convolutions) the features all but vanish
-    and a handful of ids, those with the largest bias, win everywhere: 8 of 512 on photographs. So the convolutions
-    keep the scale of their input (He et al., 2015), and the codes are random directions in features that are
-    whitened over smooth random images, folded into the weights of the last convolution.
+    With the library's initialization (standard deviation 0.02) features almost vanish in 25 convolutions. A few ids
+    with the largest bias then win everywhere: 8 of 512 on photographs. So the convolutions keep the scale of their
+    input (He et al., 2015). The codes are random directions in features that are whitened over smooth random images;
+    the whitening is folded into the weights of the last convolution.
     """
     for module in codebook.modules():
         if isinstance(module, nn.Conv2d):
@@ -114,7 +114,7 @@ def _spread_codes(codebook: FlavaImageCodebook) -> None:
 
 
 def digest_codebook(codebook, **mapping) -> str:
-    """A digest of a module's weights, equal on every device, and of how pixels are mapped for it."""
+    """A digest of a codebook's weights, equal on every device, and of the settings of the mapping of its pixels."""
     digest = hashlib.blake2b(json.dumps(mapping, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(codebook.state_dict().items()):
         values = tensor.detach().float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""`MomentumEncoder`: the frozen slow copy of the two streams (COTS, CVPR 2022, instance level; as in MoCo)."""
+"""`MomentumEncoder`: the frozen slow copy of both encoders (COTS, CVPR 2022, instance level; as in MoCo)."""
 
 import copy
 import os
@@ -34,7 +34,7 @@ class MomentumEncoder(nn.Module):
         return super().train(False)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_paired_with": None, "_pairs": None}  # a copy has tensors of its own
+        return {**super().__getstate__(), "_paired_with": None, "_pairs": None}  # a copy has its own tensors
 
     @torch.no_grad()
     def update_(self, model: nn.Module, momentum: float) -> None:

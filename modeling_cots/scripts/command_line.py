@@ -12,22 +12,22 @@ def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = No
     """
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
-    The first argument may be a YAML file of options; options on the command line win over it, and both over
-    `defaults`, which replace those of the dataclasses. Raises `ValueError` for a file that is not there and for an
-    option in it that does not exist.
+    The first argument may be a YAML file of options. Options on the command line override the file, and both override
+    `defaults`, which replace those of the dataclasses. Raises `ValueError` for a missing file, and for an unknown
+    option in the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types)
     parser.set_defaults(**(defaults or {}))
     if argv and not argv[0].startswith("-"):
         parser.set_defaults(**_read_options(Path(argv.pop(0)), dataclass_types))
-    for action in parser._actions:  # what the file gives is no longer required on the command line
+    for action in parser._actions:  # an option that the file gives is not required on the command line
         action.required = action.required and parser.get_default(action.dest) in (None, dataclasses.MISSING)
     return parser.parse_args_into_dataclasses(argv)
 
 
 def option_names(argv: list[str]) -> set[str]:
-    """Names of the options that `argv` gives, in its YAML file or as words."""
+    """Names of the options in `argv` and in its YAML file."""
     words = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
     is_file = bool(argv) and not argv[0].startswith("-")
     return words | set(_load_yaml(Path(argv[0])) if is_file else ())

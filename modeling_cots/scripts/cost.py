@@ -1,8 +1,8 @@
 """What training costs before anything is trained: parameters, floating-point operations and memory of a configuration.
 
 Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
-contents, so the counts are those of the real modules, whatever the encoders are. Counted: the clean and the masked
-pass of both streams forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
+contents, so the counts are those of the real modules, whatever the encoders are. Counted: the unmasked and the
+masked pass of both encoders forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
 positions, and the contrast against the queues. Not counted: decoding images, the optimizer's arithmetic (a share of
 about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
 2 FLOP. Of videos a pair is all frames of one video and a caption.
@@ -14,17 +14,20 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 from transformers.initialization import no_init_weights
 
 from ..configuration_cots import COTSConfig
+from ..method.feature_queue import PairQueue
+from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import PIXELS_PER_TOKEN
-from ..method.losses import queue_logits, task_kl_loss
+from ..method.losses import masked_token_loss
 from ..modeling_cots import unit_length
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
+from ..training.objective import COTSObjective
+from ..training.processes import ProcessGroup
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
 BYTES_PER_PARAMETER = 4 + 4 + 8
@@ -56,7 +59,7 @@ class TrainingCost:
     The cost of one optimizer step, by the pair.
 
     Args:
-        num_parameters (`dict[str, int]`): By part: streams, projections, heads.
+        num_parameters (`dict[str, int]`): By part: encoders, projections, heads.
         flop_per_pair (`dict[str, float]`): Forward and backward, by part; see `total_flop`.
         fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimizer, momentum copy, queues.
         bytes_per_pair (`int`): Device memory of what the backward pass needs of one pair.
@@ -129,8 +132,8 @@ def estimate_training_cost(
 def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
     cots = model.cots
     parts = {
-        "text stream": [cots.text_model],
-        "vision stream": [cots.vision_model],
+        "text encoder": [cots.text_model],
+        "vision encoder": [cots.vision_model],
         "projections": [cots.text_projection, cots.vision_projection],
         "heads": [model],
     }
@@ -149,6 +152,9 @@ class _FakeStep:
         self, model: COTSForPreTraining, args: COTSTrainingArguments, text_length: int, num_frames: int | None
     ):
         self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
+        queue = PairQueue(args.queue_size, model.config.projection_dim)
+        # Momentum encoders are counted apart, by the online model, which is as large.
+        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup())
         self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
@@ -163,7 +169,7 @@ class _FakeStep:
         return torch.autocast("cpu", torch.bfloat16)
 
     def images(self, batch_size: int) -> torch.Tensor:
-        if batch_size not in self._images:  # the clean and the masked pass see the same tensor, kept once
+        if batch_size not in self._images:  # the unmasked and the masked pass see the same tensor, kept once
             self._images[batch_size] = torch.zeros(batch_size, 3, *self.image_size)
         return self._images[batch_size]
 
@@ -187,22 +193,18 @@ class _FakeStep:
         return self.model.cots.run_text_model(self.texts(batch_size)).last_hidden_state
 
     def contrast(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        batch_size, num_candidates = len(image_embeds), self.args.queue_size
-        if self.args.batch_candidates:
-            num_candidates += batch_size
-        candidates = torch.zeros(num_candidates, image_embeds.shape[1])
-        excluded = torch.zeros(batch_size, num_candidates, dtype=torch.bool)
-        rows = [
-            queue_logits(query, candidates[:1].expand_as(query), candidates, excluded, self.model.config.temperature)
-            for query in (image_embeds, text_embeds)
-        ]
-        losses = [F.log_softmax(row, dim=1)[:, 0].sum() for row in rows]
-        return sum(losses) + task_kl_loss(*rows, torch.ones(batch_size, dtype=torch.bool), float(batch_size))
+        """L_MCL and L_KL, as the objective of training computes them."""
+        size, keys = len(image_embeds), torch.zeros_like(image_embeds)
+        keep_mask = torch.ones(size, dtype=torch.bool)
+        batch = GlobalBatch(keys, keys, torch.zeros(size, dtype=torch.long), keep_mask, slice(0, size))
+        logits = self.objective.contrast(image_embeds, text_embeds, batch)
+        return torch.stack([*self.objective.contrastive_losses(*logits, keep_mask, float(size)).values()]).sum()
 
     def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the masked `tokens` (B, M, H), each conditioned on the other stream's `feature` (B, H')."""
-        logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1)).float()
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+        """Loss of the masked `tokens` (B, M, H), each conditioned on the other encoder's `feature` (B, H')."""
+        logits = head((tokens + mixer(feature).unsqueeze(1)).flatten(0, 1))
+        targets = torch.zeros(len(logits), dtype=torch.long)
+        return masked_token_loss(logits, targets, torch.ones_like(targets, dtype=torch.bool), float(len(logits)))
 
     def predict_patches(self, patches: torch.Tensor, text_feature: torch.Tensor) -> torch.Tensor:
         masked = patches[:, -self.masked_patches :]
@@ -221,8 +223,8 @@ class _FakeStep:
             return torch.zeros(batch_size, *shape, requires_grad=True)
 
         parts = {
-            "vision, clean": lambda: self.embed_images(batch_size),
-            "text, clean": lambda: self.embed_texts(batch_size),
+            "vision, unmasked": lambda: self.embed_images(batch_size),
+            "text, unmasked": lambda: self.embed_texts(batch_size),
             "contrast and KL": lambda: self.contrast(leaf(config.projection_dim), leaf(config.projection_dim)),
         }
         if args.cmvm_weight > 0:

@@ -1,7 +1,7 @@
-"""Putting a model, its tokenizer, its image tokenizer and its processor together so that their sizes agree.
+"""Building model, tokenizer, image tokenizer and processor so that their sizes agree.
 
-Used by the training scripts before any work is done: what is fresh follows what is given, and two given parts that
-do not fit are refused with both numbers.
+The training scripts do this before any other work. New parts take their sizes from the given ones. Two given parts
+that do not fit are refused, with both sizes.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig
-from ..encoders_cots import build_text_encoder, build_vision_encoder
+from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
@@ -41,7 +41,7 @@ RANDOM_IMAGE_TOKENIZER = "random"
 def build_config(
     model: str | None, model_config: str | None, text_model: str | None, vision_model: str | None
 ) -> COTSConfig:
-    """The configuration of a COTS checkpoint; or of a JSON file (default: the paper) with the given encoders in it."""
+    """The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders."""
     if model is not None:
         return COTSConfig.from_pretrained(model)
     config = COTSConfig() if model_config is None else COTSConfig.from_json_file(model_config)
@@ -58,7 +58,7 @@ def _is_timm(vision_model: str) -> bool:
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> BertTokenizer:
     """
-    A WordPiece tokenizer in BERT's format, of at most `vocab_size` pieces, each seen at least twice in `captions`.
+    A WordPiece tokenizer in BERT's format, of at most `vocab_size` tokens, each seen at least twice in `captions`.
 
     The same captions give the same tokenizer, on every process and in every run.
     """
@@ -66,8 +66,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZ
     blank = BertTokenizer().backend_tokenizer
     letters = Counter(letter for caption in captions for letter in blank.normalizer.normalize_str(caption))
     alphabet = sorted(letter for letter, _ in letters.most_common(MAX_ALPHABET) if not letter.isspace())
-    # The library numbers the letters inside words in the order of a hash table that is seeded anew every time, and
-    # breaks ties between merges by those numbers. Handed over as special tokens, they are numbered beforehand.
+    # The library numbers the letters inside words in the order of a hash table with a new seed in every run, and it
+    # breaks ties between merges by these numbers. As special tokens the letters are numbered beforehand.
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -91,13 +91,13 @@ def build_tokenizer(
     source = text_model if tokenizer is None else tokenizer
     if source is None:
         built = train_tokenizer(captions, vocab_size)
-        logger.warning(f"Trained a WordPiece tokenizer of {len(built)} pieces on the training captions.")
+        logger.warning(f"Trained a WordPiece tokenizer of {len(built)} tokens on the training captions.")
     else:
         built = AutoTokenizer.from_pretrained(source)
     for role in ("pad_token", "mask_token"):
         if getattr(built, role) is None:
-            raise ValueError(f"The tokenizer {source} has no {role}, which padding and masked modelling need.")
-    # Kept in the tokenizer, so that `truncation=True` cuts alike wherever the model is used.
+            raise ValueError(f"The tokenizer {source} has no {role}, which padding and masked modeling need.")
+    # Saved with the tokenizer, so that `truncation=True` cuts at the same length wherever the model is used.
     built.model_max_length = max_text_length
     return built
 
@@ -108,34 +108,30 @@ def build_model(
     text_model: str | None,
     vision_model: str | None,
     config: COTSConfig,
-    num_word_pieces: int,
+    tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int,
     max_text_length: int,
     with_heads: bool = True,
 ) -> COTSForPreTraining:
     """
-    The model to train: a COTS checkpoint to go on from, a pair of pre-trained encoders, or fresh weights.
+    The model to train: a COTS checkpoint to continue from, a pair of pre-trained encoders, or fresh weights.
 
-    A stream without a pre-trained encoder is built from `config`, whose vocabularies then follow the tokenizers. Of a
-    checkpoint the heads of masked modelling are loaded only `with_heads`: what people share has none.
-    Raises `ValueError` where a given stream and a given tokenizer do not fit.
+    An encoder that is not pre-trained is built from `config`, with vocabulary sizes from the tokenizers. The heads of
+    masked modeling are loaded from a checkpoint only `with_heads`, as a shared checkpoint has none.
+
+    Raises `ValueError` where an encoder and a tokenizer do not fit, and for captions longer than the positions.
     """
     if model is not None:
-        built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_streams(model)
+        built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_without_heads(model)
     elif text_model is None and vision_model is None:
-        config.text_config.vocab_size = num_word_pieces
+        config.text_config.vocab_size = len(tokenizer)
         config.image_vocab_size = num_image_tokens
         built = COTSForPreTraining(config)
     else:
-        built = _from_encoders(text_model, vision_model, config, num_word_pieces, num_image_tokens)
-        if config._attn_implementation is not None:  # of the configuration file; encoders come with their own
+        built = _from_encoders(text_model, vision_model, config, tokenizer, num_image_tokens)
+        if config._attn_implementation is not None:  # set in the configuration file; encoders are loaded with another
             built.set_attn_implementation(config._attn_implementation)
-    vocab_size = built.config.text_config.vocab_size
-    if num_word_pieces > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {num_word_pieces} tokens and the text encoder only {vocab_size} embeddings: "
-            "give the tokenizer that the encoder was trained with."
-        )
+    check_vocabulary(tokenizer, built.config)
     if built.config.image_vocab_size != num_image_tokens:
         raise ValueError(
             f"The image tokenizer has {num_image_tokens} tokens and the model's masked-image head "
@@ -149,19 +145,19 @@ def build_model(
     return built
 
 
-def _load_streams(model: str) -> COTSForPreTraining:
-    """The streams of a checkpoint under fresh heads, without the loader's report of the heads that it lacks."""
-    streams = COTSModel.from_pretrained(model)
-    built = COTSForPreTraining(streams.config)
-    missing, _ = built.cots.load_state_dict(streams.state_dict(), strict=False)
+def _load_without_heads(model: str) -> COTSForPreTraining:
+    """The encoders of a checkpoint with fresh heads, without the loader's report of missing heads."""
+    loaded = COTSModel.from_pretrained(model)
+    built = COTSForPreTraining(loaded.config)
+    missing, _ = built.cots.load_state_dict(loaded.state_dict(), strict=False)
     assert all(name.endswith("mask_token") for name in missing), missing
     return built
 
 
-def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces: int, num_image_tokens: int):
-    """A stream for which no pre-trained encoder is given is built from `config`."""
+def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_image_tokens: int):
+    """A model of pre-trained encoders; one that is not given is built from `config`."""
     if text_model is None:
-        config.text_config.vocab_size = num_word_pieces
+        config.text_config.vocab_size = len(tokenizer)
         text_model = build_text_encoder(config.text_config)
     if vision_model is None:
         vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
@@ -177,7 +173,7 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, num_word_pieces
 
 
 def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, vision_model: str | None) -> COTSProcessor:
-    """The processor of a model: images at the size of its vision encoder, any mode, normalized as that expects."""
+    """The processor of a model: it converts images to RGB, and resizes and normalizes them for the vision encoder."""
     height, width = config.image_size
     size = {"height": height, "width": width}
     normalization = {}
@@ -193,20 +189,18 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     return COTSProcessor(image_processor, tokenizer, video_processor)
 
 
-def build_image_tokenizer(name_or_path: str, processor: COTSProcessor, vocab_size: int) -> ImageTokenizer:
-    """The dVAE given by id or folder; or, for "random", a random codebook of `vocab_size` tokens, said in the log."""
-    settings = processor.image_processor
-    return load_image_tokenizer(name_or_path, settings.image_mean, settings.image_std, vocab_size)
+def build_image_tokenizer(name_or_path: str, processor: COTSProcessor | None, vocab_size: int) -> ImageTokenizer:
+    """
+    The dVAE given by id or folder; for "random", a random codebook of `vocab_size` tokens, with a warning.
 
-
-def load_image_tokenizer(
-    name_or_path: str, image_mean: list[float], image_std: list[float], vocab_size: int
-) -> ImageTokenizer:
-    """`build_image_tokenizer` where there is no processor, as for raw pixels, whose tokens need no mean and std."""
+    It takes pixels that `processor` has normalized. Without a processor it takes raw pixels only.
+    """
+    settings = None if processor is None else processor.image_processor
+    mean, std = ([0.0] * 3, [1.0] * 3) if settings is None else (settings.image_mean, settings.image_std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
-        return ImageTokenizer.from_pretrained(name_or_path, image_mean, image_std)
+        return ImageTokenizer.from_pretrained(name_or_path, mean, std)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."
     )
-    return ImageTokenizer.random(vocab_size, image_mean, image_std)
+    return ImageTokenizer.random(vocab_size, mean, std)

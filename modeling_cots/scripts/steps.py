@@ -9,6 +9,7 @@ from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.streaming.dataset import StreamingPairs, open_stream
+from ..evaluation.recall_table import rename_metrics
 from ..evaluation.report import format_report
 from ..evaluation.results import stated_zero_shot_protocol, write_results
 from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS, PROTOCOLS
@@ -23,7 +24,7 @@ from .factory import build_config, build_image_tokenizer, build_model, build_pro
 
 @dataclass
 class DataArguments:
-    """Which pairs, and how they are found in their files."""
+    """The data set of pairs, its splits and its columns."""
 
     dataset: str = field(
         metadata={
@@ -48,7 +49,7 @@ class DataArguments:
 
 @dataclass
 class StreamArguments:
-    """Whether pairs are read as they come, and what they are evaluated on then."""
+    """Whether pairs are streamed, and the data set of evaluation."""
 
     streaming: bool = field(
         default=False,
@@ -68,7 +69,7 @@ class StreamArguments:
 
 @dataclass
 class ModelArguments:
-    """Where the streams start from, and with which tokenizers."""
+    """The weights that the encoders start from, and the tokenizers."""
 
     model: str | None = field(default=None, metadata={"help": "A COTS checkpoint to go on from (Hub id or folder)."})
     text_model: str | None = field(default=None, metadata={"help": "A pre-trained text encoder (Hub id or folder)."})
@@ -94,7 +95,7 @@ class ModelArguments:
 
 @dataclass
 class MeasuringArguments:
-    """By which rules a retrieval script measures, and how its numbers have to be read."""
+    """The protocol of a retrieval script, and how far its results are zero-shot."""
 
     protocol: str | None = field(
         default=None,
@@ -114,7 +115,7 @@ class MeasuringArguments:
 
 @dataclass
 class TrainingParts:
-    """A model with its processor and image tokenizer, made to agree; the last is `None` where none is needed."""
+    """A model with processor and image tokenizer of matching sizes; the image tokenizer may be `None`."""
 
     model: COTSForPreTraining
     processor: COTSProcessor
@@ -125,7 +126,7 @@ def read_config(options: ModelArguments) -> COTSConfig:
     """
     The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
 
-    Raises `ValueError` for a checkpoint beside encoders or a configuration, which it would leave no room for.
+    Raises `ValueError` for a checkpoint given together with encoders or a configuration, as it contains both.
     """
     if options.model is not None:
         for name in ("text_model", "vision_model", "model_config"):
@@ -135,7 +136,7 @@ def read_config(options: ModelArguments) -> COTSConfig:
 
 
 def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:
-    """A split of the data, of which the first images could be read; `None` for no split."""
+    """A split of the data, after reading its first images; `None` for no split."""
     if split in (None, "none"):
         return None
     opened = open_dataset(
@@ -153,20 +154,20 @@ def open_split(options: DataArguments, split: str | None, *, image_size: int, se
 
 def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
     """
-    The training split as a stream; `options` are all three kinds of arguments in one.
+    The training split as a stream; `options` is a dataclass of data, stream and model arguments.
 
-    Raises `ValueError` without `max_steps` or a tokenizer, and for options that a stream has no use for.
+    Raises `ValueError` without `max_steps` or a tokenizer, and for options that a stream cannot follow.
     """
     if options.dataset == "scenes":
         raise ValueError("The scenes are drawn, not read: leave out --streaming.")
     if options.image_folder is not None:
-        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave one of both out.")
+        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave out one of them.")
     if args.max_steps <= 0:
-        raise ValueError("A stream has no end to count epochs by: give --max_steps.")
+        raise ValueError("A stream has no known length to count epochs by: give --max_steps.")
     if (options.tokenizer or options.text_model or options.model) is None:
         raise ValueError(
-            "With --streaming give --tokenizer, --text_model or --model: the captions of a stream are not all at hand "
-            "to train a tokenizer on, and every process and every resumed run needs the same one."
+            "With --streaming give --tokenizer, --text_model or --model: the captions of a stream cannot all be read "
+            "to train a tokenizer, and every process and every resumed run needs the same one."
         )
     return open_stream(
         options.dataset,
@@ -191,7 +192,7 @@ def build_parts(
     )
     if options.model is None:
         processor = build_processor(config, tokenizer, options.vision_model)
-    else:  # images must be normalized as the checkpoint has learned them
+    else:  # images must be normalized as in the training of the checkpoint
         processor = COTSProcessor.from_pretrained(options.model)
         processor.tokenizer = tokenizer
     image_tokenizer = None
@@ -202,7 +203,7 @@ def build_parts(
         text_model=options.text_model,
         vision_model=options.vision_model,
         config=config,
-        num_word_pieces=len(tokenizer),
+        tokenizer=tokenizer,
         num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
         max_text_length=options.max_text_length,
         with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
@@ -228,16 +229,16 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
 
 
 def finish_retrieval(
-    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, unit: str = "image", **facts
+    trainer: COTSTrainer, options, zero_shot_protocol: str, *, trained_on: str | None, modality: str = "image", **facts
 ) -> None:
     """
-    The last step of a retrieval script: measure, write `results.json` and the model with its card, and tell.
+    The last step of a retrieval script: measure, write `results.json` and the model with its card, and print both.
 
     Args:
-        options: The script's, [`ModelArguments`] and [`MeasuringArguments`] among them.
-        trained_on: The data set and split; `None` if the model is only measured, whose card is written then.
-        unit: What the captions tell of, an "image" or a "video".
-        facts: What else `results.json` has to say, by name.
+        options: The arguments of the script, with [`ModelArguments`] and [`MeasuringArguments`].
+        trained_on: The data set and split; `None` if the model is only measured, and then its card is copied.
+        modality: What the captions describe, an "image" or a "video".
+        facts: Further entries of `results.json`.
     """
     args, dataset = trainer.args, trainer.eval_dataset
     metrics = trainer.evaluate()
@@ -248,14 +249,13 @@ def finish_retrieval(
     if not trainer.is_world_process_zero():
         return
     path = os.path.join(args.output_dir, "results.json")
-    named = {name.replace("i2t", "v2t").replace("t2i", "t2v"): value for name, value in metrics.items()}
     results = write_results(
         path,
-        named if unit == "video" else metrics,
+        rename_metrics(metrics, modality),
         protocol=options.protocol,
         zero_shot_protocol=zero_shot_protocol,
         measured_on=dataset.name,
-        **{f"num_{unit}s": len(dataset)},
+        **{f"num_{modality}s": len(dataset)},
         num_captions=sum(1 for _ in dataset.iter_captions()),
         **facts,
         model=options.model,
@@ -263,14 +263,17 @@ def finish_retrieval(
         num_steps=trainer.state.global_step,
     )
     if trained_on is None:
-        write_card_of_measured(args.output_dir, options.model, results, unit=unit)
+        write_card_of_measured(args.output_dir, options.model, results, modality=modality)
     num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
-    print("", format_report(metrics, trainer.example_retrievals, dataset, unit=unit, num_folds=num_folds), sep="\n\n")  # type: ignore[arg-type]
+    examples = trainer.example_retrievals
+    assert examples is not None, "the trainer has evaluated"
+    print("", format_report(metrics, examples, dataset, modality=modality, num_folds=num_folds), sep="\n\n")
     print(f"\nProtocol: {results['protocol']}; zero-shot: {zero_shot_protocol}; skipped: {results['num_skipped']}.")
     print(f"The numbers are in {path}, and in the card beside it.")
     if trained_on is not None:
-        print(told_where(args.output_dir))
+        print(describe_output(args.output_dir))
 
 
-def told_where(output_dir: str) -> str:
+def describe_output(output_dir: str) -> str:
+    """A sentence that says where the model is and how to load it."""
     return f"The model is in {output_dir}: load it with COTSModel.from_pretrained({output_dir!r})."

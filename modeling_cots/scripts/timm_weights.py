@@ -1,4 +1,4 @@
-"""A timm ViT as a transformers `ViTModel`: another starting point for the vision stream of COTS.
+"""A timm ViT as a transformers `ViTModel`: another starting point for the vision encoder of COTS.
 
     COTSModel.from_encoders("bert-base-uncased", load_timm_vit("timm/vit_base_patch16_384.augreg_in21k_ft_in1k"))
 
@@ -39,14 +39,14 @@ def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> Vi
             Hub id (`"timm/vit_base_patch16_384.augreg_in21k_ft_in1k"`), timm model name
             (`"vit_base_patch16_384.augreg_in21k_ft_in1k"`), or folder with `config.json` and `model.safetensors`.
         image_size (`int`, *optional*):
-            Side in pixels of the images to come; timm resamples the position embeddings (bicubic). By default the
+            Side in pixels of the images; timm resamples the position embeddings (bicubic). By default the
             size that the checkpoint was trained at.
 
     Returns the model in eval mode; its `last_hidden_state` (B, 1 + patches, hidden size) equals timm's
-    `forward_features`. The pixels are to be normalized as the checkpoint's timm configuration says.
+    `forward_features`. Pixels must be normalized as the timm configuration of the checkpoint says.
 
     Raises `ValueError` for a folder without those files, a name that timm does not know, and a timm model that is not
-    a plain ViT with a [CLS] token: of a checkpoint's weights, only the classifier is left behind.
+    a plain ViT with a [CLS] token. All weights of a checkpoint but the classifier must have a place in ViTModel.
     """
     timm_vit = _create_timm_vit(str(name_or_path))
     if image_size is not None:
@@ -69,7 +69,7 @@ def _create_timm_vit(name_or_path: str) -> VisionTransformer:
     else:
         source = f"hf-hub:{name_or_path}" if "/" in name_or_path else name_or_path
     try:
-        # With the classifier: asked for `num_classes=0`, timm loads the rest without minding what is missing.
+        # With the classifier: for `num_classes=0` timm would load the rest and silently skip missing weights.
         model = timm.create_model(source, pretrained=True).eval()
     except RuntimeError as error:  # an unknown name, one without weights, or weights of another architecture
         raise ValueError(f"timm cannot load {name_or_path}: {error}") from error
@@ -81,7 +81,7 @@ def _create_timm_vit(name_or_path: str) -> VisionTransformer:
 
 def timm_vit_config(name: str, image_size: int) -> ViTConfig:
     """
-    The configuration that `load_timm_vit` gives its model, from the name alone: no weights, nothing fetched.
+    The configuration of the model that `load_timm_vit` returns, from the name alone and without fetching anything.
 
     Raises `ValueError` for a name that timm does not know and for a model that is not a plain ViT.
     """
@@ -135,7 +135,7 @@ def _rename(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _refuse_other_weights(name_or_path, weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Registers, LayerScale, SwiGLU, query-key norms: all show as weights too many, too few or of another shape."""
+    """Refuse registers, LayerScale, SwiGLU and query-key norms: they add, lack or reshape weights."""
     leftover = [name for name in weights if name not in wanted]
     missing = [name for name in wanted if name not in weights]
     reshaped = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
@@ -149,7 +149,7 @@ def _refuse_other_weights(name_or_path, weights: dict[str, torch.Tensor], wanted
 
 @torch.no_grad()
 def _refuse_other_arithmetic(name_or_path, timm_vit: nn.Module, vit: ViTModel) -> None:
-    """An activation or a scale has no weight to be found by: one random image shows it, at the price of two passes."""
+    """Compare features of a random image: another activation or scale does not show in the weights."""
     noise = torch.randn(
         1, timm_vit.in_chans, *timm_vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0)
     )

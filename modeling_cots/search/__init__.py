@@ -1,1 +1,1 @@
-"""An image index that is searched by text or image: its vector stores, its result page, and `cots-search`."""
+"""An index of images that is searched by text, image or both: vector stores, the page of results, `cots-search`."""

@@ -20,6 +20,7 @@ from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
 from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder
 from .index import SearchIndex, delete_entries, process_state
+from .index_types import INDEX_TYPES
 from .page import results_page
 from .stores import open_store, store_exists
 
@@ -30,12 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="cots-search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    index = commands.add_parser("index", help="embed images; run again to go on, or to take up new ones")
+    index = commands.add_parser("index", help="embed images; run again to continue, or to add new ones")
     index.add_argument("data", help="a folder of images, or any data set (see docs/training.md): Hub id, file, shards")
     index.add_argument("--model", required=True, help="a COTS checkpoint: folder or Hub id")
-    index.add_argument("--index", required=True, help="the index to make or to go on with")
+    index.add_argument("--index", required=True, help="the index to make or to continue")
     index.add_argument(
-        "--engine", help="exact (default), hnsw, ivfpq, int8, binary; of a new index, see docs/search.md"
+        "--engine", help=f"index type of a new index: {', '.join(INDEX_TYPES)} (exact); see docs/search.md"
     )
     add = commands.add_parser("add", help="embed more images, with the index's own model")
     add.add_argument("index", help="the index")
@@ -52,27 +53,29 @@ def build_parser() -> argparse.ArgumentParser:
     query = commands.add_parser("query", help="find images")
     query.add_argument("index", help="the index")
     query.add_argument("text", nargs="?", help="what to look for")
-    query.add_argument("--image", help="an image to look for the like of, alone or with the text")
-    query.add_argument("--image_weight", type=float, default=0.5, help="of the image beside the text, 0 to 1 (0.5)")
+    query.add_argument("--image", help="find images like this one, alone or with the text")
+    query.add_argument(
+        "--image_weight", type=float, default=0.5, help="the image's weight beside the text, 0 to 1 (0.5)"
+    )
     query.add_argument("--top", type=int, default=12, help="how many (12)")
     query.add_argument("--html", help="write a page of thumbnails to this file")
-    delete = commands.add_parser("delete", help="take images out")
+    delete = commands.add_parser("delete", help="remove images from the index")
     delete.add_argument("index", help="the index")
     delete.add_argument("names", nargs="*", help="their paths, or their names as `query` prints them")
     for command in (query, delete):
         command.add_argument(
             "--where", action="append", metavar="CONDITION", help="'year >= 2020'; may be given several times"
         )
-    rebuild = commands.add_parser("rebuild", help="change the engine, free what was deleted; embeds nothing")
+    rebuild = commands.add_parser("rebuild", help="change the index type and free deleted entries; embeds nothing")
     rebuild.add_argument("index", help="the index")
-    rebuild.add_argument("--engine", help="by default the one it has")
+    rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
     for command in (add, query):
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; what a user can mend is told in one line."""
+    """Run one command. An error that the user can correct is printed in one line."""
     args = build_parser().parse_args(argv)
     try:
         {"index": run_index, "add": run_add, "query": run_query, "delete": run_delete, "rebuild": run_rebuild}[
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_index(args: argparse.Namespace) -> None:
-    """Make the index, or go on with it."""
+    """Make the index, or continue it."""
     dataset, source = open_images(args)
     model, processor = load_model(args.model)
     state = process_state()
@@ -93,20 +96,20 @@ def run_index(args: argparse.Namespace) -> None:
     index = SearchIndex(args.index, model, processor)
     if args.engine not in (None, index.store.info["engine"]):
         raise ValueError(
-            f"{args.index!r} has the engine {index.store.info['engine']!r}: change it with `cots-search rebuild "
+            f"{args.index!r} has the index type {index.store.info['engine']!r}: change it with `cots-search rebuild "
             f"{args.index} --engine {args.engine}`."
         )
     add_images(index, dataset, source, args)
 
 
 def run_add(args: argparse.Namespace) -> None:
-    """Embed more images into an index that is there."""
+    """Embed more images into an existing index."""
     dataset, source = open_images(args)
     add_images(open_index(args), dataset, source, args)
 
 
 def run_query(args: argparse.Namespace) -> None:
-    """Print what fits, and write the page."""
+    """Print the images found, and write the page."""
     index = open_index(args)
     hits = index.search(args.text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
     for place, hit in enumerate(hits, start=1):
@@ -124,7 +127,7 @@ def run_query(args: argparse.Namespace) -> None:
 
 
 def run_delete(args: argparse.Namespace) -> None:
-    """Take images out; the model is not needed for it."""
+    """Remove images from the index; this needs no model."""
     store = open_store(args.index)
     names = [os.path.realpath(name) if os.path.exists(name) else name for name in args.names]
     print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
@@ -132,15 +135,15 @@ def run_delete(args: argparse.Namespace) -> None:
 
 
 def run_rebuild(args: argparse.Namespace) -> None:
-    """Change the engine; the model is not needed for it."""
+    """Change the index type; this needs no model."""
     store = open_store(args.index)
     store.rebuild(args.engine or store.info["engine"])
-    print(f"{args.index} has the engine {store.info['engine']!r} and {len(store):,} images.")
+    print(f"{args.index} has the index type {store.info['engine']!r} and {len(store):,} images.")
     store.close()
 
 
 def open_images(args: argparse.Namespace):
-    """The data set that `data` names, and what its entries say they are from."""
+    """The data set that `data` names, and the `source` that its entries get."""
     if as_image_folder(args.data) is not None:
         dataset = ImageFolder(args.data)
         return dataset, dataset.name
@@ -151,7 +154,7 @@ def open_images(args: argparse.Namespace):
 
 
 def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespace) -> None:
-    """Embed what is new, and say how much that was."""
+    """Embed the new images, and print how many these were."""
     num_added = index.add(
         dataset,
         source=source,
@@ -162,11 +165,11 @@ def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespac
     if process_state().is_main_process:
         print(f"Added {num_added:,} images; {args.index} has {len(index):,}.")
     index.close()
-    process_state().destroy_process_group()  # or gloo's threads may abort one of several processes on its way out
+    process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
-    """The index with its model, from where it was or from `--model`."""
+    """The index with its model, loaded from the index's own record or from `--model`."""
     store = open_store(args.index)
     name = args.model or store.info["model"]
     store.close()
@@ -174,7 +177,7 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
 
 
 def load_model(name: str):
-    """Model and processor, on this process's device."""
+    """Load model and processor, the model onto this process's device."""
     try:
         model, processor = COTSModel.from_pretrained(name), COTSProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:

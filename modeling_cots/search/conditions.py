@@ -1,6 +1,6 @@
-"""Filters on the metadata of a search index: `year >= 2020`, as text, on Arrow tables, and in Milvus' words.
+"""Filters on the metadata of a search index, such as `year >= 2020`: read from text, applied to Arrow or Milvus.
 
-A condition never holds for an entry that lacks the value, whatever the operator: both engines agree on that.
+A condition never holds for an entry that lacks the value, whatever the operator; this is so in both vector stores.
 """
 
 import ast
@@ -29,10 +29,10 @@ PATTERN = re.compile(r"\s*([^\W\d]\w*)\s*(==|!=|<=|>=|<|>|\bin\b|=)\s*(.+?)\s*",
 @dataclass(frozen=True)
 class Condition:
     """
-    `column` `operator` `value`; several conditions must all hold.
+    A comparison of a column with a value; several conditions must all hold.
 
     Args:
-        column: Name of a column of metadata, or `name` or `source`.
+        column: The name of a column of metadata, or `name` or `source`.
         operator: One of ==, !=, <, <=, >, >=, in.
         value: A string, number or boolean; for `in` a list of these.
 
@@ -47,7 +47,7 @@ class Condition:
         if self.operator not in OPERATORS:
             raise ValueError(f"A condition compares with one of {', '.join(OPERATORS)}; got {self.operator!r}.")
         if re.fullmatch(r"[^\W\d]\w*", self.column) is None:
-            raise ValueError(f"{self.column!r} is no name of a column.")
+            raise ValueError(f"{self.column!r} is not the name of a column.")
         values = self.value if self.operator == "in" else (self.value,)
         if isinstance(values, list):
             values = tuple(values)
@@ -65,9 +65,9 @@ def _is_scalar(value) -> bool:
 
 def parse_condition(text: str) -> Condition:
     """
-    Read `year >= 2020`, `place == Oslo` or `place in ["Oslo", "Rome"]`; what is no Python literal is a string.
+    Read a condition such as `year >= 2020`, `place == Oslo` or `place in ["Oslo", "Rome"]`.
 
-    Raises `ValueError` for a text of another form.
+    A value that is not a Python literal counts as a string. Raises `ValueError` for a text of another form.
     """
     match = PATTERN.fullmatch(text)
     if match is None:
@@ -82,7 +82,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def as_conditions(where: str | Condition | Sequence[str | Condition] | None) -> list[Condition]:
-    """A list of conditions from one or several, each a [`Condition`] or its text."""
+    """One or several conditions, each a [`Condition`] or its text, as a list of [`Condition`]s."""
     if where is None:
         return []
     if isinstance(where, str | Condition):
@@ -91,8 +91,11 @@ def as_conditions(where: str | Condition | Sequence[str | Condition] | None) -> 
 
 
 def matching_rows(table: pa.Table, conditions: Sequence[Condition]) -> np.ndarray:
-    """(N,) boolean, which rows of `table` satisfy all conditions. Raises `ValueError` for a column that is not there
-    and for values that cannot be compared with what it holds."""
+    """
+    (N,) boolean: which rows of `table` satisfy all conditions.
+
+    Raises `ValueError` for a missing column and for values that cannot be compared with the column's type.
+    """
     mask = np.ones(len(table), dtype=bool)
     for condition in conditions:
         if condition.column not in table.column_names:
@@ -118,7 +121,7 @@ def missing_column(column: str, available: Sequence[str]) -> ValueError:
 
 
 def milvus_expression(conditions: Sequence[Condition]) -> str:
-    """The same conditions as a Milvus filter; values are quoted as JSON, so that none can end its string."""
+    """The conditions as a Milvus filter. Values are quoted as JSON, so that no value can end its string."""
     return " and ".join(
         f"{condition.column} {condition.operator} "
         f"{json.dumps(list(condition.value) if condition.operator == 'in' else condition.value, ensure_ascii=False)}"

@@ -1,7 +1,7 @@
-"""Images to entries of a search index: what is there to embed, the model's identity, embeddings in parts.
+"""Turns images into entries of a search index: folders of images, names and ids, the model's identity, embeddings.
 
-A source is a data set of pairs or a folder of images; each of its images has a name that stays the same from run
-to run, and the hash of it is the entry's id. That is what makes a second run go on where the first was killed.
+A source is a data set of pairs or a folder of images. Each image has a name that is the same in every run, and the
+hash of the name is the entry's id. By these ids a second run continues where the first was killed.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.image_reading import UnreadableImageError, read_image
+from ..data.skip_report import and_more
 from .rows import FIXED_COLUMNS, fixed_features
 
 logger = logging.get_logger(__name__)
@@ -65,9 +66,10 @@ class ImageFolder(Dataset):
 
 
 def entry_names(dataset, source: str) -> list[str]:
-    """A name for each item that no other item has and that is the same in every run.
+    """A unique name for each item, the same in every run.
 
-    The path of a file, or "source: name" of an image inside something; a second one of a name gets a number.
+    The name of a file is its path; the name of an image in a table or an archive is "source: name". Repeated names get
+    a number.
     """
     names = dataset.names() if hasattr(dataset, "names") else [f"row {index}" for index in range(len(dataset))]
     seen: Counter[str] = Counter()
@@ -80,7 +82,7 @@ def entry_names(dataset, source: str) -> list[str]:
 
 
 def row_ids_of(names: list[str]) -> np.ndarray:
-    """(n,) int64 from 0 to 2**63: a hash of each name, so that processes and engines agree on ids without asking."""
+    """(n,) int64 from 0 to 2**63: a hash of each name, which is the same in every process and vector store."""
     digests = b"".join(
         hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names
     )
@@ -89,9 +91,9 @@ def row_ids_of(names: list[str]) -> np.ndarray:
 
 def model_identity(model, processor) -> str:
     """
-    A digest of the weights and of all that turns images and texts into their inputs.
+    A digest of the weights, of the image processor's settings and of the tokenizer.
 
-    Weights count as rounded to bfloat16, so that a model is itself in float32 and in bfloat16.
+    Weights are rounded to bfloat16 first, so that a model has the same identity in float32 and in bfloat16.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
@@ -106,13 +108,13 @@ def model_identity(model, processor) -> str:
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules["truncation"] = rules["padding"] = None  # left behind by the last call
+        rules["truncation"] = rules["padding"] = None  # these depend on the tokenizer's last call
         digest.update(json.dumps(rules, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 class _Collator:
-    """Items to pixels, thumbnails and what else is stored; runs in the data loader's workers."""
+    """Turns items into pixel values, thumbnails, captions and metadata; runs in the data loader's workers."""
 
     def __init__(self, image_processor, thumbnail_side: int):
         self.image_processor, self.thumbnail_side = image_processor, thumbnail_side
@@ -144,7 +146,7 @@ class _Collator:
 
 
 class _WithMetadata(Dataset):
-    """Chosen items of a data set, each with its number and its metadata, if it has such."""
+    """The items of a data set at `positions`, each with its position and its metadata (which may be empty)."""
 
     def __init__(self, dataset, positions: np.ndarray):
         self.dataset, self.positions = dataset, positions
@@ -160,7 +162,7 @@ class _WithMetadata(Dataset):
 
 
 def _plain(value):
-    """Numbers, texts and booleans as they are; dates as ISO text, which sorts alike."""
+    """Return numbers, strings and booleans unchanged; dates as ISO text, which sorts in the same order."""
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -199,7 +201,7 @@ class Embedder:
             num_workers=self.num_workers,
             collate_fn=_Collator(self.processor.image_processor, self.thumbnail_side),
         )
-        # A data loader draws a seed; that is none of the caller's business.
+        # A data loader draws a seed, which must not change the caller's random state.
         with torch.random.fork_rng(devices=[]):
             for batch in loader:
                 self.skipped.extend(batch["skipped"])
@@ -209,11 +211,10 @@ class Embedder:
                 progress.update(len(batch["positions"]) + len(batch["skipped"]))
 
     def report_skipped(self) -> None:
-        """Name what could not be read."""
+        """Warn of the images that could not be read, with their names."""
         if self.skipped:
-            shown = ", ".join(f"{name} ({error})" for name, error in self.skipped[:MAX_REPORTED])
-            more = f" and {len(self.skipped) - MAX_REPORTED} more" if len(self.skipped) > MAX_REPORTED else ""
-            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}{more}.")
+            shown = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
+            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
@@ -237,7 +238,7 @@ def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa
 
 
 def as_image_folder(dataset: str) -> Path | None:
-    """The path if `dataset` names a folder of plain images: one that no data set's files lie in."""
+    """The path if `dataset` is a folder of plain images, without files of a data set in it; else `None`."""
     path = Path(dataset).expanduser()
     if not path.is_dir():
         return None

@@ -1,7 +1,7 @@
 """`FaissStore`: a search index in one local folder, rows as a `datasets` folder and vectors in FAISS.
 
-The rows are the truth. The vectors' index is derived from them: what a killed run left out of it is added when the
-index is next opened.
+The rows are authoritative, and the vectors' index is derived from them. Rows that a killed run did not add to the
+vectors' index are added when the search index is next opened.
 """
 
 import json
@@ -13,16 +13,18 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from ..data.atomic_write import atomic_write
 from .conditions import Condition, matching_rows
-from .faiss_vectors import ENGINES, FaissVectors
-from .rows import RowFolder, write_atomically
+from .faiss_vectors import FaissVectors
+from .index_types import FAISS, check_index_type
+from .rows import RowFolder
 
 INFO, LOCK = "index.json", "writer.lock"
 
 
 class FaissStore:
     """
-    Entries in a folder that `create` made; see `vector_stores.VectorStore` for what the methods promise.
+    Entries in a folder that `create` made; `stores.VectorStore` documents the methods.
 
     Args:
         folder: The index.
@@ -39,16 +41,19 @@ class FaissStore:
         self._open()
 
     @classmethod
-    def create(cls, folder: str | os.PathLike, info: dict, engine: str) -> "FaissStore":
-        """Make an empty index that keeps `info`, of which it needs `dim`. Raises `ValueError` for a folder in use."""
+    def create(cls, folder: str | os.PathLike, info: dict, index_type: str) -> "FaissStore":
+        """Make an empty index that stores `info`, which must hold `dim`.
+
+        Raises `ValueError` for an unknown index type and for a folder in use.
+        """
         folder = Path(folder)
-        if engine not in ENGINES:
-            raise ValueError(f"The engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+        check_index_type(index_type, FAISS)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{str(folder)!r} is there and is no index: name a new folder.")
+            raise ValueError(f"{str(folder)!r} exists and is not an empty folder: name a new folder for the index.")
         RowFolder.create(folder, info["dim"])
-        # Last, as it makes the folder an index.
-        write_atomically(folder / INFO, json.dumps({**info, "engine": engine}, indent=2).encode())
+        # Written last: with this file the folder counts as an index.
+        with atomic_write(folder / INFO) as partial:
+            partial.write_text(json.dumps({**info, "engine": index_type}, indent=2), encoding="utf-8")
         return cls(folder)
 
     def __len__(self) -> int:
@@ -56,7 +61,7 @@ class FaissStore:
 
     @property
     def columns(self) -> list[str]:
-        """What can be filtered by."""
+        """The columns that conditions may name."""
         return self._rows.filterable().column_names
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
@@ -64,7 +69,7 @@ class FaissStore:
         return np.isin(row_ids, self._rows.row_ids[self._rows.is_alive])
 
     def begin(self) -> None:
-        """Become the one writer, and take up what a killed one left. Raises `ValueError` if there is another."""
+        """Become the only writer, and list the parts of a killed one. Raises `ValueError` if there is another."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -78,7 +83,7 @@ class FaissStore:
         self._rows.append(rows)
 
     def finish(self) -> None:
-        """Take all that processes have added into the vectors' index, and let another write."""
+        """Add to the vectors' index all rows that processes have written, and let another process write."""
         self._rows.adopt()
         num_before = len(self._vectors)
         self._vectors.grow(len(self._rows))
@@ -87,17 +92,18 @@ class FaissStore:
         self._lock.release()
 
     def refresh(self) -> None:
-        """See what another process has written."""
+        """Read what other processes have written."""
         self._rows.reload()
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
+        """The best entries for each query; see `VectorStore`. Raises `ValueError` while a first run is unfinished."""
         allowed = self._rows.is_alive
         if where:
             allowed = allowed & matching_rows(self._rows.filterable(), where)
         if not allowed.any():
             return [[] for _ in queries]
         if len(self._vectors) < len(self._rows):
-            raise ValueError(f"{str(self.folder)!r} is unfinished: run the command that makes it again, it goes on.")
+            raise ValueError(f"{str(self.folder)!r} is unfinished: repeat the command that makes it; it continues.")
         scores, positions = self._vectors.search(queries, top, allowed)
         results = []
         for row_scores, row_positions in zip(scores, positions, strict=True):
@@ -113,6 +119,7 @@ class FaissStore:
         return self._rows.row_ids[self._rows.is_alive & matching_rows(self._rows.filterable(), where)]
 
     def delete(self, row_ids: np.ndarray) -> int:
+        """Remove entries from all results; returns how many of these ids were in the index."""
         self.begin()
         try:
             positions = self._rows.positions_of(row_ids)
@@ -122,14 +129,14 @@ class FaissStore:
             self._lock.release()
         return len(positions)
 
-    def rebuild(self, engine: str) -> None:
-        """Write all again without what was deleted, for an engine of this name; nothing is embedded anew."""
+    def rebuild(self, index_type: str) -> None:
+        """Write all entries that are not deleted again, with another index type; nothing is embedded again."""
         self.begin()
         fresh = self.folder.with_name(self.folder.name + ".rebuilding")
         old = self.folder.with_name(self.folder.name + ".replaced")
         try:
             shutil.rmtree(fresh, ignore_errors=True)
-            store = FaissStore.create(fresh, {**self.info, "engine": engine}, engine)
+            store = FaissStore.create(fresh, self.info, index_type)
             for table in self._rows.living_tables():
                 store.add(table)
             store.finish()
@@ -152,7 +159,7 @@ class FaissStore:
         self._vectors.load(self.folder)
         if len(self._vectors) > len(self._rows):
             raise ValueError(f"{str(self.folder)!r} is damaged: it has more vectors than rows.")
-        # Rows of a run that was killed; where there are no codes yet, that run has to go on to fit them.
+        # Add the rows of a killed run. Without trained codes this waits: the run itself has to continue to train them.
         if len(self._rows) > len(self._vectors) > 0:
             self._vectors.grow(len(self._rows))
 

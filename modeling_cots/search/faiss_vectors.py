@@ -1,8 +1,9 @@
-"""The vectors of a local index in FAISS: exact or approximate, by name. Vector p belongs to row p; nothing is removed.
+"""The vectors of a local search index in FAISS, exact or approximate. Vector p belongs to row p; none is removed.
 
-What may be found is told at each search by a mask, which is how both deletion and filters work. Engines that keep
-codes instead of vectors (ivfpq, int8, binary) find candidates, whose scores are then computed from the stored float32
-embeddings; and where a filter leaves few rows, those are compared directly, as a graph or a list would miss them.
+Each search is given a mask of the rows that it may find; deletion and filters both work by this mask. Index types that
+keep codes instead of vectors (ivfpq, int8, binary) find candidates, whose scores are then computed from the stored
+float32 embeddings. Where a filter leaves few rows, these are compared directly, because a graph or a list would miss
+them.
 """
 
 import os
@@ -13,18 +14,12 @@ from typing import Any
 import faiss
 import numpy as np
 
-ENGINES = {
-    "exact": "all vectors in memory, all compared",
-    "hnsw": "all vectors in memory and a graph through them",
-    "ivfpq": "half a byte for two numbers, in lists of which some are read; candidates rescored",
-    "int8": "a byte a number, all compared; candidates rescored",
-    "binary": "a bit a number, all compared; candidates rescored",
-}
-TRAINED_FROM = {"exact": 1, "hnsw": 1, "ivfpq": 1000, "int8": 100, "binary": 100}  # vectors needed to fit the codes
-NUM_CANDIDATES = {"ivfpq": (10, 200), "int8": (4, 40), "binary": (50, 1_000)}  # times the number wanted, and at least
-NUM_TRAINING = 250_000
+from ..data.atomic_write import atomic_write
+from .index_types import FAISS, INDEX_TYPES, check_index_type
+
+NUM_TRAINING = 250_000  # vectors that codes are trained on, at most
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
-FEW_ROWS = 20_000  # after a filter: compared directly
+FEW_ROWS = 20_000  # a filter that leaves no more than these has them compared directly
 VECTORS, THRESHOLDS = "vectors.faiss", "thresholds.npy"
 
 
@@ -33,17 +28,16 @@ class FaissVectors:
     An index of N unit vectors of d numbers; scores are inner products.
 
     Args:
-        engine: A name out of `ENGINES`.
+        index_type: A name out of `INDEX_TYPES`.
         dim: d.
-        fetch: From positions (n,), or a slice of them, to the stored vectors (n, d).
+        fetch: Takes positions (n,), or a slice of them, and returns the stored vectors (n, d).
 
-    Raises `ValueError` for an unknown engine.
+    Raises `ValueError` for an unknown index type.
     """
 
-    def __init__(self, engine: str, dim: int, fetch: Callable[[np.ndarray | slice], np.ndarray]):
-        if engine not in ENGINES:
-            raise ValueError(f"The engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
-        self.engine, self.dim, self._fetch = engine, dim, fetch
+    def __init__(self, index_type: str, dim: int, fetch: Callable[[np.ndarray | slice], np.ndarray]):
+        check_index_type(index_type, FAISS)
+        self.index_type, self.dim, self._fetch = index_type, dim, fetch
         self.index: Any = None
         self.thresholds: np.ndarray | None = None
 
@@ -51,7 +45,7 @@ class FaissVectors:
         return 0 if self.index is None else self.index.ntotal
 
     def grow(self, num_rows: int, rows_per_step: int = 16_384) -> None:
-        """Add the vectors of rows N to `num_rows`; the first of all are what codes are fitted to."""
+        """Add the vectors of rows N to `num_rows`. The first call also trains the codes, on the rows that it adds."""
         if num_rows == 0:
             return
         if self.index is None:
@@ -70,71 +64,71 @@ class FaissVectors:
             allowed: (N,) boolean.
 
         Returns scores (Q, k) float32, best first, and positions (Q, k), k at most `top`; -1 where an approximate
-        engine found fewer.
+        search found fewer.
         """
         num_allowed = int(np.count_nonzero(allowed))
         top = min(top, num_allowed)
         if top == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-        if self.engine != "exact" and num_allowed < len(allowed) and num_allowed <= max(FEW_ROWS, top):
-            candidates = np.flatnonzero(allowed)
-            return self._rescore(queries, [candidates] * len(queries), top)
-        times, least = NUM_CANDIDATES.get(self.engine, (1, 0))
-        num_candidates = min(max(times * top, least), num_allowed)
+        if self.index_type != "exact" and num_allowed < len(allowed) and num_allowed <= max(FEW_ROWS, top):
+            return self._rescore(queries, [np.flatnonzero(allowed)] * len(queries), top)
+        candidates = INDEX_TYPES[self.index_type].candidates
+        wanted = top if candidates is None else max(candidates.times * top, candidates.minimum)
+        num_candidates = min(wanted, num_allowed)
         parameters = self._parameters(num_candidates, allowed, is_filtered=num_allowed < len(allowed))
         scores, positions = self.index.search(self._code(queries, is_query=True), num_candidates, params=parameters)
-        if self.engine not in NUM_CANDIDATES:
+        if candidates is None:
             return scores, positions
         return self._rescore(queries, [row[row >= 0] for row in positions], top)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write vectors.faiss as a whole."""
+        """Write the index to vectors.faiss and, for binary codes, their thresholds to thresholds.npy."""
         if self.index is None:
             return
-        path = Path(folder) / VECTORS
-        partial = path.with_name(path.name + ".partial")
         if self.thresholds is not None:
-            np.save(Path(folder) / THRESHOLDS, self.thresholds, allow_pickle=False)
-        write = faiss.write_index_binary if self.engine == "binary" else faiss.write_index
-        write(self.index, str(partial))
-        os.replace(partial, path)
+            with atomic_write(Path(folder) / THRESHOLDS) as partial, open(partial, "wb") as file:
+                np.save(file, self.thresholds, allow_pickle=False)
+        write = faiss.write_index_binary if self.index_type == "binary" else faiss.write_index
+        with atomic_write(Path(folder) / VECTORS) as partial:
+            write(self.index, str(partial))
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Read what `save` wrote, if it did."""
+        """Read the files that `save` wrote; without them the index stays empty."""
         path = Path(folder) / VECTORS
         if not path.exists():
             return
-        read = faiss.read_index_binary if self.engine == "binary" else faiss.read_index
+        read = faiss.read_index_binary if self.index_type == "binary" else faiss.read_index
         self.index = read(str(path))
-        if self.engine == "binary":
+        if self.index_type == "binary":
             self.thresholds = np.load(Path(folder) / THRESHOLDS, allow_pickle=False)
 
     def _check_enough(self, num_rows: int) -> None:
-        if num_rows < TRAINED_FROM[self.engine]:
+        min_vectors = INDEX_TYPES[self.index_type].min_vectors
+        if num_rows < min_vectors:
             raise ValueError(
-                f"The engine {self.engine!r} fits its codes to at least {TRAINED_FROM[self.engine]:,} vectors and "
-                f"there are {num_rows:,}: use 'exact', which is fast for so few."
+                f"The index type {self.index_type!r} trains its codes on at least {min_vectors:,} vectors and there "
+                f"are {num_rows:,}: use 'exact', which is fast for so few."
             )
 
     def _training_sample(self, num_rows: int) -> np.ndarray | None:
-        if self.engine in ("exact", "hnsw"):
+        if INDEX_TYPES[self.index_type].candidates is None:  # no codes to train
             return None
         if num_rows <= NUM_TRAINING:
             return self._fetch(slice(0, num_rows))
         return self._fetch(np.linspace(0, num_rows - 1, NUM_TRAINING).astype(np.int64))
 
     def _build(self, sample: np.ndarray | None, num_rows: int) -> None:
-        if self.engine == "binary":
-            # Zero is no middle: embeddings of one kind of thing lie in a cone.
+        if self.index_type == "binary":
+            # Thresholds of zero would split badly: embeddings of images lie in a cone, away from the origin.
             self.thresholds = sample.mean(axis=0)
             self.index = faiss.IndexBinaryFlat(8 * -(-self.dim // 8))
             return
-        if self.engine == "exact":
+        if self.index_type == "exact":
             self.index = faiss.IndexFlatIP(self.dim)
-        elif self.engine == "hnsw":
+        elif self.index_type == "hnsw":
             self.index = faiss.IndexHNSWFlat(self.dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
             self.index.hnsw.efConstruction = HNSW_BUILD
-        elif self.engine == "int8":
+        elif self.index_type == "int8":
             self.index = faiss.IndexScalarQuantizer(
                 self.dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
             )
@@ -142,8 +136,8 @@ class FaissVectors:
             if self.dim % 2:
                 raise ValueError(f"'ivfpq' codes pairs of numbers, and the embeddings have {self.dim}: use 'int8'.")
             num_lists = max(1, min(int(4 * num_rows**0.5), len(sample) // 39))  # FAISS asks for 39 vectors a list
-            # 4-bit codes, 16 at a time in registers; what they lose beside 8-bit ones, rescoring gives back. Codes are
-            # of residuals: else the mean that all embeddings share takes up most of what they can tell.
+            # FAISS compares 4-bit codes in registers, 16 at a time; rescoring makes up for what they lose beside 8-bit
+            # codes. Residuals are coded because codes of the vectors would spend most bits on the mean they all share.
             self.index = faiss.index_factory(
                 self.dim, f"IVF{num_lists},PQ{self.dim // 2}x4fsr", faiss.METRIC_INNER_PRODUCT
             )
@@ -151,18 +145,18 @@ class FaissVectors:
             self.index.train(sample)
 
     def _code(self, vectors: np.ndarray, is_query: bool = False) -> np.ndarray:
-        if self.engine == "binary":
+        if self.index_type == "binary":
             return np.packbits(vectors > self.thresholds, axis=1)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
     def _parameters(self, num_candidates: int, allowed: np.ndarray, is_filtered: bool):
         options = {}
         if is_filtered:
-            self._selected = np.packbits(allowed, bitorder="little")  # FAISS keeps no reference of its own
+            self._selected = np.packbits(allowed, bitorder="little")  # FAISS keeps no reference to it
             options["sel"] = faiss.IDSelectorBitmap(self._selected)
-        if self.engine == "hnsw":
+        if self.index_type == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, 2 * num_candidates), **options)
-        if self.engine == "ivfpq":
+        if self.index_type == "ivfpq":
             num_lists = self.index.nlist
             return faiss.SearchParametersIVF(nprobe=max(min(num_lists, 16), num_lists // 64), **options)
         return faiss.SearchParameters(**options)

@@ -1,7 +1,7 @@
 """`SearchIndex`: embed images once, then find them by text, by image or by both.
 
-An index is a folder (FAISS) or a collection of Milvus, by its name; `vector_stores.py` has that choice. It knows the
-model that it was made with and refuses any other, whose embeddings would be compared without meaning anything.
+An index is a folder (FAISS) or a collection of Milvus; `stores.py` chooses by its name. It stores the identity of the
+model that it was made with and refuses any other model, whose embeddings cannot be compared with the stored ones.
 """
 
 import os
@@ -20,7 +20,7 @@ from .embedding import THUMBNAIL_SIDE, Embedder, entry_names, model_identity, ro
 from .stores import create_store, open_store
 
 FORMAT = 1
-ITEMS_PER_PART = 1_024  # what a killed run loses at most, in each process
+ITEMS_PER_PART = 1_024  # a killed run loses at most one part in each process
 
 
 class SearchIndex:
@@ -44,7 +44,7 @@ class SearchIndex:
             raise ValueError(
                 f"The index {os.fspath(index)!r} was made with the model {self.store.info['model']!r} "
                 f"({self.store.info['model_identity'][:12]}); this is another one, or one with another processor "
-                f"({identity[:12]}): its embeddings cannot be compared with those."
+                f"({identity[:12]}): its embeddings cannot be compared with the stored ones."
             )
 
     @classmethod
@@ -54,10 +54,12 @@ class SearchIndex:
 
         Args:
             index, model, processor: See the class.
-            engine: "exact", "hnsw", "ivfpq", "int8", or (FAISS alone) "binary"; docs/search.md says when to use which.
-            model_name: Where to load the model from, for `cots-search`; by default where it was loaded from.
+            engine: The index type: "exact", "hnsw", "ivfpq", "int8", or (FAISS alone) "binary". docs/search.md says
+                when to use which.
+            model_name: The folder or Hub id from which `cots-search` loads the model; by default the one from which
+                this model was loaded.
 
-        Raises `ValueError` for an engine that does not exist and for a place that is taken.
+        Raises `ValueError` for an index type that the store lacks and for a name in use.
         """
         name = model.name_or_path if model_name is None else model_name
         info = {
@@ -83,15 +85,15 @@ class SearchIndex:
         progress: bool = True,
     ) -> int:
         """
-        Embed the images of a data set that are not in the index yet; a run that was killed goes on here.
+        Embed the images of a data set that are not in the index yet; this also continues a killed run.
 
         Under `torchrun` or `accelerate launch` the processes share the images, each with its own copy of the model.
 
         Args:
             dataset: Items as `open_dataset` or `ImageFolder` give them.
-            source: What entries say they are from; by default the data set's `name`.
+            source: The `source` of these entries; by default the data set's `name`.
             batch_size: Images a forward pass.
-            num_workers: Processes that decode images, for each process that embeds.
+            num_workers: Processes that decode images, beside each process that embeds.
             thumbnail_side: Pixels of the thumbnails that are stored, 0 for none.
             progress: Whether to show a bar.
 
@@ -100,15 +102,8 @@ class SearchIndex:
         state = process_state()
         source = getattr(dataset, "name", "data") if source is None else source
         names = entry_names(dataset, source)
-        if state.is_main_process:
-            self.store.begin()
-        state.wait_for_everyone()
-        self.store.refresh()
-        num_before = len(self.store)
-        todo = np.flatnonzero(~self.store.has(row_ids_of(names)))
-        state.wait_for_everyone()  # nobody writes before everybody has seen what there is
-        parts = [todo[start : start + ITEMS_PER_PART] for start in range(0, len(todo), ITEMS_PER_PART)]
-        mine = _share(parts, todo, state)
+        todo, num_before = self._begin(names, state)
+        parts = _local_parts(todo, state)
         embedder = Embedder(
             self.model,
             self.processor,
@@ -116,26 +111,36 @@ class SearchIndex:
             num_workers=num_workers,
             thumbnail_side=thumbnail_side,
         )
-        total = sum(len(part) for part in mine)
-        with tqdm(
-            total=total, desc="Embedding", unit="image", disable=not (progress and state.is_main_process)
-        ) as bar:
+        total, hidden = sum(len(part) for part in parts), not (progress and state.is_main_process)
+        with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
             if len(todo) < len(names) and state.is_main_process:
                 bar.write(f"{len(names) - len(todo):,} of {len(names):,} images are in the index already.")
-            for part in mine:
-                self._add_part(embedder.tables(dataset, part, names, source, bar))
+            for part in parts:
+                tables = list(embedder.tables(dataset, part, names, source, bar))
+                if tables:
+                    self.store.add(pa.concat_tables(tables, promote_options="permissive"))
         embedder.report_skipped()
+        self._finish(state)
+        return len(self.store) - num_before
+
+    def _begin(self, names: list[str], state: PartialState) -> tuple[np.ndarray, int]:
+        """Positions of the names that the index lacks, and how many entries it has, the same in every process."""
+        if state.is_main_process:
+            self.store.begin()
+        state.wait_for_everyone()
+        self.store.refresh()
+        missing = np.flatnonzero(~self.store.has(row_ids_of(names)))
+        num_entries = len(self.store)
+        state.wait_for_everyone()  # no process writes before all have read
+        return missing, num_entries
+
+    def _finish(self, state: PartialState) -> None:
+        """Let every process find what all processes have added."""
         state.wait_for_everyone()
         if state.is_main_process:
             self.store.finish()
         state.wait_for_everyone()
         self.store.refresh()
-        return len(self.store) - num_before
-
-    def _add_part(self, tables) -> None:
-        tables = list(tables)
-        if tables:
-            self.store.add(pa.concat_tables(tables, promote_options="permissive"))
 
     @torch.no_grad()
     def embed_query(self, text: str | None = None, image: Any = None, image_weight: float = 0.5) -> np.ndarray:
@@ -143,12 +148,12 @@ class SearchIndex:
         The unit-length embedding (d,) of a query.
 
         Args:
-            text: What to look for.
-            image: A path, bytes or PIL image to look for the like of.
-            image_weight: Of the image where both are given: the query is (1 - w) text + w image, at unit length, so
-                that images are ranked by that mean of their similarities with the two.
+            text: Finds images that fit this text.
+            image: A path, bytes or a PIL image; finds images like it.
+            image_weight: w, used where both are given: the query is (1 - w) text + w image, at unit length, so that
+                images are ranked by the weighted mean of their similarities with text and image.
 
-        Raises `ValueError` without either, for an unreadable image, and for a weight outside 0 to 1.
+        Raises `ValueError` without text and image, for an unreadable image, and for a weight outside 0 to 1.
         """
         if text is None and image is None:
             raise ValueError("Search for a text, an image or both: got neither.")
@@ -185,7 +190,7 @@ class SearchIndex:
             where: Conditions on metadata, all of which must hold: "year >= 2020", ["place == Oslo", "year in [1, 2]"].
 
         Returns dictionaries with `name`, `source`, `captions`, `thumbnail`, the metadata, and `score`, the cosine.
-        Raises `ValueError` for a query or a condition that makes no sense.
+        Raises `ValueError` for a query that `embed_query` refuses, a `top` below 1, and an invalid condition.
         """
         if top < 1:
             raise ValueError(f"`top` must be at least 1, got {top}.")
@@ -194,39 +199,40 @@ class SearchIndex:
 
     def delete(self, names: Sequence[str] | None = None, where=None) -> int:
         """
-        Take entries out of all results, by their names or by conditions; returns how many there were.
+        Remove entries from all results, by their names or by conditions; returns how many were removed.
 
-        Raises `ValueError` unless exactly one of both is given.
+        Raises `ValueError` unless either names or conditions are given.
         """
         return delete_entries(self.store, names, where)
 
     def rebuild(self, engine: str) -> None:
-        """Change to another engine, and free what was deleted; nothing is embedded again."""
+        """Change to another index type and free deleted entries; nothing is embedded again."""
         self.store.rebuild(engine)
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         self.store.close()
 
 
 def process_state() -> PartialState:
-    """Which of how many processes this is."""
+    """The rank of this process, the number of processes, and the device."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def delete_entries(store, names: Sequence[str] | None = None, where=None) -> int:
-    """`SearchIndex.delete` without a model."""
+    """Remove entries as `SearchIndex.delete` does; needs no model."""
     conditions = as_conditions(where)
     if bool(names) == bool(conditions):
         raise ValueError("Say what to delete: names, or conditions on the metadata, and not both.")
     return store.delete(row_ids_of(list(names)) if names else store.find(conditions))
 
 
-def _share(parts: list[np.ndarray], todo: np.ndarray, state: PartialState) -> list[np.ndarray]:
-    """The parts of this process: every n-th, or, where there are fewer than two for each, an equal slice of all."""
+def _local_parts(todo: np.ndarray, state: PartialState) -> list[np.ndarray]:
+    """The parts of this process: every n-th of n processes, or an equal slice where there are fewer than 2n parts."""
+    parts = [todo[start : start + ITEMS_PER_PART] for start in range(0, len(todo), ITEMS_PER_PART)]
     if state.num_processes == 1:
         return parts
     if len(parts) < 2 * state.num_processes:
-        mine = np.array_split(todo, state.num_processes)[state.process_index]
-        return [mine] if len(mine) else []
+        local = np.array_split(todo, state.num_processes)[state.process_index]
+        return [local] if len(local) else []
     return parts[state.process_index :: state.num_processes]

@@ -1,9 +1,9 @@
-"""`MilvusStore`: a search index as a collection of Milvus, for what one machine does not hold.
+"""`MilvusStore`: a search index as a collection of Milvus, for an index that is too large for one machine.
 
 The same client talks to an embedded Milvus Lite file (`photos.db`), to a server and to a cluster
 (`https://host:19530#collection`). Everything lies in the collection, the metadata as its dynamic fields, so that any
 machine with the model can query it. The token is read from the environment variable MILVUS_TOKEN and appears in no
-message. What the vectors' index keeps of each vector is Milvus' business: it returns scores of its own.
+message. Scores are Milvus' own, and only Milvus determines whether candidates are rescored.
 """
 
 import base64
@@ -16,27 +16,22 @@ import numpy as np
 import pyarrow as pa
 
 from .conditions import Condition, milvus_expression, missing_column
+from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
 from .rows import FIXED_COLUMNS
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 DEFAULT_COLLECTION = "cots"
 INFO_PROPERTY = "cots.info"
-ENGINES = {
-    "exact": ("FLAT", {}, {}),
-    "hnsw": ("HNSW", {"M": 32, "efConstruction": 100}, {"ef": 128}),
-    "ivfpq": ("IVF_PQ", {"nlist": 1024, "nbits": 8}, {"nprobe": 32}),
-    "int8": ("IVF_SQ8", {"nlist": 1024}, {"nprobe": 32}),
-}
 MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
-ROWS_PER_CALL = 1_000  # a message of gRPC is bounded, and so is what a query may return
-INFO_ROOM = 4_096
+ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
+MAX_INFO = 4_096  # characters of the description
 
 _open_clients: Counter[str] = Counter()
 
 
 def is_milvus_uri(index: str) -> bool:
-    """Whether the name of an index means Milvus: a server's address, or a file that ends in .db."""
+    """Whether the name of an index is one of Milvus: a server's address, or a file that ends in .db."""
     uri, _ = _split(index)
     return urlsplit(uri).scheme in ("http", "https") or uri.endswith(".db")
 
@@ -47,7 +42,7 @@ def connect(uri: str):
 
     address = urlsplit(uri)
     if address.username or address.password:
-        # It would stand in the shell's history, in process lists and in error messages.
+        # A password here would show in the shell's history, in process lists and in error messages.
         raise ValueError(
             f"Name the server without user and password, and put them into {TOKEN_VARIABLE} (user:password)."
         )
@@ -60,13 +55,13 @@ def connect(uri: str):
 
 
 def disconnect(client, uri: str) -> None:
-    """Close a client of `connect`; with the last one a Milvus Lite file is free for other processes."""
+    """Close a client of `connect`; closing the last one frees a Milvus Lite file for other processes."""
     client.close()
     _open_clients[uri] -= 1
-    if not urlsplit(uri).scheme and _open_clients[uri] == 0:
+    if _is_lite(uri) and _open_clients[uri] == 0:
         from milvus_lite.server_manager import server_manager_instance
 
-        server_manager_instance.release_server(uri)  # pymilvus would keep it to the end of this process
+        server_manager_instance.release_server(uri)  # pymilvus would hold it until this process ends
 
 
 def _redact(message: str) -> str:
@@ -76,7 +71,7 @@ def _redact(message: str) -> str:
 
 class MilvusStore:
     """
-    Entries in a collection that `create` made; see `vector_stores.VectorStore` for what the methods promise.
+    Entries in a collection that `create` made; `stores.VectorStore` documents the methods.
 
     Args:
         index: A Milvus Lite file, or the address of a server; "#name" at its end names the collection.
@@ -87,7 +82,7 @@ class MilvusStore:
     def __init__(self, index: str):
         uri, self.collection = _split(index)
         self._uri = uri
-        if not urlsplit(uri).scheme and not os.path.exists(uri):
+        if _is_lite(uri) and not os.path.exists(uri):
             raise ValueError(f"There is no index in {index!r}: make one with `cots-search index`.")
         self._client = connect(uri)
         if not self._client.has_collection(self.collection):
@@ -103,7 +98,7 @@ class MilvusStore:
     def exists(cls, index: str) -> bool:
         """Whether there is such a collection."""
         uri, collection = _split(index)
-        if not urlsplit(uri).scheme and not os.path.exists(uri):
+        if _is_lite(uri) and not os.path.exists(uri):
             return False
         client = connect(uri)
         found = client.has_collection(collection)
@@ -111,33 +106,25 @@ class MilvusStore:
         return found
 
     @classmethod
-    def create(cls, index: str, info: dict, engine: str) -> "MilvusStore":
-        """Make an empty collection. Raises `ValueError` for an engine that Milvus lacks, and if it is there."""
-        from pymilvus import DataType, MilvusClient
+    def create(cls, index: str, info: dict, index_type: str) -> "MilvusStore":
+        """Make an empty collection.
 
-        if engine not in ENGINES:
-            raise ValueError(f"On Milvus the engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+        Raises `ValueError` for an index type that Milvus lacks and for a collection that exists.
+        """
         uri, collection = _split(index)
-        _check_lite(uri, engine)
-        text = json.dumps({**info, "engine": engine})
-        if len(text) > INFO_ROOM:
-            raise ValueError(f"The description of the index takes {len(text)} characters; {INFO_ROOM} are the most.")
+        check_index_type(index_type, _store_of(uri))
+        text = json.dumps({**info, "engine": index_type})
+        if len(text) > MAX_INFO:
+            raise ValueError(f"The description of the index takes {len(text)} characters; at most {MAX_INFO} fit.")
         client = connect(uri)
         if client.has_collection(collection):
             disconnect(client, uri)
-            raise ValueError(f"The collection {collection!r} is there already at {uri!r}.")
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
-        schema.add_field("row_id", DataType.INT64, is_primary=True)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=info["dim"])
-        schema.add_field("name", DataType.VARCHAR, max_length=MAX_NAME)
-        schema.add_field("source", DataType.VARCHAR, max_length=MAX_NAME)
-        schema.add_field("captions", DataType.VARCHAR, max_length=MAX_TEXT)
-        schema.add_field("thumbnail", DataType.VARCHAR, max_length=MAX_TEXT)
+            raise ValueError(f"There is a collection {collection!r} at {uri!r} already.")
         client.create_collection(
             collection,
-            schema=schema,
-            index_params=_index_params(client, engine, info["dim"]),
-            # Whoever added an image finds it at once.
+            schema=_schema(info["dim"]),
+            index_params=_index_params(client, index_type, info["dim"]),
+            # An image is found as soon as it was added.
             consistency_level="Strong",
         )
         client.alter_collection_properties(collection, {INFO_PROPERTY: text})
@@ -149,7 +136,7 @@ class MilvusStore:
 
     @property
     def columns(self) -> list[str]:
-        """What can be filtered by, as far as a thousand entries tell."""
+        """The columns that conditions may name, collected from a thousand entries."""
         if self._columns is None:
             rows = self._client.query(self.collection, filter="", output_fields=["*"], limit=ROWS_PER_CALL)
             names = {name for row in rows for name in row}
@@ -165,7 +152,7 @@ class MilvusStore:
         return np.fromiter((row_id in present for row_id in row_ids.tolist()), bool, len(row_ids))
 
     def begin(self) -> None:
-        """Nothing to do: Milvus takes many writers, and an id is there once."""
+        """Nothing to do: Milvus takes many writers, and stores each id once."""
 
     def add(self, rows: pa.Table) -> None:
         """Write entries; one with the same id is replaced."""
@@ -183,10 +170,11 @@ class MilvusStore:
         """Nothing to do: every search asks the server."""
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
+        """The best entries for each query; see `VectorStore`."""
         if len(queries) == 0 or top == 0:
             return [[] for _ in queries]
         self._check_columns(where)
-        # "*" names the dynamic fields too; the vectors stay where they are.
+        # All fields but the vectors: "*", which also names the dynamic fields, would send these too.
         fields = [name for name in FIXED_COLUMNS if name != "embedding"]
         extra = [name for name in self.columns if name not in fields]
         found = self._client.search(
@@ -212,25 +200,24 @@ class MilvusStore:
         return np.array(ids, dtype=np.int64)
 
     def delete(self, row_ids: np.ndarray) -> int:
+        """Remove entries; returns how many of these ids were in the index."""
         present = row_ids[self.has(row_ids)]
         for start in range(0, len(present), ROWS_PER_CALL):
             self._client.delete(self.collection, ids=present[start : start + ROWS_PER_CALL].tolist())
         return len(present)
 
-    def rebuild(self, engine: str) -> None:
-        """Index the vectors anew, for an engine of this name."""
-        if engine not in ENGINES:
-            raise ValueError(f"On Milvus the engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
-        _check_lite(self._uri, engine)
+    def rebuild(self, index_type: str) -> None:
+        """Index the vectors again, with another index type."""
+        check_index_type(index_type, _store_of(self._uri))
         self._client.release_collection(self.collection)
         self._client.drop_index(self.collection, "embedding")
-        self._client.create_index(self.collection, _index_params(self._client, engine, self.info["dim"]))
-        self.info = {**self.info, "engine": engine}
+        self._client.create_index(self.collection, _index_params(self._client, index_type, self.info["dim"]))
+        self.info = {**self.info, "engine": index_type}
         self._client.alter_collection_properties(self.collection, {INFO_PROPERTY: json.dumps(self.info)})
         self._client.load_collection(self.collection)
 
     def close(self) -> None:
-        """Let go of the connection; a Milvus Lite file is free for others."""
+        """Close the connection, and free a Milvus Lite file for other processes."""
         disconnect(self._client, self._uri)
 
     def _read_info(self, uri: str) -> dict:
@@ -241,21 +228,23 @@ class MilvusStore:
 
     def _check_columns(self, where: list[Condition]) -> None:
         for condition in where:
-            # A name that the first entries do not have may be one that later ones do.
+            # Later entries may have a column that the first thousand lack.
             if condition.column not in self.columns and not self._client.query(
                 self.collection, filter=f"{condition.column} is not null", output_fields=["row_id"], limit=1
             ):
                 raise missing_column(condition.column, self.columns)
 
     def _search_params(self, top: int) -> dict:
-        _, _, params = ENGINES[self.info["engine"]]
+        params = INDEX_TYPES[self.info["engine"]].milvus.search_params
         return {**params, **({"ef": max(params["ef"], 2 * top)} if "ef" in params else {})}
 
 
-def _check_lite(uri: str, engine: str) -> None:
-    # Milvus Lite takes the name, finds by comparing all, and fails when the file is next opened.
-    if engine == "ivfpq" and not urlsplit(uri).scheme:
-        raise ValueError("Milvus Lite, the embedded file, has no 'ivfpq'; a Milvus server has. Use 'hnsw' or 'int8'.")
+def _is_lite(uri: str) -> bool:
+    return not urlsplit(uri).scheme
+
+
+def _store_of(uri: str) -> str:
+    return MILVUS_LITE if _is_lite(uri) else MILVUS_SERVER
 
 
 def _split(index: str) -> tuple[str, str]:
@@ -263,17 +252,31 @@ def _split(index: str) -> tuple[str, str]:
     return uri, collection or DEFAULT_COLLECTION
 
 
-def _index_params(client, engine: str, dim: int):
-    kind, params, _ = ENGINES[engine]
-    if engine == "ivfpq":
-        params = {**params, "m": next(parts for parts in range(max(1, dim // 4), 0, -1) if dim % parts == 0)}
+def _schema(dim: int):
+    from pymilvus import DataType, MilvusClient
+
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
+    schema.add_field("row_id", DataType.INT64, is_primary=True)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
+    schema.add_field("name", DataType.VARCHAR, max_length=MAX_NAME)
+    schema.add_field("source", DataType.VARCHAR, max_length=MAX_NAME)
+    schema.add_field("captions", DataType.VARCHAR, max_length=MAX_TEXT)
+    schema.add_field("thumbnail", DataType.VARCHAR, max_length=MAX_TEXT)
+    return schema
+
+
+def _index_params(client, index_type: str, dim: int):
+    index = INDEX_TYPES[index_type].milvus
+    params = dict(index.build_params)
+    if index_type == "ivfpq":  # parts of about four numbers, all of the same size
+        params["m"] = next(parts for parts in range(max(1, dim // 4), 0, -1) if dim % parts == 0)
     prepared = client.prepare_index_params()
-    prepared.add_index("embedding", index_type=kind, metric_type="IP", params=params)
+    prepared.add_index("embedding", index_type=index.name, metric_type="IP", params=params)
     return prepared
 
 
 def _entity(row: dict, metadata: list[str]) -> dict:
-    """A row as Milvus stores it; texts are cut to what fits, a value that is missing is not written."""
+    """A row as Milvus stores it: texts that are too long lose their end, and missing values are not written."""
     captions = list(row["captions"])
     while len(json.dumps(captions).encode()) > MAX_TEXT:
         captions = captions[:-1]
@@ -293,7 +296,7 @@ def _entity(row: dict, metadata: list[str]) -> dict:
 
 
 def _row(entity: dict) -> dict:
-    """The row that an entity was made of."""
+    """The row that `_entity` turned into this entity."""
     thumbnail = base64.b64decode(entity["thumbnail"])
     return {
         **entity,

@@ -1,4 +1,4 @@
-"""What a search found, as one HTML page that stands alone: thumbnails inside, no script, nothing is loaded."""
+"""The results of a search as one self-contained HTML page: thumbnails are inside, and nothing is loaded."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ def results_page(title: str, hits: list[dict], note: str = "") -> str:
     A page of the entries that `SearchIndex.search` returned, best first.
 
     Args:
-        title: What was searched for.
+        title: Names the query.
         hits: The entries; all text in them is escaped.
         note: A sentence below the title.
     """
@@ -61,5 +61,5 @@ def _image(hit: dict, description: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Escaped, and without the surrogates that a file name of another encoding brings."""
+    """Escape a text, and replace the surrogates that stand for undecodable bytes of a file name."""
     return html.escape(value.encode("utf-8", "replace").decode(), quote=True)

@@ -1,15 +1,17 @@
-"""What a local search index knows of its images: an append-only `datasets` folder, one entry a row.
+"""The rows of a local search index: an append-only `datasets` folder with one row for each entry.
 
-`datasets.load_from_disk(folder)` opens it. A part (data-*.arrow) comes into being by renaming a finished file, so that
-a killed run leaves whole parts or none, and several processes can write at once; the next writer lists new parts in
-state.json. Metadata, whose columns may differ from source to source, lies beside in metadata/*.parquet. Deleting
-writes positions to deleted.parquet; the bytes go when the index is rebuilt. The vectors' own index is not here.
+`datasets.load_from_disk(folder)` opens it. A part (data-*.arrow) appears when its finished file is renamed, so that a
+killed run leaves no half-written part, and several processes can write at once. The next writer lists new parts in
+state.json. Metadata is in metadata/*.parquet, because its columns may differ between sources. Deleting writes
+positions to deleted.parquet; rebuilding the index frees the bytes. The index of the vectors is in faiss_vectors.py.
 """
 
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -17,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# What every entry has; any other column of a table is metadata.
+from ..data.atomic_write import PARTIAL_SUFFIX, atomic_write
+
+# Every entry has these columns; any other column of a table is metadata.
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
 STATE, DELETED, METADATA = "state.json", "deleted.parquet", "metadata"
 
 
 def fixed_features(dim: int) -> datasets.Features:
-    """The columns of every entry: identity, where it is from, captions, a small JPEG and the embedding."""
+    """The columns of every entry: id, name, source, captions, a small JPEG and the embedding."""
     return datasets.Features(
         {
             "row_id": datasets.Value("int64"),
@@ -41,7 +45,8 @@ class RowFolder:
     The rows of an index of embeddings of `dim` numbers.
 
     Args:
-        folder: Made by `create`.
+        folder: A folder that `create` made.
+        dim: The numbers of an embedding.
     """
 
     def __init__(self, folder: str | os.PathLike, dim: int):
@@ -50,41 +55,36 @@ class RowFolder:
 
     @classmethod
     def create(cls, folder: str | os.PathLike, dim: int) -> "RowFolder":
-        """Make an empty folder of rows; `datasets` itself writes its frame."""
+        """Make a folder without rows; `datasets` itself writes the files that describe it."""
         empty = pa.Table.from_pylist([], schema=fixed_features(dim).arrow_schema)
         with _quiet():
             datasets.Dataset(empty).save_to_disk(folder)
         (Path(folder) / METADATA).mkdir()
-        # A folder without any file is one that `datasets` cannot open.
+        # `datasets` cannot open a folder without a part.
         first = "data-00000.arrow"
-        with pa.OSFile(str(Path(folder) / first), "wb") as file, pa.ipc.new_stream(file, empty.schema) as writer:
-            writer.write_table(empty)
+        _write_arrow(Path(folder) / first, empty)
         state = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
-        write_atomically(Path(folder) / STATE, json.dumps({**state, "_data_files": [{"filename": first}]}).encode())
+        with atomic_write(Path(folder) / STATE) as partial:
+            partial.write_text(json.dumps({**state, "_data_files": [{"filename": first}]}), encoding="utf-8")
         return cls(folder, dim)
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def append(self, rows: pa.Table) -> None:
-        """Write one part. Processes may do so at once, and be killed; `adopt` makes it part of the index."""
+        """Write one part, which `adopt` adds to the index. Several processes may write at the same time."""
         features = fixed_features(self.dim)
         schema = features.arrow_schema
         part = f"data-{time.time_ns():020d}-{os.getpid():07d}"
         extra = rows.drop_columns(list(FIXED_COLUMNS))
         if extra.num_columns:
-            partial = self.folder / METADATA / f"{part}.partial"
-            pq.write_table(extra, partial)
-            os.replace(partial, partial.with_suffix(".parquet"))
+            with atomic_write(self.folder / METADATA / f"{part}.parquet") as partial:
+                pq.write_table(extra, partial)
         fixed = pa.table([rows[name].cast(schema.field(name).type) for name in FIXED_COLUMNS], schema=schema)
-        partial = self.folder / f"{part}.partial"
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(fixed)
-        _sync(partial)
-        os.replace(partial, partial.with_suffix(".arrow"))
+        _write_arrow(self.folder / f"{part}.arrow", fixed)
 
     def adopt(self) -> int:
-        """List parts that are not listed yet, as the one writer; returns how many there were."""
+        """Add parts that are not listed yet to state.json, as the only writer; returns their number."""
         state = self._state()
         listed = [entry["filename"] for entry in state["_data_files"]]
         new = sorted(path.name for path in self.folder.glob("data-*.arrow") if path.name not in set(listed))
@@ -92,17 +92,18 @@ class RowFolder:
             files = [*listed, *new]
             state["_data_files"] = [{"filename": name} for name in files]
             state["_fingerprint"] = hashlib.blake2b("/".join(files).encode(), digest_size=8).hexdigest()
-            write_atomically(self.folder / STATE, json.dumps(state, indent=2).encode())
+            with atomic_write(self.folder / STATE) as partial:
+                partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
         self.reload()
         return len(new)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed writer left half-written, as the one writer."""
-        for path in (*self.folder.glob("*.partial"), *self.folder.glob(f"{METADATA}/*.partial")):
+        """Remove the half-written files of a killed writer, as the only writer."""
+        for path in (*self.folder.glob(f"*{PARTIAL_SUFFIX}"), *self.folder.glob(f"{METADATA}/*{PARTIAL_SUFFIX}")):
             path.unlink()
 
     def reload(self) -> None:
-        """Read what is listed: rows memory-mapped, ids and metadata in memory."""
+        """Open the listed parts: rows are memory-mapped, ids and metadata are read into memory."""
         self.rows = datasets.load_from_disk(str(self.folder)).with_format("arrow")
         self.row_ids = self.rows.data.column("row_id").to_numpy() if len(self.rows) else np.zeros(0, np.int64)
         self.metadata = self._load_metadata()
@@ -111,7 +112,7 @@ class RowFolder:
             self.is_alive[pq.read_table(self.folder / DELETED)["position"].to_numpy()] = False
 
     def positions_of(self, row_ids: np.ndarray) -> np.ndarray:
-        """Where living rows with these ids stand."""
+        """The positions of the rows with these ids, without deleted ones."""
         return np.flatnonzero(np.isin(self.row_ids, row_ids) & self.is_alive)
 
     def embeddings(self, positions: np.ndarray | slice) -> np.ndarray:
@@ -127,7 +128,7 @@ class RowFolder:
     def take(self, positions: np.ndarray, columns: list[str] | None = None) -> list[dict]:
         """Rows as dictionaries, metadata included."""
         columns = [name for name in FIXED_COLUMNS if name != "embedding"] if columns is None else columns
-        # row by row: `Table.take` would join the chunks of all columns
+        # Row by row, because `Table.take` would copy and join the chunks of all columns.
         rows = [self.rows.data.table.select(columns).slice(int(position), 1).to_pylist()[0] for position in positions]
         extra = self.metadata.take(pa.array(positions)).to_pylist() if self.metadata.num_columns else [{}] * len(rows)
         return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
@@ -138,14 +139,13 @@ class RowFolder:
         return pa.table({**columns, **{name: self.metadata[name] for name in self.metadata.column_names}})
 
     def delete(self, positions: np.ndarray) -> None:
-        """Take rows out of every result from now on."""
+        """Mark rows as deleted, here and in deleted.parquet."""
         self.is_alive[positions] = False
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), sink)
-        write_atomically(self.folder / DELETED, sink.getvalue())
+        with atomic_write(self.folder / DELETED) as partial:
+            pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), partial)
 
-    def living_tables(self, rows_per_table: int = 4096):
-        """All living rows as tables, metadata included, for writing them anew."""
+    def living_tables(self, rows_per_table: int = 4096) -> Iterator[pa.Table]:
+        """All rows that are not deleted, as tables with their metadata, to write them again."""
         table = self.rows.data.table
         for name in self.metadata.column_names:
             table = table.append_column(name, self.metadata[name])
@@ -155,7 +155,7 @@ class RowFolder:
                 yield table.slice(start, rows_per_table).filter(pa.array(alive))
 
     def check_metadata(self, schema: pa.Schema) -> None:
-        """Raise `ValueError` if the metadata of new rows has another type than what is here under the same name."""
+        """Raise `ValueError` if a column of metadata in `schema` has another type than the same column here."""
         for field in schema:
             if field.name in FIXED_COLUMNS or field.name not in self.metadata.column_names:
                 continue
@@ -164,8 +164,8 @@ class RowFolder:
                 pa.unify_schemas([pa.schema([present]), pa.schema([field])], promote_options="permissive")
             except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
                 raise ValueError(
-                    f"The metadata {field.name!r} holds {present.type} in this index and {field.type} in what is to "
-                    f"be added: rename one of them, or keep an index for each."
+                    f"The metadata {field.name!r} holds {present.type} in this index and {field.type} in the new "
+                    f"entries: rename one of them, or keep an index for each."
                 ) from error
 
     def _state(self) -> dict:
@@ -177,7 +177,7 @@ class RowFolder:
             path = self.folder / METADATA / Path(entry["filename"]).with_suffix(".parquet").name
             if path.exists():
                 tables.append(pq.read_table(path))
-            else:  # only a count: the empty first part, and sources without metadata
+            else:  # the empty first part, and sources without metadata: only the number of rows matters
                 with pa.memory_map(str(self.folder / entry["filename"])) as source:
                     num_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
                 tables.append(pa.table({"": pa.nulls(num_rows)}))
@@ -185,26 +185,19 @@ class RowFolder:
         return joined.drop_columns([""]) if "" in joined.column_names else joined
 
 
-def write_atomically(path: Path, content) -> None:
-    """Replace a file's content as a whole: a reader, or a crash, sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    with atomic_write(path) as partial:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-class _quiet:
-    """No progress bar of `datasets` for a file of no rows."""
-
-    def __enter__(self):
-        self._was_on = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_):
-        if self._was_on:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar of `datasets`, which would announce a file of no rows."""
+    was_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
             datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""What a search index asks of the engine below it, and the choice of one by the index's name."""
+"""`VectorStore`, the interface between a search index and FAISS or Milvus; the index's name chooses between them."""
 
 import importlib.util
 import os
@@ -13,10 +13,10 @@ from .milvus_store import MilvusStore, is_milvus_uri
 
 class VectorStore(Protocol):
     """
-    Entries with embeddings: add, search, delete; and what surrounds these three.
+    Entries with embeddings, which can be added, searched and deleted.
 
     An entry has the columns row_id (int64), name, source, captions, thumbnail (a JPEG or none), embedding (float32,
-    unit length), and any metadata. `info` is what `create` was given, with `engine`.
+    unit length), and any metadata. `info` is the dictionary that `create` was given, with the index type as `engine`.
     """
 
     info: dict
@@ -30,44 +30,47 @@ class VectorStore(Protocol):
         their cosine as "score" and without their embeddings."""
 
     def delete(self, row_ids: np.ndarray) -> int:
-        """Take entries out of all results; returns how many of these were there."""
+        """Remove entries from all results; returns how many of these ids were in the index."""
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
-        """(n,) boolean, which of these are there."""
+        """(n,) boolean: which of these ids are in the index."""
 
     def begin(self) -> None:
-        """Before adding, in the main process."""
+        """Prepare for adding; called in the main process."""
 
     def finish(self) -> None:
-        """After adding, in the main process: all that any process added is found from now on."""
+        """End the adding; called in the main process. What all processes added is found from now on."""
 
     def refresh(self) -> None:
-        """See what other processes have written."""
+        """Read what other processes have written."""
 
-    def rebuild(self, engine: str) -> None:
-        """Change to an engine of this name without embedding anything again; drop what was deleted."""
+    def rebuild(self, index_type: str) -> None:
+        """Change the index type without embedding anything again, and drop deleted entries."""
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
 
     def __len__(self) -> int: ...
 
 
-def create_store(index: str | os.PathLike, info: dict, engine: str) -> VectorStore:
-    """An empty store: a folder (FAISS), a file that ends in .db or a server's address (Milvus)."""
-    return _kind_of(index).create(os.fspath(index), info, engine)
+def create_store(index: str | os.PathLike, info: dict, index_type: str) -> VectorStore:
+    """Make an empty store: FAISS for a folder, Milvus for a file that ends in .db and for a server's address.
+
+    Raises `ValueError` for an index type that the store lacks and for a name in use.
+    """
+    return _kind_of(index).create(os.fspath(index), info, index_type)
 
 
 def open_store(index: str | os.PathLike) -> VectorStore:
-    """The store that is there. Raises `ValueError` if none is, or if its engine is not installed."""
+    """Open an existing store. Raises `ValueError` if there is none, or if FAISS or Milvus is not installed."""
     return _kind_of(index)(os.fspath(index))
 
 
 def store_exists(index: str | os.PathLike) -> bool:
-    """Whether `open_store` would find one. Raises `ValueError` where a server does not answer."""
+    """Whether the index exists. Raises `ValueError` where a server does not answer."""
     if is_milvus_uri(os.fspath(index)):
         return _kind_of(index).exists(os.fspath(index))
     return os.path.isfile(os.path.join(index, "index.json"))

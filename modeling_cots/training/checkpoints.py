@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or none: a manifest, written last, lists every file with its size and checksum.
+"""Committed checkpoints: a manifest, written last, lists every file of the folder with its size and checksum.
 
-A folder without one, or whose files do not agree with it, was not written to its end and is never resumed from. What
-stands in a checkpoint is the trainer's business.
+A folder without a manifest, or whose files differ from it, is invalid: it is never resumed from. What a checkpoint
+holds is the trainer's business.
 """
 
 import json
@@ -14,35 +14,34 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..data.atomic_write import atomic_write, flush_to_disk
+
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 CHUNK_BYTES = 1 << 22
 
 
-def seal_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
-    """Declare a folder whole, once all of its files are written: they are on the disk before the manifest is."""
+def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
+    """Write the manifest of a folder whose files are complete; they are flushed to the disk before it."""
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
-        _flush_to_disk(path)
+        flush_to_disk(path)
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path)]
     manifest = {"written": time.time(), "num_processes": num_processes, "files": files}
-    unfinished = folder / f"{MANIFEST_NAME}.tmp"
-    unfinished.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _flush_to_disk(unfinished)
-    os.replace(unfinished, folder / MANIFEST_NAME)
-    _flush_to_disk(folder)
-    _flush_to_disk(folder.parent)
+    with atomic_write(folder / MANIFEST_NAME) as partial:
+        partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush_to_disk(folder.parent)
 
 
-def unseal_checkpoint(folder: str | os.PathLike) -> None:
-    """Take the manifest away, before anything in the folder is changed; nothing happens where there is none."""
+def invalidate_checkpoint(folder: str | os.PathLike) -> None:
+    """Remove the manifest, if there is one; to be called before any file of the folder changes."""
     (Path(folder) / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def check_checkpoint(folder: str | os.PathLike) -> dict:
-    """The manifest of a whole checkpoint. Raises `ValueError`, with the reason, for anything else."""
+    """The manifest of a whole checkpoint; raises `ValueError`, with the reason, for any other folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {folder}.")
@@ -68,13 +67,13 @@ def check_checkpoint(folder: str | os.PathLike) -> dict:
 
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint of a run that was written last, or `None`; those that are not whole are named and left."""
+    """The whole checkpoint that was written last, or `None`; invalid ones are named in the log and stay."""
     candidates = sorted(_checkpoints(output_dir), key=_written, reverse=True)
     for folder in candidates:
         try:
             check_checkpoint(folder)
         except ValueError as error:
-            logger.warning(f"Passed over a checkpoint that is not whole. {error}")
+            logger.warning(f"Skipped an invalid checkpoint. {error}")
         else:
             return str(folder)
     return None
@@ -110,7 +109,7 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
 def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None = None) -> None:
     """Delete the oldest checkpoints beyond `limit`; never the one written last, nor `best`.
 
-    Only whole ones count, so that one which was not written to its end cannot push out the only one to resume from.
+    Only whole ones count: an invalid one never displaces the only one to resume from.
     """
     if limit is None or limit <= 0:
         return
@@ -125,7 +124,7 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
             kept.add(folder)
     for folder in folders:
         if folder not in kept:
-            unseal_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
+            invalidate_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,11 +151,3 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
+from ..data.atomic_write import atomic_write
 from ..data.items import decode_name
+from .objective import ObjectiveOutput
 
 COLUMNS = pa.schema(
     [
@@ -20,7 +21,7 @@ COLUMNS = pa.schema(
         ("name", pa.string()),
         ("score", pa.float32()),
         ("threshold", pa.float32()),
-        ("attempt", pa.int64()),  # when this start of the run began; a resumed run begins a new attempt,
+        ("attempt", pa.int64()),  # when this start of the run began; a resumed run is a new start,
         ("attempt_step", pa.int64()),  # after this step
     ]
 )
@@ -42,20 +43,37 @@ class FilterLog:
         self.process_index = process_index
         self._batches: list[tuple] = []
         self._rows: list[dict] = []
-        self._attempt = self._attempt_step = self._num_files = 0
+        self._restart = self._restart_step = self._num_files = 0
 
-    def start(self, attempt: int, step: int) -> None:
-        """Begin an attempt: `attempt` is larger than those before and equal on all processes, `step` its first."""
+    def start(self, restart: int, step: int) -> None:
+        """
+        Begin the log of one start of the run.
+
+        Args:
+            restart: A number larger than those of all starts before, equal on all processes.
+            step: The step after which it begins.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._attempt, self._attempt_step, self._num_files = attempt, step, 0
+        self._restart, self._restart_step, self._num_files = restart, step, 0
         self._batches, self._rows = [], []
         if self.process_index == 0:
-            self._write_file([])  # so that the attempt is known even if it filters nothing
+            self._write_file([])  # so that this start is known even if it filters nothing
 
-    def add(self, step: int, filtered: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor, batch: dict):
-        """Note one batch of this process: filtered (B,) bool, scores (B,), the threshold (), and `pair_ids`, `names`
-        of the batch. Nothing is copied to the host on most calls."""
-        self._batches.append((step, filtered, scores.float(), threshold, batch["pair_ids"], batch.get("names")))
+    def add(self, step: int, result: ObjectiveOutput, inputs: dict) -> None:
+        """
+        Note the pairs of one batch of this process that the filter left out; mostly nothing is copied to the host.
+
+        Args:
+            step: The optimizer step, counted from 1, that the batch is part of.
+            result: What the objective returned for it.
+            inputs: Has `pair_ids` (B,) and, if known, `names` (B, 120).
+        """
+        local = result.batch.local
+        filtered = (result.batch.valid & ~result.keep_mask)[local]
+        scores = result.scores[local].float()
+        self._batches.append(
+            (step, filtered, scores, result.filter_threshold, inputs["pair_ids"], inputs.get("names"))
+        )
         if len(self._batches) >= MAX_BATCHES_ON_DEVICE:
             self._fetch()
         if len(self._rows) >= MAX_ROWS_IN_MEMORY:
@@ -67,7 +85,7 @@ class FilterLog:
         self._rows = [row for row in self._rows if row["step"] != step]
 
     def write(self) -> None:
-        """Write what has been noted since the last call into a new file, which is there whole or not at all."""
+        """Write what has been noted since the last call into a new file."""
         self._fetch()
         if not self._rows:
             return
@@ -75,16 +93,12 @@ class FilterLog:
         self._rows = []
 
     def _write_file(self, rows: list[dict]) -> None:
-        attempt = {"attempt": self._attempt, "attempt_step": self._attempt_step}
-        table = pa.Table.from_pylist([{**row, **attempt} for row in rows], schema=COLUMNS)
-        table = table.replace_schema_metadata({name: str(value) for name, value in attempt.items()})
-        name = f"{self._attempt}-{self.process_index:05d}-{self._num_files:06d}.parquet"
-        unfinished = self.folder / f".{name}.tmp"
-        with unfinished.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / name)
+        restart = {"attempt": self._restart, "attempt_step": self._restart_step}
+        table = pa.Table.from_pylist([{**row, **restart} for row in rows], schema=COLUMNS)
+        table = table.replace_schema_metadata({name: str(value) for name, value in restart.items()})
+        name = f"{self._restart}-{self.process_index:05d}-{self._num_files:06d}.parquet"
+        with atomic_write(self.folder / name) as partial:
+            pq.write_table(table, partial)
         self._num_files += 1
 
     def _fetch(self) -> None:
@@ -116,8 +130,8 @@ def read_filter_log(folder: str | os.PathLike) -> pa.Table:
         {tuple(int(table.schema.metadata[name]) for name in (b"attempt", b"attempt_step")) for table in tables}
     )
     rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    for attempt, step in sorted((int(attempt), int(step)) for attempt, step in starts):
-        taken_again = pc.and_(pc.less(rows["attempt"], attempt), pc.greater(rows["step"], step))
+    for restart, step in starts:
+        taken_again = pc.and_(pc.less(rows["attempt"], restart), pc.greater(rows["step"], step))
         rows = rows.filter(pc.invert(taken_again))
     return rows.sort_by([("step", "ascending"), ("pair_id", "ascending")])
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# All layers of all streams run through one function of transformers, and programs are counted by function: two
-# streams, with and without gradients, of fixed and of any length, are more than torch's 8.
+# All layers of all encoders run through one function of transformers, and programs are counted by function: two
+# encoders, with and without gradients, of fixed and of any length, are more than torch's 8.
 MAX_PROGRAMS = 64
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..data.items import modality_of
 from ..data.scenes.still import ScenesDataset
-from ..data.video_collators import holds_videos
 from .arguments import COTSTrainingArguments
 
 RECORD_NAME = "training_record.json"
@@ -64,7 +64,7 @@ def build_record(
     return {
         "num_parameters": model.num_parameters(),
         "num_steps": num_steps,
-        "unit": "video" if holds_videos(train_dataset) or holds_videos(eval_dataset) else "image",
+        "unit": "video" if "video" in map(modality_of, (train_dataset, eval_dataset)) else "image",
         "settings": {name: getattr(args, name) for name in REPORTED_SETTINGS},
         "training_data": _describe_data(train_dataset, "a data set of pairs"),
         "evaluation_data": None if metrics is None else _describe_evaluation(eval_dataset),

@@ -1,53 +1,57 @@
 """`COTSTrainer`: collaborative two-stream pre-training (Lu et al., CVPR 2022) on transformers' training loop.
 
-`compute_loss` reads like the method: encode, momentum-encode, gather, filter, four losses, push. The momentum
-copy and the paired queues live here and not in the model: they are built from the loaded model, saved beside every
-checkpoint and restored exactly. The formulas are in `losses.py`, `filtering.py`, `feature_queue.py`, `momentum.py`.
+The loss is in `objective.py`. Here is what surrounds it: the momentum encoders and the paired queues, which are built
+from the loaded model, saved beside every checkpoint and restored exactly; when they move; schedule, logs, evaluation,
+checkpoints, the refusal of a step, and the Hub.
 """
 
 import os
+import time
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCard, run_as_future
+from transformers import Trainer, TrainerCallback, get_wsd_schedule
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
-from ..evaluation.embedding import embed_pairs, find_examples, measure_retrieval
-from ..method.filtering import adaptive_momentum_filter
+from ..evaluation.embedding import ExampleRetrievals, embed_pairs, find_examples, measure_retrieval
+from ..hub_export import cots_model_of, export_repository, mark_generated
+from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
-from ..method.losses import (
-    excluded_candidates,
-    masked_token_loss,
-    momentum_contrastive_loss,
-    queue_logits,
-    task_kl_loss,
-)
 from ..method.momentum import MomentumState
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import COTSTrainingArguments
+from .checkpoints import rotate_checkpoints
+from .filter_log import FilterLog
+from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .layer_compiling import compile_layers
-from .log import CollapseWatch, TrainingLog
-from .publishing import build_card, export_trained, push_trained, push_while_training
-from .recovery import Recovery
-from .setup import (
-    build_training_collator,
-    check_setup,
-    freeze_unused_parameters,
-    leave_launch,
+from .log import TrainingLog, collapse_warning
+from .objective import COTSObjective
+from .processes import (
+    ProcessGroup,
+    check_not_sharded,
+    destroy_process_group,
     mark_repeated_samples,
-    settle_image_tokens,
-    settle_launch,
+    set_timeout,
     use_float16_on_cpu,
-    with_image_tokens,
 )
-from .stream_loading import build_stream_loader, stream_counts
-from .training_callback import MethodCallback
-from .training_schedule import schedule_of
+from .publishing import build_card, prepare_push, push_in_background
+from .recovery import RunCheckpoints, check_loaded_weights
+from .setup import build_training_collator, check_setup, choose_image_tokens, freeze_unused_parameters
+from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
 
 logger = logging.get_logger(__name__)
+
+
+class LoopEvents(TrainerCallback):
+    """Answers events of the training loop with the functions that are given, such as `on_step_begin=...`."""
+
+    def __init__(self, **functions):
+        self.__dict__.update(functions)
 
 
 class COTSTrainer(Trainer):
@@ -63,7 +67,7 @@ class COTSTrainer(Trainer):
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
-            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0 or
+            Gives the visual tokens that masked vision modeling predicts. Required unless `cmvm_weight` is 0 or
             `train_dataset` brings them along (`examples/tokenize_images.py`); then it is only checked against those.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
@@ -88,12 +92,12 @@ class COTSTrainer(Trainer):
         **kwargs,
     ):
         check_setup(model, args, processing_class)
-        token_source, image_tokenizer = settle_image_tokens(
+        token_source, image_tokenizer = choose_image_tokens(
             kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
         )
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
-        self.example_retrievals = None  # of the last evaluation, to be shown
+        self.example_retrievals: ExampleRetrievals | None = None  # of the last evaluation, to be shown
         if data_collator is None:
             data_collator = build_training_collator(
                 kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length, token_source
@@ -101,7 +105,8 @@ class COTSTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
-        settle_launch(self)
+        check_not_sharded(bool(args.fsdp or args.deepspeed) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        set_timeout(args)
         freeze_unused_parameters(model, args)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
@@ -110,36 +115,68 @@ class COTSTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
+        self.objective = COTSObjective(
+            model,
+            self.momentum_state.encoder.model,
+            self.queue,
+            self.image_tokenizer,
+            args,
+            ProcessGroup.of(self.accelerator),
+        )
         self.training_log = TrainingLog()
-        self.collapse_watch = CollapseWatch(args)
         self.stream_loader = None
-        self.recovery = Recovery(self)
-        self.add_callback(MethodCallback(self))
+        self.filter_log = None if args.filter_log is None else FilterLog(args.filter_log, args.process_index)
+        self.finite_check = FiniteCheck(args.max_skipped_fraction)
+        self.step_snapshot = StepSnapshot(self.queue, args.device)
+        self.checkpoints = RunCheckpoints(args, self.accelerator)
+        self._scale_before_step: float | None = None
+        self._first_step_of_epoch = 0
+        self._answer_events()
+
+    def _answer_events(self) -> None:
+        self.add_callback(
+            LoopEvents(
+                on_train_begin=self._begin_training,
+                on_epoch_begin=self._begin_epoch,
+                on_epoch_end=self._end_epoch,
+                on_step_begin=self._begin_step,
+                on_pre_optimizer_step=self._note_scale,
+                on_optimizer_step=self._update_momentum_encoders,
+            )
+        )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        use_float16_on_cpu(self)
+        use_float16_on_cpu(self.accelerator)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        Train as `transformers.Trainer` does; "latest" goes on from the whole checkpoint of `output_dir` that was
-        written last, or begins where there is none. Raises `ValueError` for a checkpoint that is not whole.
+        Train as `transformers.Trainer` does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder; "latest" for the newest whole checkpoint of `output_dir`, or a
+                new run where there is none; `True` likewise, but there must be one.
+
+        Raises `ValueError` for a folder that is not a whole checkpoint.
         """
-        checkpoint = self.recovery.choose_checkpoint(resume_from_checkpoint)
+        checkpoint = self.checkpoints.choose(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
-            self.recovery.end_training()
+            if self.filter_log is not None:
+                self.filter_log.write()
 
     def end(self) -> None:
         """
-        The last call of a script, on every process: after it they cannot train, evaluate or save together any more.
-        A process of several that ends without it may be aborted on its way out.
+        Destroy the process group. Every process calls it last: afterwards the trainer cannot train, evaluate or save.
+
+        One of several processes that ends without this call may be aborted on its way out.
         """
-        leave_launch(self)
+        self.model_wrapped = self.model  # the wrapped model holds the process group
+        destroy_process_group(self.accelerator)
 
     def get_train_dataloader(self):
-        """Batches of this process; of a stream without end."""
+        """Batches of this process; those of a stream never end."""
         if not isinstance(self.train_dataset, StreamingPairs):
             return super().get_train_dataloader()
         self.stream_loader = build_stream_loader(self.train_dataset, self.args, self.data_collator)
@@ -149,144 +186,109 @@ class COTSTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mark_repeated_samples(self, batches)
+        if self.args.world_size > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
+            global_batch_size = len(batches[-1]["valid"]) * self.args.world_size
+            if has_length(self.train_dataset) and not self.args.dataloader_drop_last:
+                num_real = len(self.train_dataset) % global_batch_size
+            else:
+                num_real = max(0, self.accelerator.gradient_state.remainder)
+            mark_repeated_samples(batches[-1], num_real, self.args.process_index)
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return self.pixel_normalizer(super()._prepare_inputs(inputs))
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
+        result = self.objective(model, inputs, self.state.global_step)
+        self.training_log.add(result, self.queue.fill)
+        if model.training:
+            self.finite_check.add(result.losses, result.logits, inputs)
+            if self.filter_log is not None:
+                self.filter_log.add(self.state.global_step + 1, result, inputs)
+            self.objective.push(result.batch, result.scores)
+        return (result.loss, result.model_output) if return_outputs else result.loss
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.recovery.check_step(grad_norm)
+        self.check_step(grad_norm)
         return grad_norm
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of COTS of one batch: w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM."""
-        args = self.args
-        inputs = with_image_tokens(inputs, self.image_tokenizer, self.model.config.patch_size)
-        outputs = model(**self._model_inputs(inputs))
-        momentum_image_embeds, momentum_text_embeds = self._momentum_encode(inputs)
+    def check_step(self, grad_norm: torch.Tensor | float | None) -> None:
+        """
+        Between the backward passes of a step and the optimizer: refuse a step that must not be taken.
 
-        # Everything below is about the global batch: equal shapes are gathered from every process, then filtered.
-        everyone = self._gather(
-            image_embeds=momentum_image_embeds,
-            text_embeds=momentum_text_embeds,
-            pair_ids=inputs["pair_ids"],
-            valid=inputs["valid"],
-        )
-        scores = (everyone["image_embeds"] * everyone["text_embeds"]).sum(dim=-1)
-        keep, threshold = self._filter(scores, everyone["valid"])
-        mine = self._my_rows(len(inputs["valid"]))
-        # Processes average their gradients, so a sum over my pairs over this number is the mean over all pairs.
-        num_kept = keep.sum() / args.world_size
+        Raises [`NonFiniteLossError`] or [`UnreadableDataError`], on every process, with the state before it saved.
+        """
+        step = self.state.global_step + 1
+        may_overflow = self.accelerator.scaler is not None
+        try:
+            self.finite_check.check(self.accelerator, step, None if may_overflow else grad_norm)
+        except (NonFiniteLossError, UnreadableDataError) as error:
+            self._undo_step(step)
+            if self.checkpoints.saved_step != step - 1:
+                self._save_checkpoint(self.model, None)
+            raise type(error)(f"{error} The run is saved as it was after step {step - 1}.") from None
 
-        logits_i2t, logits_t2i = self._contrast(outputs, everyone, mine)
-        losses = {
-            "loss_i2t": momentum_contrastive_loss(logits_i2t, keep[mine], num_kept),
-            "loss_t2i": momentum_contrastive_loss(logits_t2i, keep[mine], num_kept),
-        }
-        with torch.set_grad_enabled(args.kl_weight > 0):  # with weight 0 it is logged only
-            losses["loss_kl"] = task_kl_loss(logits_i2t, logits_t2i, keep[mine], num_kept)
-        losses.update(self._token_losses(outputs, inputs, keep[mine]))
-        loss = (
-            args.mcl_weight * (losses["loss_i2t"] + losses["loss_t2i"])
-            + self._kl_weight() * losses["loss_kl"]
-            + args.cmvm_weight * losses.get("loss_cmvm", 0.0)
-            + args.cmlm_weight * losses.get("loss_cmlm", 0.0)
-        )
-        self._record(losses, keep, everyone, scores, threshold, inputs, mine)
-        if model.training:
-            self.recovery.guard.add(losses, (logits_i2t, logits_t2i), inputs)
-            self._push(everyone, scores)
-        return (loss, outputs) if return_outputs else loss
+    def _undo_step(self, step: int) -> None:
+        extras = self.step_snapshot.put_back()
+        self._load_averages(extras["averages"])
+        self.current_flos = extras["flos"]
+        if self.filter_log is not None:
+            self.filter_log.discard_step(step)
 
-    def _model_inputs(self, inputs: dict) -> dict:
-        """The part of the batch that the model encodes; masked views only for the losses that are switched on."""
-        names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
-        model_inputs = {name: inputs[name] for name in names if name in inputs}
-        if self.args.cmvm_weight > 0:
-            model_inputs["bool_masked_pos"] = inputs["bool_masked_pos"]
-        if self.args.cmlm_weight > 0:
-            model_inputs["masked_input_ids"] = inputs["masked_input_ids"]
-            model_inputs["masked_token_pos"] = inputs["text_targets"] != -100
-        return model_inputs
+    # ------------------------------------------------------------------------------------------- events of the loop
 
-    @torch.no_grad()
-    def _momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        momentum_model = self.momentum_state.encoder.model
-        with self.accelerator.autocast():
-            if "pixel_values_videos" in inputs:
-                image_embeds = momentum_model.encode_video(inputs["pixel_values_videos"])
-            else:
-                image_embeds = momentum_model.encode_image(inputs["pixel_values"])
-            text_embeds = momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
-        return image_embeds, text_embeds
+    def _begin_training(self, args, state, control, **kwargs) -> None:
+        skip_trained_batches(self.stream_loader, state.global_step, args)
+        self.checkpoints.saved_step = None
+        if self.checkpoints.resumed_from is not None:
+            self._resume_averages()
+            self.checkpoints.saved_step = state.global_step
+        if self.filter_log is not None:
+            restart = [time.time_ns()]
+            if args.world_size > 1:
+                broadcast_object_list(restart)
+            self.filter_log.start(restart[0], state.global_step)
 
-    def _gather(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: self.accelerator.gather(tensor) for name, tensor in tensors.items()}
+    def _begin_epoch(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        # The Trainer's own call does not reach the sampler where a process of several skips batches to resume.
+        train_dataloader.set_epoch(int(state.epoch or 0))
+        if hasattr(self.train_dataset, "set_epoch"):  # nor does accelerate's reach the data set in every launch mode
+            self.train_dataset.set_epoch(int(state.epoch or 0))
+        self.step_snapshot.take_generators()
+        self._first_step_of_epoch = state.global_step
 
-    def _my_rows(self, batch_size: int) -> slice:
-        start = self.args.process_index * batch_size
-        return slice(start, start + batch_size)
+    def _end_epoch(self, args, state, control, **kwargs) -> None:
+        """Raises `ValueError` where a run cannot go on: the Trainer would silently begin the stream again."""
+        if state.global_step == self._first_step_of_epoch > 0 and not has_length(self.train_dataset):
+            raise ValueError(
+                f"The stream ended before the batch after step {state.global_step}, so the run cannot go on where it "
+                "stopped: a custom iterable data set is resumed within its first pass alone. One of `open_stream` "
+                "has no end."
+            )
 
-    def _filter(self, scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adaptive momentum filter: which pairs of the global batch enter the losses of this step."""
-        active = self.args.adaptive_filter and self.queue.is_full
-        keep, threshold = adaptive_momentum_filter(
-            scores, self.queue.scores if active else None, self.args.filter_num_std
-        )
-        return keep & valid, threshold
+    def _begin_step(self, args, state, control, **kwargs) -> None:
+        # The first step of an epoch begins before its data loader, which draws a random number too.
+        if not float(state.epoch or 0).is_integer():
+            self.step_snapshot.take_generators()
+        self.step_snapshot.take(averages=self._averages(), flos=self.current_flos)
+        self.finite_check.begin_step()
 
-    def _contrast(self, outputs, everyone: dict, mine: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of my pairs against the candidates, (B, 1 + candidates) each; class j is the same pair in both."""
-        fresh = everyone if self.args.batch_candidates else None
-        image_candidates, text_candidates, candidate_ids, filled = self.queue.candidates(fresh)
-        excluded = excluded_candidates(everyone["pair_ids"][mine], candidate_ids, filled)
-        temperature = self.model.config.temperature
-        logits_i2t = queue_logits(
-            outputs["image_embeds"], everyone["text_embeds"][mine], text_candidates, excluded, temperature
-        )
-        logits_t2i = queue_logits(
-            outputs["text_embeds"], everyone["image_embeds"][mine], image_candidates, excluded, temperature
-        )
-        return logits_i2t, logits_t2i
+    def _note_scale(self, args, state, control, **kwargs) -> None:
+        scaler = self.accelerator.scaler
+        self._scale_before_step = None if scaler is None else scaler.get_scale()
 
-    def _token_losses(self, outputs, inputs: dict, keep: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Masked modelling of my kept pairs: means over the masked tokens of all kept pairs of the global batch."""
-        losses = {}
-        if self.args.cmvm_weight > 0:
-            masked, targets = inputs["bool_masked_pos"].bool(), inputs["image_tokens"]
-            losses["loss_cmvm"] = self._masked_loss(outputs["image_token_logits"], targets, masked, keep)
-        if self.args.cmlm_weight > 0:
-            masked = inputs["text_targets"] != -100
-            losses["loss_cmlm"] = self._masked_loss(outputs["text_token_logits"], inputs["text_targets"], masked, keep)
-        return losses
-
-    def _masked_loss(self, logits, targets, masked, keep) -> torch.Tensor:
-        positions = masked.flatten().nonzero().squeeze(1)  # once: a mask as index makes the host wait for the device
-        keep_tokens = keep.unsqueeze(1).expand_as(masked).flatten()[positions]
-        num_tokens = self.accelerator.reduce(keep_tokens.sum(), reduction="sum") / self.args.world_size
-        return masked_token_loss(logits, targets.flatten()[positions], keep_tokens, num_tokens)
-
-    def _kl_weight(self) -> float:
-        warmup_share = (self.state.global_step + 1) / max(1, self.args.kl_warmup_steps)
-        return self.args.kl_weight * min(1.0, warmup_share)
-
-    def _push(self, everyone: dict, scores: torch.Tensor) -> None:
-        """All readable pairs of the global batch enter the queues, the filtered ones too."""
-        rows = everyone["valid"].nonzero().squeeze(1)
-        self.queue.push(
-            everyone["image_embeds"][rows], everyone["text_embeds"][rows], scores[rows], everyone["pair_ids"][rows]
-        )
+    def _update_momentum_encoders(self, args, state, control, **kwargs) -> None:
+        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta."""
+        # A fused optimizer is called for a step with an overflow too and skips it within, which accelerate does not
+        # see: momentum copy and schedule would go on alone (tests/training/test_numerics.py). A fallen scale tells.
+        if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
+            self.optimizer._is_overflow = True
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.momentum_state.encoder.update_(self.model.cots, args.momentum)
 
     # ------------------------------------------------------------------------------------------- logging
-
-    def _record(self, losses, keep, everyone, scores, threshold, inputs, mine) -> None:
-        valid, is_real = everyone["valid"], everyone["pair_ids"] >= 0
-        self.training_log.add_losses(losses)
-        self.training_log.add_counts(kept=keep.sum(), readable=valid.sum(), skipped_images=(~valid & is_real).sum())
-        self.training_log.set_latest(filter_threshold=threshold, queue_fill=self.queue.fill)
-        self.recovery.note_filtered((valid & ~keep)[mine], scores[mine], threshold, inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what happened since the last log to the Trainer's own line of training logs."""
@@ -294,9 +296,29 @@ class COTSTrainer(Trainer):
             # The history survives a resumed run, so the count goes on where it stopped.
             counts = [entry["skipped_images"] for entry in self.state.log_history if "skipped_images" in entry]
             method_logs = self.training_log.drain(self.accelerator, skipped_before=counts[-1] if counts else 0)
-            self.collapse_watch.check(method_logs, self.state.global_step, self.queue.size)
+            history = [*self.state.log_history, {**method_logs, "step": self.state.global_step}]
+            if warning := collapse_warning(history, self.queue.size, self.args.kl_warmup_steps):
+                logger.warning(warning)
             logs = {**logs, **method_logs, **stream_counts(self.stream_loader, self.accelerator)}
         super().log(logs, start_time)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """Copies of what this process has summed up since the last line of logs, the Trainer's own loss included."""
+        return {**self.training_log.state_dict(), "loss": self._tr_loss.clone()}
+
+    def _load_averages(self, averages: dict[str, torch.Tensor]) -> None:
+        self._tr_loss = averages["loss"]
+        self.training_log.load_state_dict(averages)
+
+    def _resume_averages(self) -> None:
+        averages = self.checkpoints.load_averages()
+        if averages is None:
+            return
+        self._load_averages(averages)
+        # What the Trainer reports for this call of `train` are the steps of this call.
+        self._total_loss_scalar -= float(averages["loss"])
+        logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
+        self._globalstep_last_logged = logged[-1] if logged else 0
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -330,40 +352,64 @@ class COTSTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- schedule and state
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """With `lr_hold_epochs`: warm-up, a constant learning rate for that long, then linear decay to zero."""
+        """
+        With `lr_hold_epochs`: warm-up, a constant learning rate for that long, then linear decay to zero.
+
+        The paper: "5e-5 for the first epochs, then linear decay over the rest".
+        """
         if self.args.lr_hold_epochs == 0 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        factor = schedule_of(self, num_training_steps)
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        hold_share = self.args.lr_hold_epochs / self._num_epochs(num_training_steps)
+        decay_from = min(max(num_warmup_steps, round(hold_share * num_training_steps)), num_training_steps)
+        self.lr_scheduler = get_wsd_schedule(
+            self.optimizer if optimizer is None else optimizer,
+            num_warmup_steps=num_warmup_steps,
+            num_stable_steps=max(0, decay_from - num_warmup_steps),
+            num_decay_steps=num_training_steps - decay_from,
+            decay_type="linear",
+        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _num_epochs(self, num_training_steps: int) -> float:
+        """Epochs of the run; of a stream, all steps together stand for `num_train_epochs`."""
+        args = self.args
+        if args.max_steps <= 0 or isinstance(self.train_dataset, StreamingPairs):
+            return args.num_train_epochs
+        steps_per_epoch = -(-len(self.get_train_dataloader()) // args.gradient_accumulation_steps)
+        return num_training_steps / max(1, steps_per_epoch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         # Checkpoints keep the names of the running model: Trainer resumes with `load_state_dict(strict=False)`, to
-        # which the legacy names that `save_pretrained` writes by default are unknown, so that the vision stream would
-        # keep its fresh weights with no more than a warning (tests/test_resume.py).
+        # which the legacy names that `save_pretrained` writes by default are unknown, so that the vision encoder would
+        # keep its fresh weights with no more than a warning (tests/training/test_resume.py).
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.recovery.save(
-            self._get_output_dir(trial), lambda: super(COTSTrainer, self)._save_checkpoint(model, trial)
-        )
+        if self.filter_log is not None:
+            self.filter_log.write()
+        output_dir = self._get_output_dir(trial)
+        with self.checkpoints.write(output_dir, self.state.global_step):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.recovery.save_averages(output_dir)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        self.recovery.check_loaded(load_result)
+        self.checkpoints.save_averages(output_dir, self._averages())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        self.recovery.snapshot.take_generators()
+        self.step_snapshot.take_generators()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        check_loaded_weights(load_result, self.model._tied_weights_keys)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -375,23 +421,80 @@ class COTSTrainer(Trainer):
         if checkpoint is not None:
             self.momentum_state.load(checkpoint)
 
+    # ------------------------------------------------------------------------------------------- the Hub
+
     def export_model(self, output_dir: str) -> None:
-        """Write a complete Hub repository of the two streams, with the card of this run (`hub_export.py`)."""
+        """Write a complete Hub repository of the [`COTSModel`], with the card of this run (`hub_export.py`)."""
         if self.args.should_save:
-            export_trained(self, output_dir)
+            self._write_repository(output_dir)
+
+    def _write_repository(self, folder: str) -> None:
+        model = cots_model_of(self.model)
+        export_repository(model, self.processing_class, folder, card=mark_generated(self._build_card(model, folder)))
+
+    def _build_card(self, model, folder: str) -> ModelCard:
+        return build_card(
+            model,
+            self.processing_class,
+            folder,
+            args=self.args,
+            state=self.state,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            eval_protocol=self.eval_protocol,
+            model_name=self.hub_model_id,
+        )
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **options
     ):
-        """Push what `export_model` writes to `args.hub_model_id`; `options` are `tag` and `overwrite_card`."""
-        where = {"token": token, "revision": revision, "private": private}
-        return push_trained(self, blocking=blocking, commit_message=commit_message, **where, **options)
+        """
+        Push what `export_model` writes to `args.hub_model_id`, or to a repository named as the output folder.
+
+        Returns the `CommitInfo`, without `blocking` a `Future` of it, and `None` on all processes but the first.
+        `options` are `tag` and `overwrite_card`; for these, and for what is raised, see `push_folder`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        args = self.args
+        token = args.hub_token if token is None else token
+        if self.hub_model_id is None:  # else the Trainer has made the repository at its start
+            self.hub_model_id = full_repo_id(
+                args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)), token
+            )
+        self._finish_current_push()
+        push = prepare_push(
+            self._write_repository,
+            self.hub_model_id,
+            token=token,
+            revision=args.hub_revision if revision is None else revision,
+            private=args.hub_private_repo if private is None else private,
+            commit_message=commit_message,
+            **options,
+        )
+        return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        push_while_training(self)
+        """Push in the background, unless an earlier push is under way (or `hub_always_push` is set)."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        earlier = self.push_in_progress
+        if earlier is not None and not earlier.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        push = prepare_push(
+            self._write_repository,
+            self.hub_model_id,
+            revision=args.hub_revision,
+            token=args.hub_token,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+        )
+        self.push_in_progress = push_in_background(push, earlier)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
         if self.is_world_process_zero():
             folder = self.args.output_dir
-            build_card(self, self.model.cots, folder).save(os.path.join(folder, "README.md"))
+            self._build_card(self.model.cots, folder).save(os.path.join(folder, "README.md"))

@@ -1,4 +1,4 @@
-"""Drawing relevance maps (`relevance.py`): an image, and over it one heat map for the caption and for each word."""
+"""Drawing relevance maps (`relevance.py`): an image under a heat map for the caption and for each word."""
 
 import math
 import textwrap
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .figures import new_figure, shorten
+from .figures import add_color_bar, map_colors, new_figure, shorten
 
 COLORS = "inferno"
 MAX_COLUMNS = 4
@@ -16,7 +16,7 @@ PANEL = 2.5  # inches
 
 
 def resize_map(relevance: torch.Tensor, width: int, height: int) -> np.ndarray:
-    """A map (rows, columns) at the size of the image, smooth between patches, its maximum 1: (height, width)."""
+    """A map (rows, columns) resized to (height, width), smooth between patches, with a maximum of 1."""
     relevance = relevance.float()
     relevance = relevance / relevance.max().clamp(min=torch.finfo(torch.float32).tiny)
     resized = F.interpolate(relevance[None, None], size=(height, width), mode="bilinear", align_corners=False)
@@ -24,12 +24,15 @@ def resize_map(relevance: torch.Tensor, width: int, height: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, relevance: torch.Tensor, opacity: float = 0.75) -> Image.Image:
-    """The image, grayed, under the colors of its heat map, at the image's size: what a page or a demo shows."""
-    new_figure(1, 1)  # the clear word where matplotlib is missing
-    from matplotlib import colormaps
+    """
+    The image in gray under the colors of its heat map, at the size of the image.
 
-    heat = resize_map(relevance, image.width, image.height)
-    colors = colormaps[COLORS](heat)[..., :3]
+    Args:
+        image: Of any mode.
+        relevance: (rows, columns), relevance of every patch.
+        opacity: Share of the heat map in the mixture.
+    """
+    colors = map_colors(resize_map(relevance, image.width, image.height), COLORS)
     gray = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64) / 255
     mixed = (1 - opacity) * gray + opacity * colors
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
@@ -37,9 +40,9 @@ def overlay(image: Image.Image, relevance: torch.Tensor, opacity: float = 0.75) 
 
 def draw_word_maps(image: Image.Image, caption: str, relevance):
     """
-    The image, one heat map for the whole caption and one a word, and the relevance of each word for the image.
+    Draw the image, a heat map for the caption and for each word, and the relevance of each word for the image.
 
-    Every map is scaled to its own maximum; the titles tell by how much a word raises the similarity.
+    Every map is scaled to its own maximum. The titles say how much each word adds to the similarity.
 
     Args:
         image: RGB.
@@ -69,21 +72,13 @@ def draw_word_maps(image: Image.Image, caption: str, relevance):
     for axes, (title, word_map) in zip(all_axes[1:], panels, strict=False):
         axes.imshow(overlay(image, word_map))
         axes.set_title(title, fontsize=10)
-    _draw_color_bar(upper, all_axes)
+    add_color_bar(upper, all_axes, COLORS, "relevance / maximum of the map")
     _draw_words(lower.subplots(), relevance)
     return figure
 
 
-def _draw_color_bar(figure, axes) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORS), ax=list(axes), shrink=0.8, fraction=0.05)
-    bar.set_label("relevance / maximum of the map", fontsize=9)
-
-
 def _draw_words(axes, relevance) -> None:
-    """One bar for each word of the caption, those that are mapped above in the darker color."""
+    """Draw a bar for each word of the caption, darker for words with a heat map."""
     places = range(len(relevance.caption_words))
     mapped = {position for word in relevance.words for position in word.positions}
     shades = ["#7a1f5c" if mapped & set(word.positions) else "#c9a9bd" for word in relevance.caption_words]

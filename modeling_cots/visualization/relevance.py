@@ -1,12 +1,13 @@
 """GAE relevance maps: which patches a caption or one of its words responds to, and which words an image responds to.
 
 Generic attention explainability (Chefer et al., ICCV 2021, arXiv 2103.15679), the rule for self-attention, which is
-all that two streams have: through the layers, R <- R + E_heads[(grad * attention)^+] R from R = identity. The score
-whose gradient is taken is the model's own, similarity over temperature. COTS shows such maps in Figure 1 of its
-supplement. No hooks and no forked encoder: eager attentions and `torch.autograd.grad`. Drawing is in `heat_maps.py`.
+the only attention of two separate encoders. Through the layers R <- R + E_heads[(grad * attention)^+] R, starting from
+R = identity. The gradient is that of the model's own logit, similarity over temperature. COTS shows such maps in
+Figure 1 of its supplement. Eager attentions and `torch.autograd.grad` suffice, without hooks. Drawing is in
+`heat_maps.py`.
 
-What one word asks of an image: no stream sees the other, so a word has no score of its own. Here it is what the
-word adds to the caption's score, f_image . (f_caption - f_caption without the word); docs/seeing.md compares others.
+The encoders never see each other, so that a single word has no score. The score of a word is defined here as what it
+adds to that of the caption, f_image . (f_caption - f_caption without the word). docs/seeing.md compares alternatives.
 """
 
 import re
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-NUM_WORDS = 6  # mapped when nobody says which
+NUM_WORDS = 6  # mapped if no words are given
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word or phrase as its caption writes it, and the places of its pieces in the row of token ids."""
+    """A word or phrase as its caption writes it, and the positions of its tokens in the token ids."""
 
     text: str
     positions: tuple[int, ...]
@@ -29,16 +30,16 @@ class Word:
 @dataclass
 class PairRelevance:
     """
-    How an image and a caption respond to each other. K words of the caption were asked for, W words it has.
+    Relevance of an image and a caption for each other, for K chosen words out of the W words of the caption.
 
     Args:
         score: Cosine similarity of the pair.
         caption_map: (rows, columns), relevance of every patch for the whole caption.
-        words: The K words, in the order asked for.
+        words: The K words, in the order in which they were given.
         word_maps: (K, rows, columns), relevance of every patch for each of them.
-        word_scores: (K,), by how much each raises the cosine similarity: the score without it is that much lower.
+        word_scores: (K,), how much the cosine similarity falls when the word is left out.
         caption_words: All W words, in the order of the caption.
-        caption_relevance: (W,), relevance of each for the image, the sum over its pieces.
+        caption_relevance: (W,), relevance of each for the image, summed over its tokens.
     """
 
     score: float
@@ -54,19 +55,19 @@ def image_relevance(model, pixel_values: torch.Tensor, text_targets: torch.Tenso
     """
     Relevance of every patch of B images for K texts each: (B, K, rows, columns), float32, never negative.
 
-    Needs the memory of the attentions of one forward pass twice, whatever K is, and a backward pass for each text.
+    Needs twice the memory of the attentions of one forward pass, for any K, and a backward pass for each text.
 
     Args:
         model ([`COTSModel`]): In evaluation mode, loaded with `attn_implementation="eager"`.
         pixel_values: (B, 3, H, W).
-        text_targets: (B, K, d), what each image is held against: `encode_text` of captions, or `word_targets`.
+        text_targets: (B, K, d), compared with each image: `encode_text` of captions, or `word_targets`.
         kwargs: Of `encode_image`, such as `interpolate_pos_encoding=True`.
 
     Raises `ValueError` for a model in training mode, and for one that does not return its attentions.
     """
     _check_mode(model)
     with torch.inference_mode(False), torch.enable_grad():
-        pixel_values = pixel_values.clone().requires_grad_()  # so that a frozen model has gradients, too
+        pixel_values = pixel_values.clone().requires_grad_()  # so that a frozen model has gradients as well
         outputs = model.get_image_features(pixel_values, output_attentions=True, return_dict=True, **kwargs)
         attentions = _attentions(outputs)
         scores = _scores(model, outputs.pooler_output, text_targets)
@@ -76,7 +77,7 @@ def image_relevance(model, pixel_values: torch.Tensor, text_targets: torch.Tenso
     rows, columns = (
         side // patch_side for side, patch_side in zip(pixel_values.shape[-2:], model.config.patch_size, strict=True)
     )
-    # What stands before the patches ([CLS], in some encoders a distillation token or registers) is left out.
+    # Without the tokens before the patches: [CLS], and in some encoders a distillation token or registers.
     return relevance[..., relevance.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
 
 
@@ -86,8 +87,8 @@ def text_relevance(
     """
     Relevance of every token of B texts for K images each: (B, K, L), float32, never negative, 0 at padding.
 
-    Of R the rows of all tokens are averaged, as the global text feature is their mean, and the identity that R starts
-    from is left out: it would add the same to every token.
+    The rows of R are averaged over all tokens, as the global text feature is the mean over tokens. The identity that R
+    starts from is subtracted: it adds the same to every token.
 
     Args:
         model ([`COTSModel`]): In evaluation mode, loaded with `attn_implementation="eager"`, not frozen.
@@ -118,12 +119,12 @@ def word_targets(
     model, input_ids: torch.Tensor, attention_mask: torch.Tensor, word_masks: torch.Tensor
 ) -> torch.Tensor:
     """
-    What K words of each of B captions add to its embedding: (B, K, d), to be held against an image by dot product.
+    What K words of each of B captions add to its embedding: (B, K, d), to be multiplied with image embeddings.
 
     Args:
         model ([`COTSModel`]): In evaluation mode.
         input_ids, attention_mask: (B, L).
-        word_masks: (B, K, L) bool, the pieces of each word.
+        word_masks: (B, K, L) bool, the tokens of each word.
 
     Raises `ValueError` for a model in training mode.
     """
@@ -133,7 +134,7 @@ def word_targets(
     if num_words == 0:
         return captions.unsqueeze(1)[:, :0]
     kept = (attention_mask.bool().unsqueeze(1) & ~word_masks).flatten(0, 1)
-    # The caption as it would be without the word: what is left closes up, so that no position is skipped.
+    # Without the word, the remaining tokens move together, so that no position is skipped.
     order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
     rest_ids = input_ids.repeat_interleave(num_words, dim=0).gather(1, order)
     rest = model.encode_text(rest_ids, kept.gather(1, order).to(attention_mask.dtype))
@@ -142,14 +143,14 @@ def word_targets(
 
 def find_words(caption: str, offsets: list[tuple[int, int]], words: list[str] | None = None) -> list[Word]:
     """
-    Words of a caption with all of their pieces; by default every word, in order.
+    Words of a caption with the positions of their tokens; by default every word, in order.
 
     Args:
         caption: The text.
-        offsets: For each token where its piece begins and ends in `caption`, as the tokenizer's `offset_mapping`.
-        words: Words or phrases, upper or lower case; one that occurs several times stands for all of its places.
+        offsets: Begin and end of each token in `caption`, from the tokenizer's `offset_mapping`.
+        words: Words or phrases, in any case; a word that occurs several times has the tokens of all places.
 
-    Raises `ValueError` for a word that the caption does not have, or that was cut off with its end.
+    Raises `ValueError` for a word that is not in the caption, or in the end of it that was cut off.
     """
     if words is None:
         spans = [[match.span()] for match in re.finditer(r"\w+(?:['’-]\w+)*", caption)]
@@ -176,37 +177,37 @@ def explain_pair(model, processor, image, caption: str, words: list[str] | None 
 
     Args:
         model ([`COTSModel`]): In evaluation mode, loaded with `attn_implementation="eager"`.
-        processor ([`COTSProcessor`]): With a fast tokenizer, which tells where in the caption a piece stands.
-        image: PIL image, or what else the image processor takes.
+        processor ([`COTSProcessor`]): With a fast tokenizer, which gives the offsets of tokens.
+        image: PIL image, or another input of the image processor.
         caption: The text.
-        words: Words or phrases of it. By default the six that are most relevant for the image, in their order.
+        words: Words or phrases of it. By default the six most relevant for the image, in the order of the caption.
         kwargs: Of `encode_image`.
 
-    Raises `ValueError` as the functions it calls, and for a tokenizer that tells no offsets.
+    Raises `ValueError` as the functions it calls, and for a tokenizer without offsets.
     """
     if not processor.tokenizer.is_fast:
-        raise ValueError("Words are found by the offsets of their pieces, which only fast tokenizers give.")
+        raise ValueError("Words are found by the offsets of tokens, which only fast tokenizers give.")
     tokens = processor.tokenizer(caption, truncation=True, return_offsets_mapping=True, return_tensors="pt")
     offsets = tokens["offset_mapping"][0].tolist()
     input_ids, attention_mask = (tokens[name].to(model.device) for name in ("input_ids", "attention_mask"))
     pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     caption_words = find_words(caption, offsets)
-    asked_for = None if words is None else find_words(caption, offsets, words)
+    chosen = None if words is None else find_words(caption, offsets, words)
     with torch.no_grad():
         image_embeds = model.encode_image(pixel_values, **kwargs)
         text_embeds = model.encode_text(input_ids, attention_mask)
     token_relevance = text_relevance(model, input_ids, attention_mask, image_embeds.unsqueeze(1))[0, 0].cpu()
     caption_relevance = _word_masks(caption_words, len(offsets)).float() @ token_relevance
-    if asked_for is None:
-        chosen = caption_relevance.topk(min(NUM_WORDS, len(caption_words))).indices.sort().values
-        asked_for = [caption_words[place] for place in chosen.tolist()]
-    word_masks = _word_masks(asked_for, len(offsets)).to(model.device).unsqueeze(0)
+    if chosen is None:
+        most_relevant = caption_relevance.topk(min(NUM_WORDS, len(caption_words))).indices.sort().values
+        chosen = [caption_words[place] for place in most_relevant.tolist()]
+    word_masks = _word_masks(chosen, len(offsets)).to(model.device).unsqueeze(0)
     added = word_targets(model, input_ids, attention_mask, word_masks)
     maps = image_relevance(model, pixel_values, torch.cat([text_embeds.unsqueeze(1), added], dim=1), **kwargs)[0].cpu()
     return PairRelevance(
         score=(image_embeds @ text_embeds.t()).item(),
         caption_map=maps[0],
-        words=asked_for,
+        words=chosen,
         word_maps=maps[1:],
         word_scores=(added[0] @ image_embeds[0]).cpu(),
         caption_words=caption_words,
@@ -216,7 +217,7 @@ def explain_pair(model, processor, image, caption: str, words: list[str] | None 
 
 def _check_mode(model) -> None:
     if model.training:
-        raise ValueError("Relevance maps are of a model that does not drop anything out: call `model.eval()`.")
+        raise ValueError("Relevance maps need a model without dropout: call `model.eval()`.")
 
 
 def _attentions(outputs) -> tuple[torch.Tensor, ...]:
@@ -224,7 +225,7 @@ def _attentions(outputs) -> tuple[torch.Tensor, ...]:
     if not outputs.attentions or any(attention is None for attention in outputs.attentions):
         raise ValueError(
             "The model returned no attentions: load it with `attn_implementation='eager'`, or call "
-            "`model.set_attn_implementation('eager')`; sdpa and the like never form them."
+            "`model.set_attn_implementation('eager')`; sdpa and similar implementations never form them."
         )
     return outputs.attentions
 
@@ -237,9 +238,9 @@ def _scores(model, features: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 def _relevance(scores: torch.Tensor, attentions: tuple[torch.Tensor, ...], pooling: torch.Tensor) -> torch.Tensor:
     """
-    (B, K, N) rows of R, averaged with the weights `pooling` (B, N) of the tokens that make the global feature.
+    The rows of R, averaged with the weights `pooling` (B, N) of the tokens in the global feature: (B, K, N).
 
-    R is a product, (I + A_last) ... (I + A_first): read from its left end, pooling @ R takes no N x N product.
+    R is a product, (I + A_last) ... (I + A_first). Computed from the left, pooling @ R needs no N x N product.
     """
     num_targets = scores.shape[1]
     relevance = []
@@ -263,7 +264,7 @@ def _occurrences(caption: str, word: str) -> list[tuple[int, int]]:
 
 
 def _word_masks(words: list[Word], length: int) -> torch.Tensor:
-    """(K, length) bool, the pieces of each word."""
+    """(K, length) bool, the tokens of each word."""
     masks = torch.zeros(len(words), length, dtype=torch.bool)
     for row, word in enumerate(words):
         masks[row, list(word.positions)] = True

@@ -1,4 +1,4 @@
-"""Drawing what the filter sees (`pair_scores.py`): pairs with their scores from low to high, and the histogram."""
+"""Drawing the scores of pairs (`evaluation/pair_scores.py`): images with low to high scores, and a histogram."""
 
 import math
 import textwrap
@@ -13,7 +13,7 @@ BANDS = ("lowest", "middle", "highest")
 
 
 def band_positions(num_pairs: int, num_columns: int = NUM_COLUMNS) -> dict[str, list[int]]:
-    """Places in the ranking (0 is the lowest score) that the contact sheet shows, of `num_pairs` pairs."""
+    """For each band, the ranks (0 is the lowest score) of the pairs that the contact sheet shows."""
     num_columns = min(num_columns, num_pairs)
     middle = (num_pairs - num_columns) // 2
     starts = (0, middle, num_pairs - num_columns)
@@ -22,7 +22,7 @@ def band_positions(num_pairs: int, num_columns: int = NUM_COLUMNS) -> dict[str, 
 
 def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
     """
-    Figure 2 of the supplement: for each band of scores a row of images with score and caption.
+    Draw a row of images with scores and captions for each band of scores, as in Figure 2 of the supplement.
 
     Args:
         rows: For each band (image, caption, score) triples; images are PIL.
@@ -52,7 +52,7 @@ def _draw_pair(axes, image, caption: str, score: float, is_dropped: bool) -> Non
 
 
 def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
-    """The distribution of (C,) scores with the threshold of the filter; a matplotlib figure."""
+    """Draw the distribution of (C,) scores with the threshold of the filter. Returns a matplotlib figure."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
     counts, edges, bars = axes.hist(scores.numpy(), bins=_edges(scores, threshold), color="#4a6fa5")
@@ -71,7 +71,7 @@ def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
 
 
 def _edges(scores: torch.Tensor, threshold: float) -> list[float]:
-    """Of equal bins over all scores, one of which begins at the threshold, so that none is half above it."""
+    """Edges of equal bins over all scores. One edge is the threshold, so that no bin lies on both sides of it."""
     low, high = scores.min().item(), scores.max().item()
     width = (high - low) / NUM_BINS or 1.0
     first = math.floor((low - threshold) / width)

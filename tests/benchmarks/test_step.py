@@ -22,8 +22,8 @@ def step(monkeypatch):
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
     rows = step.measure("cpu", quick=True)
-    levers = {"views", "optim", "update", "texts", "dvae", "compile"}
-    assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", *levers}
+    optimizations = {"views", "optim", "update", "texts", "dvae", "compile"}
+    assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", *optimizations}
     for entry in rows:
         assert set(entry) == {"id", "title", "ratio", "goal", "note"}
         assert (entry["ratio"] is None) == (entry["id"] in ("3b", "compile"))

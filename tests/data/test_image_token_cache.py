@@ -10,7 +10,7 @@ from modeling_cots import ImageTokenizer, ScenesDataset
 from modeling_cots.data.image_reading import UnreadableImageError
 from modeling_cots.data.image_token_cache import TokenSource
 from modeling_cots.method.image_tokenizer import digest_codebook
-from modeling_cots.training.setup import settle_image_tokens
+from modeling_cots.training.setup import choose_image_tokens
 
 SOURCE = TokenSource(50, (32, 32), (8, 8), "abc")
 
@@ -173,7 +173,7 @@ def test_with_neither_tokens_nor_tokenizer_there_is_nothing_to_predict(make_trai
 
 def test_a_collator_of_ones_own_gets_computed_tokens(make_trainer):
     trainer = make_trainer()
-    settled = settle_image_tokens(
+    chosen = choose_image_tokens(
         with_tokens(), trainer.model, trainer.args, trainer.image_tokenizer, has_own_collator=True
     )
-    assert settled == (None, trainer.image_tokenizer)
+    assert chosen == (None, trainer.image_tokenizer)

@@ -84,6 +84,16 @@ def test_shards_are_numbered_and_a_stopped_run_goes_on(tmp_path, image_tokenizer
     assert [item["captions"] for item in after] == [item["captions"] for item in scenes]
 
 
+def test_a_damaged_shard_is_written_anew(tmp_path, image_tokenizer):
+    scenes = ScenesDataset("train", 10, 32)
+    paths = write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4)
+    contents = [path.read_bytes() for path in paths]
+    paths[1].write_bytes(contents[1][: len(contents[1]) // 2])
+    paths[2].write_bytes(b"")
+    write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4)
+    assert [path.read_bytes() for path in paths] == contents
+
+
 def test_files_of_something_else_are_not_mixed_with(tmp_path, image_tokenizer):
     scenes = ScenesDataset("train", 6, 32)
     write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4)

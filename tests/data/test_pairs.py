@@ -264,7 +264,7 @@ def test_a_missing_file_and_a_missing_image_keep_their_place(tmp_path):
 @pytest.mark.parametrize("captions", [["x", None, "z"], [["x"], [], ["z"]], [["x"], [None], [None, "z"]]])
 def test_images_without_a_caption_are_left_out_by_name(tmp_path, monkeypatch, captions):
     messages = []
-    monkeypatch.setattr("modeling_cots.data.pairs.logger.warning", messages.append)
+    monkeypatch.setattr("modeling_cots.data.columns.logger.warning", messages.append)
     write_parquet(tmp_path / "any.parquet", {"image": embedded(), "caption": captions})
     pairs = open_pairs(str(tmp_path / "any.parquet"), "train")
     assert [(item["name"], item["captions"]) for item in pairs] == [("a.png", ["x"]), ("c.png", ["z"])]

@@ -1,7 +1,7 @@
 """Counts of what a stream leaves out."""
 
 from modeling_cots.data import skip_report
-from modeling_cots.data.skip_report import MAX_REPORTED_NAMES, StreamReport
+from modeling_cots.data.skip_report import MAX_REPORTED_NAMES, StreamReport, and_more
 
 
 def test_everything_counts_and_is_named_once_up_to_a_hundred(monkeypatch):
@@ -20,3 +20,9 @@ def test_everything_counts_and_is_named_once_up_to_a_hundred(monkeypatch):
         report.add_sample(f"c/{number}", "x")
     assert len(messages) == MAX_REPORTED_NAMES + 1 and "no longer named" in messages[-1]
     assert report.skipped_samples == 202
+
+
+def test_a_list_is_cut_and_says_by_how_much():
+    assert and_more([], 2) == ""
+    assert and_more(["a", "b"], 2) == "a, b"
+    assert and_more(["a", "b", "c"], 2) == "a, b and 1 more"

@@ -1,6 +1,5 @@
 """From videos to batches: which frames, one crop for all of them, and files of every kind, sound or not."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from forks import server_with_package
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from video_files import LEVELS, write_audio, write_video
 
 from modeling_cots import COTSVideoProcessor, ScenesDataset
 from modeling_cots.data import skip_report
+from modeling_cots.data.items import modality_of
 from modeling_cots.data.video_collators import (
     COTSVideoDataCollator,
     COTSVideoEvaluationCollator,
     check_videos_readable,
-    holds_videos,
 )
 from modeling_cots.data.videos import VideoDataset
 
@@ -228,9 +228,7 @@ batch = collate([item({str(path)!r})])
 assert batch["valid"].all()
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 27
+    assert float(server_with_package().run_python("-c", code).stdout) < 27
 
 
 # What is no data set of videos, and no processor for them
@@ -241,9 +239,14 @@ def test_which_data_sets_hold_videos(tmp_path):
         def __iter__(self):
             return iter([{"video": "a.mp4"}])
 
-    assert holds_videos(dataset_of("a.mp4"))
-    for other in (None, [], Stream(), ScenesDataset("train", 2, 32)):
-        assert not holds_videos(other)
+    class Unread(VideoDataset):
+        def __getitem__(self, index):
+            raise AssertionError("no item has to be read")
+
+    assert modality_of(dataset_of("a.mp4")) == modality_of([{"video": "a.mp4"}]) == "video"
+    assert modality_of(Subset(Subset(Unread(["a"], ["a.mp4"], [["b"]]), [0]), [0])) == "video"
+    for other in (None, [], Stream(), ScenesDataset("train", 2, 32), Subset(ScenesDataset("train", 2, 32), [1])):
+        assert modality_of(other) == "image"
 
 
 @pytest.mark.parametrize("changes", [{"num_frames": None}, {"num_frames": None, "fps": 2}])

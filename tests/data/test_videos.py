@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 from video_files import numbers_of, write_video
 
-from modeling_cots.data import videos as datasets_videos
+from modeling_cots.data import columns
 from modeling_cots.data.opening import open_video_dataset
 from modeling_cots.data.scenes import moving
 from modeling_cots.data.videos import open_videos
@@ -144,7 +144,7 @@ def test_annotations_of_another_form_are_refused(tmp_path, content):
 
 def test_videos_without_a_caption_are_named(tmp_path, monkeypatch):
     warnings: list[str] = []
-    monkeypatch.setattr(datasets_videos.logger, "warning", warnings.append)
+    monkeypatch.setattr(columns.logger, "warning", warnings.append)
     content = annotations("train")
     content["sentences"] = [sentence for sentence in content["sentences"] if sentence["video_id"] == "video0"]
     (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The demo, driven as people drive it: in a real browser, by typing, clicking and with the keyboard alone."""
+"""The demo in a real browser, operated by typing, by clicking and by the keyboard alone."""
 
 import importlib.util
 import io
@@ -123,7 +123,7 @@ def test_text_to_images_to_texts_to_words(app, collection, address):
 
 
 def check_labels(browser) -> None:
-    """Whatever can be used has a role and a name that a screen reader can tell."""
+    """Every control has a role and a name for screen readers."""
     roles = {}
     for element in elements(browser, "textarea, input:not([type=file]), button, img, [role=radiogroup]"):
         if element.is_displayed():

@@ -69,7 +69,7 @@ def test_no_readable_image_at_all_is_an_error(model, tiny_processor):
 
 
 def test_examples_are_spread_over_the_data_set_and_find_the_nearest_first():
-    """Seven images at angles of their own, and texts at angles in between; number 30 was not readable."""
+    """Seven images at their own angles, and texts at angles in between; number 30 was not readable."""
     ids = torch.tensor([0, 10, 20, 40, 50, 60, 70])
 
     def at(degrees) -> torch.Tensor:

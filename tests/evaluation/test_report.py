@@ -7,7 +7,8 @@ from modeling_cots.evaluation.report import format_example_retrievals, format_re
 
 def test_recall_stands_beside_chance():
     metrics = {f"eval_{side}_recall_at_{k}": 10.0 * k for side in ("i2t", "t2i") for k in (1, 5, 10)}
-    metrics |= {"eval_i2t_median_rank": 2.0, "eval_t2i_median_rank": 3.5}
+    metrics |= {"eval_i2t_median_rank": 2.0, "eval_t2i_median_rank": 3.5, "eval_i2t_mean_rank": 7.0}
+    metrics["eval_t2i_mean_rank"] = 9.0
     text = format_recall(metrics, num_images=1000, num_captions=5000)
     assert "1,000 images and 5,000 captions" in text
     # One of 1,000 images is right: k / 1,000. Five of 5,000 captions are: 1 - C(4995, k) / C(5000, k).
@@ -34,9 +35,10 @@ def test_each_caption_stands_above_what_it_finds():
 
 def test_videos_are_called_videos_and_chance_is_that_of_a_fold():
     metrics = {f"eval_{side}_recall_at_{k}": 10.0 for side in ("i2t", "t2i") for k in (1, 5, 10)}
-    metrics |= {"eval_i2t_median_rank": 2.0, "eval_t2i_median_rank": 3.5}
+    metrics |= {"eval_i2t_median_rank": 2.0, "eval_t2i_median_rank": 3.5, "eval_i2t_mean_rank": 7.0}
+    metrics["eval_t2i_mean_rank"] = 9.0
     dataset, examples = ScenesDataset("validation", 20, 32), ExampleRetrievals(20, [1], [[1]])
-    text = format_report(metrics, examples, dataset, unit="video")
+    text = format_report(metrics, examples, dataset, modality="video")
     assert "among 20 videos and 100 captions" in text
     assert "  video to text:  R@1" in text and "  text to video:  R@1" in text
     assert "among 20 held-out videos" in text and text.count("<- its own video") == 1

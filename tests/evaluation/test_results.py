@@ -69,25 +69,25 @@ def test_a_test_set_with_holes_is_not_the_protocols(tmp_path):
 
 
 def measured(on: str, value: float, side: str = "i") -> dict:
-    names = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank")
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "mean_rank")
     metrics = {f"{way}_{name}": value for way in (f"{side}2t", f"t2{side}") for name in names}
     return {"measured_on": on, "protocol": None, "zero_shot_protocol": "pretrained", "metrics": metrics}
 
 
-@pytest.mark.parametrize("unit, side", [("image", "i"), ("video", "v")])
-def test_a_card_grows_by_what_is_measured_later_and_a_repeated_number_is_replaced(tmp_path, unit, side):
+@pytest.mark.parametrize("modality, side", [("image", "i"), ("video", "v")])
+def test_a_card_grows_by_what_is_measured_later_and_a_repeated_number_is_replaced(tmp_path, modality, side):
     model = tmp_path / "model"
     model.mkdir()
     (model / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nWritten by hand.\n")
     for on, value in (("a test", 1.0), ("b test", 2.0), ("a test", 3.5)):
-        write_card_of_measured(str(model), str(model), measured(on, value, side), unit)
+        write_card_of_measured(str(model), str(model), measured(on, value, side), modality)
     text = (model / "README.md").read_text()
     assert text.count("## Measured later") == 1 and text.count("median rank") == 1 and "Written by hand." in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows == [
         f"| {on} |  | pretrained | {way} | {value} | {value} | {value} | {float(value):g} |"
         for on, value in (("b test", "2.0"), ("a test", "3.5"))
-        for way in (f"{unit} to text", f"text to {unit}")
+        for way in (f"{modality} to text", f"text to {modality}")
     ]
     assert text.count("name: a test") == 1 and "value: 1.0" not in text
 

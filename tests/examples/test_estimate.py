@@ -16,10 +16,11 @@ CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 def estimate(monkeypatch, capsys):
     """A function that runs the script on a configuration with further options and returns what it prints."""
 
-    def run(*options: str, config: str = "quickstart") -> str:
+    def run(*options: str, config: str | Path | None = "quickstart") -> str:
         monkeypatch.chdir(ROOT)
         monkeypatch.syspath_prepend(str(ROOT / "examples"))
-        monkeypatch.setattr(sys, "argv", ["estimate.py", f"examples/configs/{config}.yaml", *options])
+        files = [] if config is None else [str((ROOT / "examples" / "configs" / config).with_suffix(".yaml"))]
+        monkeypatch.setattr(sys, "argv", ["estimate.py", *files, *options])
         runpy.run_path("examples/estimate.py", run_name="__main__")
         return capsys.readouterr().out
 
@@ -58,9 +59,32 @@ def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
 
 def test_timm_names_say_the_size(estimate, tmp_path):
     model = ["--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
-    assert number(estimate(*model), "  vision stream") == pytest.approx(21.6, abs=0.1)
+    assert number(estimate(*model), "  vision encoder") == pytest.approx(21.6, abs=0.1)
     with pytest.raises(ValueError, match="timm cannot build timm/nothing"):
         estimate("--vision_model", "timm/nothing")
+
+
+def test_a_named_script_gives_its_options_and_defaults(estimate):
+    """Retrieval leaves the token losses out by default, and has a longer queue."""
+    sizes = ["--dataset", "COCO", "--model_config", "examples/configs/quickstart_model.json"]
+    spelled_out = estimate(*sizes, "--cmvm_weight", "0", "--cmlm_weight", "0", "--queue_size", "4096", config=None)
+    assert estimate(*sizes, "--script", "run_retrieval", config=None) == spelled_out
+    assert estimate(*sizes, "--script=run_pretraining", config=None) == estimate(*sizes, config=None) != spelled_out
+    video = estimate(*sizes, "--script", "run_video_retrieval", config=None)
+    assert number(video, "  vision, momentum") == pytest.approx(
+        16 * number(spelled_out, "  vision, momentum"), rel=0.05
+    )
+
+
+def test_a_named_script_refuses_the_options_of_another(estimate, tmp_path, capsys):
+    with pytest.raises(ValueError, match="options that do not exist: num_frames"):
+        estimate("--script", "run_retrieval", config="moving_scenes")
+    with pytest.raises(SystemExit):
+        estimate("--script", "run_everything")
+    assert "invalid choice: 'run_everything'" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("dataset: scenes\nscript: run_retrieval\n")
+    with pytest.raises(ValueError, match="give --script on the command line"):
+        estimate(config=tmp_path / "mine.yaml")
 
 
 def test_hours_follow_from_pairs_rate_and_devices(estimate):

@@ -1,8 +1,8 @@
 """The script that makes and pushes repositories, as a user starts it."""
 
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import push_to_hub
 import pytest
@@ -52,12 +52,11 @@ def run(monkeypatch, capsys):
     return run
 
 
-def start(hub, *arguments: str, token=OWN_TOKEN) -> subprocess.CompletedProcess:
-    """The script in a process of its own, with this hub and no other."""
-    environment = hub.environment(token)
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "examples" / "push_to_hub.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def start(hub, *arguments: str, token=OWN_TOKEN) -> CompletedProcess:
+    """The script in its own process, with this hub and no other."""
+    environment = {} if token is OWN_TOKEN else {"HF_TOKEN": token}
+    script = ROOT / "examples" / "push_to_hub.py"
+    return hub.client(hub.token).run_python(script, *arguments, check=False, environment=environment)
 
 
 def pull(repo_id: str, **kwargs) -> str:

@@ -189,7 +189,7 @@ def test_refuses_bad_input_before_training(run, tmp_path, scenes):
 
 @pytest.mark.slow
 def test_quick_start_and_everything_that_the_readme_does_with_it(hub, tmp_path):
-    """The one command of the README, in a process of its own; then its code, against a hub, and its image."""
+    """The one command of the README, in its own process; then its code, against a hub, and its image."""
     folder = tmp_path / "runs" / "quickstart"
 
     def python(*arguments: str, cwd: Path = ROOT, **options) -> str:

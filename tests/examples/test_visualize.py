@@ -175,6 +175,6 @@ def test_words_name_the_object_they_belong_to_and_no_word_twice():
             for kind, word, item in pointing_game.words_of_objects(scene, caption):
                 kinds.add(kind)
                 assert len(re.findall(rf"\b{word}\b", caption)) == 1
-                assert any(f"{item.color} {shape}" in caption for shape in pointing_game.SHAPE_WORDS[item.shape])
-                assert word.split()[0] == item.color or word in pointing_game.SHAPE_WORDS[item.shape]
+                assert any(f"{item.color} {shape}" in caption for shape in pointing_game.SHAPES[item.shape].words)
+                assert word.split()[0] == item.color or word in pointing_game.SHAPES[item.shape].words
     assert kinds == set(pointing_game.KINDS)

@@ -1,4 +1,4 @@
-"""Clients of a model hub for the tests: Python processes of their own, in which huggingface_hub knows that hub only.
+"""Clients of a model hub for the tests: separate Python processes, in which huggingface_hub knows that hub only.
 
 huggingface_hub reads `HF_ENDPOINT`, `HF_HOME` and the rest of its environment when it is imported, so clients cannot
 live in the process of the tests, which is offline. For each token one process is started with the right environment;
@@ -11,34 +11,20 @@ it imports what the calls need once and forks for each, so that no call sees wha
         commit_id = hub.run(upload, str(tmp_path), hub.new_repo_id())
 """
 
-import contextlib
-import importlib.util
 import os
-import signal
-import subprocess
-import sys
-import traceback
 import uuid
 from collections.abc import Callable
 from functools import cached_property
-from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from types import ModuleType
 
+from forks import TRANSFORMERS, Call, ForkServer
 from hub_server import USER, HubServer
 
 # What pytest's `pythonpath` makes importable, for clients too.
 IMPORTABLE = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
 FOREIGN_SETTINGS = ("HF_", "HUGGING", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_")
+HUB_API = "huggingface_hub.hf_api"
 OWN_TOKEN = object()
-
-
-class ClientError(Exception):
-    """An exception in a client: the name of its class and its message; `traceback` is the client's."""
-
-    def __init__(self, message: str, traceback: str = ""):
-        super().__init__(message)
-        self.traceback = traceback
 
 
 class HubForTests:
@@ -54,7 +40,7 @@ class HubForTests:
     def __init__(self, url: str, token: str, home: Path, server: HubServer | None = None):
         self.url, self.token, self.home, self.server = url, token, home, server
         self.repo_ids: list[str] = []
-        self._clients: dict[str | None, ClientProcess] = {}
+        self._clients: dict[str | None, ForkServer] = {}
 
     def environment(self, token=OWN_TOKEN) -> dict[str, str]:
         """
@@ -78,12 +64,24 @@ class HubForTests:
             **({} if token is None else {"HF_TOKEN": token}),
         }
 
-    def start(self, function: Callable, *args, token=OWN_TOKEN, **kwargs) -> "Call":
+    def start(self, function: Callable, *args, token=OWN_TOKEN, **kwargs) -> Call:
         """Begin what [`run`] does, and return at once something with a `result()`."""
         token = self.token if token is OWN_TOKEN else token
+        return self.client(token).start(function, *args, **kwargs)
+
+    def client(self, token: str | None) -> ForkServer:
+        """Where forks of this token come from; for the account itself, a stage of `server_without_package`."""
         if token not in self._clients:
-            self._clients[token] = ClientProcess(self.environment(token))
-        return self._clients[token].start(function, *args, **kwargs)
+            if token == self.token and self.server is not None:
+                self._clients[token] = self.server_without_package.stage()
+            else:
+                self._clients[token] = ForkServer(HUB_API, environment=self.environment(token))
+        return self._clients[token]
+
+    @cached_property
+    def server_without_package(self) -> ForkServer:
+        """Forks with the environment of a client, in which nobody has imported the package."""
+        return ForkServer(HUB_API, *TRANSFORMERS, "sentence_transformers", environment=self.environment())
 
     def run(self, function: Callable, *args, token=OWN_TOKEN, **kwargs):
         """
@@ -92,7 +90,7 @@ class HubForTests:
         Args:
             token: Another token than that of the account; `None` for none at all.
 
-        Raises [`ClientError`] for any exception in it.
+        Raises `forks.ClientError` for any exception in it.
         """
         return self.start(function, *args, token=token, **kwargs).result()
 
@@ -116,43 +114,8 @@ class HubForTests:
     def close(self) -> None:
         for client in self._clients.values():
             client.close()
-
-
-class ClientProcess:
-    """A process with an environment of its own, that forks for every call."""
-
-    def __init__(self, environment: dict[str, str]):
-        command = [sys.executable, __file__]
-        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        self._address = self._process.stdout.readline().strip()
-        if not self._address:
-            raise ClientError("The client's process did not start")
-
-    def start(self, function: Callable, *args, **kwargs) -> "Call":
-        connection = Client(self._address)
-        connection.send((function.__code__.co_filename, function.__name__, args, kwargs))
-        return Call(connection)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.communicate()
-
-
-class Call:
-    """A call under way in a client."""
-
-    def __init__(self, connection: Connection):
-        self._connection = connection
-
-    def result(self):
-        with self._connection:
-            try:
-                result, error = self._connection.recv()
-            except EOFError:
-                error = ("The client died", "")
-        if error is not None:
-            raise ClientError(*error)
-        return result
+        if "server_without_package" in vars(self):
+            self.server_without_package.close()
 
 
 def _whoami() -> str:
@@ -166,42 +129,3 @@ def _delete(repo_ids: list[str]) -> None:
 
     for repo_id in repo_ids:
         HfApi().delete_repo(repo_id, missing_ok=True)
-
-
-def load(path: str) -> ModuleType:
-    """The module of a file: pytest gives test files names by which nobody else could import them."""
-    if path not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path, path)
-        sys.modules[path] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[path])
-    return sys.modules[path]
-
-
-def answer(path: str, name: str, args: tuple, kwargs: dict) -> tuple:
-    try:
-        return getattr(load(path), name)(*args, **kwargs), None
-    except Exception as error:
-        return None, (f"{type(error).__name__}: {error}", traceback.format_exc())
-
-
-def serve_calls() -> None:
-    import huggingface_hub.hf_api  # noqa: F401  once for all calls
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    parent = os.getppid()
-    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == parent or os._exit(1))  # the tests were killed
-    signal.setitimer(signal.ITIMER_REAL, 5, 5)
-    with Listener(family="AF_UNIX") as listener:
-        print(listener.address, flush=True)
-        while True:
-            with listener.accept() as connection:
-                call = connection.recv()
-                with contextlib.suppress(Exception):  # here for all forks; what is wrong with it, the fork will say
-                    load(call[0])
-                if os.fork() == 0:
-                    connection.send(answer(*call))
-                    os._exit(0)
-
-
-if __name__ == "__main__":
-    serve_calls()

@@ -133,7 +133,7 @@ class Server(ThreadingHTTPServer):
         network.servers.append(self)
 
     def open(self) -> None:
-        """Serve, in a thread of its own."""
+        """Serve, in its own thread."""
         self.server_activate()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()

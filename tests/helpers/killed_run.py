@@ -1,4 +1,4 @@
-"""A pre-training run that its test can kill: the example script in a process of its own, with a tiny model.
+"""A pre-training run that its test can kill: the example script in its own process, with a tiny model.
 
 `start` forks it from a server that has imported everything, so that a start costs no imports; the process is a real
 one, killed by a real SIGKILL, from outside at any moment or by itself at a chosen moment of saving.
@@ -114,16 +114,16 @@ def _die_in_save(moment: str) -> None:
     import torch
     import transformers.modeling_utils
 
-    from modeling_cots.training import checkpoints, recovery
+    from modeling_cots.training import checkpoints, recovery, trainer
     from modeling_cots.training.checkpoints import MANIFEST_NAME
 
     place, name, is_meant, num_calls_before = {
         "in the model": (transformers.modeling_utils, "safe_save_file", lambda *args: True, 2),
         "in the optimizer": (torch, "save", lambda _, path: path.endswith("optimizer.pt"), 2),
         "in the momentum state": (safetensors.torch, "save_model", lambda *args: True, 2),
-        "before the manifest": (recovery, "seal_checkpoint", lambda *args: True, 2),
+        "before the manifest": (recovery, "commit_checkpoint", lambda *args: True, 2),
         "in the manifest": (checkpoints.os, "replace", lambda _, path: path.name == MANIFEST_NAME, 2),
-        "before older ones go": (recovery, "rotate_checkpoints", lambda *args: True, 2),
+        "before older ones go": (trainer, "rotate_checkpoints", lambda *args: True, 2),
         "while older ones go": (checkpoints.shutil, "rmtree", lambda path: path.name == "checkpoint-4", 0),
     }[moment]
     original = getattr(place, name)

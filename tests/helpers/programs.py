@@ -32,7 +32,7 @@ def run_python(*arguments: str, check: bool = True, timeout: float = 600, env=No
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
-    """torchrun gives its processes sessions of their own: killing it alone would leave them at work."""
+    """torchrun gives its processes their own sessions: killing it alone would leave them at work."""
     family = [psutil.Process(process.pid)]
     family += family[0].children(recursive=True)
     for member in family:

@@ -1,4 +1,4 @@
-"""Entries for the tests of search engines: clustered unit vectors with metadata."""
+"""Entries for the tests of vector stores: clustered unit vectors with metadata."""
 
 import numpy as np
 import pyarrow as pa

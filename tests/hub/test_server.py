@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_client import ClientError, HubForTests
+from forks import ClientError
+from hub_client import HubForTests
 from hub_server import READ_TOKEN, STRANGERS_TOKEN
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, hf_hub_download
 

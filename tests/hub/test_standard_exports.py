@@ -1,4 +1,4 @@
-"""What stock classes can express of COTS, loaded where this package cannot be imported and held against it."""
+"""What standard classes can express of COTS, loaded where this package cannot be imported and held against it."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def load_and_encode(folder: Path, home: Path) -> tuple[torch.Tensor, dict]:
     return torch.tensor(answer.pop("texts")), answer
 
 
-def test_the_text_encoder_is_a_stock_sentence_transformer(model, tiny_processor, tmp_path):
+def test_the_text_encoder_is_a_standard_sentence_transformer(model, tiny_processor, tmp_path):
     export_text_encoder(model, tiny_processor, tmp_path / "text-v1.0")
     found, answer = load_and_encode(tmp_path / "text-v1.0", tmp_path)
     expected = encode_text(model.cots, tiny_processor, TEXTS)
@@ -131,7 +131,7 @@ def test_refuses_a_text_encoder_that_nobody_could_load(tiny_config, tiny_process
 
 
 def classify(folder: Path, home: Path, num_images: int) -> dict:
-    """Logits of the labels by the stock pipeline, in the order of `LABELS`, without this package."""
+    """Logits of the labels by the standard pipeline, in the order of `LABELS`, without this package."""
     code = f"""
     from transformers import pipeline
     classifier = pipeline("image-classification", model={str(folder)!r})
@@ -152,7 +152,7 @@ def similarities(model, tiny_processor, images) -> torch.Tensor:
     return encoded @ encode_text(model.cots, tiny_processor, texts).T
 
 
-def test_the_classifier_is_stock_and_ranks_as_cots(model, tiny_processor, images, similarities, tmp_path):
+def test_the_classifier_is_standard_and_ranks_as_cots(model, tiny_processor, images, similarities, tmp_path):
     export_zero_shot_classifier(model, tiny_processor, LABELS, tmp_path / "classes-v1.0")
     answer = classify(tmp_path / "classes-v1.0", tmp_path, len(images))
     assert answer["class"] == "ViTForImageClassification"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_cots.method.feature_queue import PairQueue
+from modeling_cots.method.global_batch import GlobalBatch
 
 D = 3
 
@@ -120,7 +121,7 @@ def test_candidates_are_the_queue_and_fresh_pairs_after_it_and_change_with_neith
     images, texts, scores, ids = pairs(7, 2)
     valid = torch.tensor([True, False])
     alone = queue.candidates()
-    fresh = queue.candidates({"image_embeds": images, "text_embeds": texts, "pair_ids": ids, "valid": valid})
+    fresh = queue.candidates(GlobalBatch(images, texts, ids, valid, slice(0, 2)))
     queue.push(*pairs(3, 5))  # in place, as it is after every batch
     image_embeds, text_embeds, pair_ids, counts = fresh
     assert [len(part) for part in alone] == [5] * 4 and [len(part) for part in fresh] == [7] * 4

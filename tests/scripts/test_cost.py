@@ -90,8 +90,8 @@ def test_videos_cost_a_image_for_each_frame(arguments, tiny_config):
     args = arguments(queue_size=20, cmvm_weight=0, cmlm_weight=0)
     images = estimate_training_cost(tiny_config, args)
     videos = estimate_training_cost(tiny_config, args, num_frames=4)
-    assert videos.flop_per_pair["vision, clean"] == 4 * images.flop_per_pair["vision, clean"]
-    assert videos.flop_per_pair["text, clean"] == images.flop_per_pair["text, clean"]
+    assert videos.flop_per_pair["vision, unmasked"] == 4 * images.flop_per_pair["vision, unmasked"]
+    assert videos.flop_per_pair["text, unmasked"] == images.flop_per_pair["text, unmasked"]
     assert images.bytes_per_pair < videos.bytes_per_pair < 4 * images.bytes_per_pair
     with pytest.raises(ValueError, match="without masked losses"):
         estimate_training_cost(tiny_config, arguments(), num_frames=4)

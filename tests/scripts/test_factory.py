@@ -26,7 +26,7 @@ def build(config, tokenizer, *, model=None, text_model=None, vision_model=None, 
         text_model=text_model,
         vision_model=vision_model,
         config=config,
-        num_word_pieces=len(tokenizer),
+        tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
         max_text_length=length,
     )
@@ -114,7 +114,10 @@ def test_the_processor_has_the_size_of_the_vision_encoder(tiny_config, tokenizer
 def test_the_image_tokenizer_is_loaded_or_random_and_says_so(tiny_config, tokenizer, tmp_path, caplog):
     processor = build_processor(tiny_config, tokenizer, None)
     FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=20)).save_pretrained(tmp_path)
-    assert build_image_tokenizer(str(tmp_path), processor, 50).vocab_size == 20
+    loaded = build_image_tokenizer(str(tmp_path), processor, 50)
+    assert loaded.vocab_size == 20
+    pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(loaded(pixels, (8, 8)), build_image_tokenizer(str(tmp_path), None, 50)(pixels, (8, 8)))
     messages = []
     from modeling_cots.scripts import factory
 

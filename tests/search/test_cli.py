@@ -53,7 +53,7 @@ def test_index_query_add_delete_rebuild(folder, capsys):
     main(["delete", "IDX", "--where", "year == 2021"])
     assert "Deleted 1 images; 8 are left." in capsys.readouterr().out
     main("rebuild IDX --engine hnsw".split())
-    assert "engine 'hnsw' and 8 images" in capsys.readouterr().out
+    assert "index type 'hnsw' and 8 images" in capsys.readouterr().out
     main("query IDX --image photos/train-00004.png --top 20".split())
     assert len(capsys.readouterr().out.splitlines()) == 8
     main("index photos --model model --index IDX".split())  # the deleted file is still in the folder
@@ -67,7 +67,7 @@ def test_index_query_add_delete_rebuild(folder, capsys):
         ("index nothing/ --model model --index I", "does not exist"),
         ("index photos --model nothing --index I", "no COTS model in 'nothing'"),
         ("index photos --model model --index I --engine magic", "must be one of exact"),
-        ("index photos --model model --index photos", "no index: name a new folder"),
+        ("index photos --model model --index photos", "not an empty folder: name a new folder"),
         ("delete nowhere x", "no index"),
     ],
 )
@@ -76,7 +76,7 @@ def test_says_what_is_wrong_in_one_line(folder, command, message):
         main(command.split())
 
 
-def test_refuses_another_model_and_engine(folder, tiny_config, tiny_processor):
+def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processor):
     main("index photos --model model --index IDX".split())
     torch.manual_seed(5)
     COTSModel(tiny_config).save_pretrained(folder / "other")

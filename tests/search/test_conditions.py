@@ -1,4 +1,4 @@
-"""Filters: from text, on Arrow tables, and as Milvus expressions."""
+"""Filters: read from text, applied to Arrow tables, written as Milvus expressions."""
 
 import pyarrow as pa
 import pytest

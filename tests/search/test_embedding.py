@@ -1,4 +1,4 @@
-"""From images to entries: folders, names that last, the model's identity."""
+"""Images become entries: folders, stable names, the model's identity."""
 
 import copy
 import os

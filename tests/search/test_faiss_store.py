@@ -1,4 +1,6 @@
-"""The local store: one writer, catching up after a crash, and a folder that plain `datasets` searches too."""
+"""The local store: one writer, recovery after a crash, and a folder that `datasets` alone can search."""
+
+import os
 
 import datasets
 import numpy as np
@@ -24,7 +26,7 @@ def test_rows_of_a_killed_run_are_taken_up(tmp_path):
     fill(store, make_rows(make_vectors(20)))
     store.begin()
     store.add(make_rows(make_vectors(9, seed=1), first=20))
-    store._lock.release()  # as the system does for a killed process
+    store._lock.release()  # the system does this for a killed process
     reader = FaissStore(tmp_path / "index")
     assert len(reader) == 20  # a reader sees what was finished
     writer = FaissStore(tmp_path / "index")
@@ -81,3 +83,32 @@ def test_does_not_write_into_another_folder(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"x")
     with pytest.raises(ValueError, match="name a new folder"):
         FaissStore.create(tmp_path, INFO, "exact")
+
+
+@pytest.mark.parametrize(("index_type", "more"), [("exact", set()), ("binary", {"thresholds.npy"})])
+def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch, index_type, more):
+    """Every file that the package writes is flushed when whole, and renamed after that."""
+    flushed, renamed = {}, set()
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        flushed[status.st_ino] = status.st_size
+
+    def recorded_replace(source, target):
+        status = os.stat(source)
+        assert flushed.get(status.st_ino) == status.st_size, f"{target} was renamed before it was flushed"
+        renamed.add(os.path.relpath(target, tmp_path / "index"))
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", recorded_fsync)
+    monkeypatch.setattr("os.replace", recorded_replace)
+    store = FaissStore.create(tmp_path / "index", INFO, index_type)
+    fill(store, make_rows(make_vectors(100), year=[2020] * 100))
+    assert store.delete(store._rows.row_ids[:3]) == 3
+    written = {str(path.relative_to(tmp_path / "index")) for path in (tmp_path / "index").rglob("*") if path.is_file()}
+    # `datasets` writes its own description of an empty folder, and the lock has no content.
+    assert renamed == written - {"dataset_info.json", "writer.lock"}
+    assert {"index.json", "state.json", "deleted.parquet", "vectors.faiss", *more} < renamed
+    assert [name for name in renamed if name.startswith("metadata/")]

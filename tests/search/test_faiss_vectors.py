@@ -1,4 +1,4 @@
-"""FAISS engines: what is allowed is found, codes are rescored exactly, and files come back as they were."""
+"""Index types in FAISS: only allowed rows are found, candidates are rescored exactly, and files load as saved."""
 
 import numpy as np
 import pytest
@@ -6,21 +6,22 @@ from search_stores import DIM, make_vectors
 
 faiss = pytest.importorskip("faiss")
 
-from modeling_cots.search.faiss_vectors import ENGINES, FaissVectors  # noqa: E402
+from modeling_cots.search.faiss_vectors import FaissVectors  # noqa: E402
+from modeling_cots.search.index_types import INDEX_TYPES  # noqa: E402
 
 VECTORS = make_vectors(3000)
 
 
-def make(engine: str, num: int = 3000) -> FaissVectors:
-    vectors = FaissVectors(engine, DIM, lambda positions: VECTORS[positions])
+def make(index_type: str, num: int = 3000) -> FaissVectors:
+    vectors = FaissVectors(index_type, DIM, lambda positions: VECTORS[positions])
     vectors.grow(num)
     return vectors
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_finds_the_best_allowed_rows_with_their_exact_scores(engine, tmp_path, monkeypatch):
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_finds_the_best_allowed_rows_with_their_exact_scores(index_type, tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_cots.search.faiss_vectors.FEW_ROWS", 50)  # so that filters reach FAISS
-    vectors = make(engine, 2000)
+    vectors = make(index_type, 2000)
     vectors.grow(3000)  # more of them later
     allowed = np.arange(3000) % 3 == 0
     scores, positions = vectors.search(VECTORS[:30], 10, allowed)
@@ -28,27 +29,27 @@ def test_finds_the_best_allowed_rows_with_their_exact_scores(engine, tmp_path, m
     np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", VECTORS[:30], VECTORS[positions]), atol=1e-5)
     exact = np.argsort(np.where(allowed, -(VECTORS[:30] @ VECTORS.T), np.inf), axis=1)[:, :10]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(positions, exact, strict=True)])
-    assert recall == 1 if engine == "exact" else recall > 0.9
+    assert recall == 1 if index_type == "exact" else recall > 0.9
 
     vectors.save(tmp_path)
-    again = FaissVectors(engine, DIM, lambda positions: VECTORS[positions])
+    again = FaissVectors(index_type, DIM, lambda positions: VECTORS[positions])
     again.load(tmp_path)
     assert len(again) == 3000
     np.testing.assert_array_equal(again.search(VECTORS[:30], 10, allowed)[1], positions)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_few_allowed_rows_are_compared_directly(engine):
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_few_allowed_rows_are_compared_directly(index_type):
     allowed = np.zeros(3000, dtype=bool)
     allowed[[5, 1700, 2999]] = True
-    scores, positions = make(engine).search(VECTORS[:1], 10, allowed)
+    scores, positions = make(index_type).search(VECTORS[:1], 10, allowed)
     best = np.array([5, 1700, 2999])[np.argsort(-(VECTORS[[5, 1700, 2999]] @ VECTORS[0]))]
     assert positions.tolist() == [best.tolist()] and scores.shape == (1, 3)
-    assert make(engine).search(VECTORS[:2], 10, np.zeros(3000, bool))[0].shape == (2, 0)
+    assert make(index_type).search(VECTORS[:2], 10, np.zeros(3000, bool))[0].shape == (2, 0)
 
 
 def test_ivfpq_finds_what_lies_in_a_narrow_cone():
-    """Embeddings share a large mean, on which codes of the vectors themselves spend their bits: they find 0.76."""
+    """Embeddings share a large mean, on which codes of the vectors would spend their bits, with a recall of 0.76."""
     rng = np.random.default_rng(0)
     cone = rng.standard_normal((5000, DIM), dtype=np.float32) * np.linspace(1, 0.1, DIM, dtype=np.float32) + 2
     cone /= np.linalg.norm(cone, axis=1, keepdims=True)
@@ -60,7 +61,7 @@ def test_ivfpq_finds_what_lies_in_a_narrow_cone():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="engine must be one of"):
+    with pytest.raises(ValueError, match="index type must be one of"):
         FaissVectors("tree", DIM, None)
     with pytest.raises(ValueError, match="at least 1,000 vectors and there are 10: use 'exact'"):
         make("ivfpq", 10)

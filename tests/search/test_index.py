@@ -1,13 +1,12 @@
-"""`SearchIndex` with a real (tiny) model: queries, identity, and runs that are killed or shared."""
+"""`SearchIndex` with a tiny model: queries, the model's identity, killed runs, several processes."""
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forks import ClientError, server_with_package
 from programs import TORCHRUN, run_python
 
 from modeling_cots import COTSModel, ScenesDataset, SearchIndex
@@ -33,7 +32,7 @@ class Slow(ScenesDataset):
 model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
 index = SearchIndex(sys.argv[2], model, processor)
 added = index.add(Slow("train", 70, 32), batch_size=4)
-# A file for each process: what several of them print may run into each other.
+# A file for each process, because their printed lines may mix.
 with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.txt", "w") as file:
     file.write(f"added {added} of {len(index)}")
 search_index.process_state().destroy_process_group()
@@ -62,7 +61,7 @@ def test_finds_by_text_image_and_both(index, model, tiny_processor):
         text_embed = model.encode_text(text["input_ids"], text["attention_mask"])[0].numpy()
         image_embed = model.encode_image(pixels)[0].numpy()
     np.testing.assert_allclose(index.embed_query("a red circle"), text_embed, atol=1e-6)
-    # By both: ranked by the weighted mean of the two similarities.
+    # A query by text and image ranks by the weighted mean of the two similarities.
     stored = index.store._rows.embeddings(slice(0, 30))
     mean = 0.75 * stored @ text_embed + 0.25 * stored @ image_embed
     found = index.search("a red circle", image, image_weight=0.25, top=30)
@@ -71,7 +70,7 @@ def test_finds_by_text_image_and_both(index, model, tiny_processor):
         np.testing.assert_allclose(index.embed_query("a red circle", image, weight), alone, atol=1e-6)
 
 
-def test_refuses_questions_without_sense(index):
+def test_refuses_invalid_queries(index):
     for arguments, message in [
         ({}, "neither"),
         ({"text": "  "}, "empty"),
@@ -113,13 +112,16 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
     model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     SearchIndex.create(tmp_path / place, model, tiny_processor).close()
-    command = [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / place)]
-    killed = subprocess.Popen([*command, "stop"], stdout=subprocess.PIPE, text=True)
-    assert killed.stdout.readline() == "reached\n"
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    result = run_python(*command[1:])
-    # 48 of 50 lay in parts of 8 that were written before the end.
+    command = ["-c", RUN, tmp_path / "model", tmp_path / place]
+    os.mkfifo(tmp_path / "said")
+    killed = server_with_package().start_python(*command, "stop", output=tmp_path / "said")
+    with open(tmp_path / "said") as said:
+        assert said.readline() == "reached\n"
+        os.kill(killed.pid, signal.SIGKILL)
+        with pytest.raises(ClientError, match="died"):
+            killed.result()
+    result = server_with_package().run_python(*command)
+    # The killed run had embedded 50 images, of which 48 were in finished parts of 8.
     assert "48 of 70 images are in the index already" in result.stderr + result.stdout
     assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70"
     index = SearchIndex(tmp_path / place, model, tiny_processor)

@@ -1,4 +1,4 @@
-"""What is Milvus' own: names of indexes, the token, several collections in one file. The contract is elsewhere."""
+"""What only Milvus has: names of indexes, the token, several collections in one file. test_stores.py has the rest."""
 
 import pytest
 from search_stores import INFO, fill, make_rows, make_vectors, names
@@ -28,12 +28,12 @@ def test_collections_share_a_file(tmp_path):
 
 
 def test_binary_codes_are_not_offered(tmp_path):
-    with pytest.raises(ValueError, match="exact, hnsw, ivfpq, int8; got 'binary'"):
+    with pytest.raises(ValueError, match="exact, hnsw, int8; got 'binary', which needs FAISS"):
         MilvusStore.create(f"{tmp_path}/a.db", INFO, "binary")
 
 
 def test_the_embedded_file_has_no_product_quantization(tmp_path):
-    with pytest.raises(ValueError, match="Milvus Lite"):
+    with pytest.raises(ValueError, match="Milvus Lite.*got 'ivfpq', which needs FAISS or a Milvus server"):
         MilvusStore.create(f"{tmp_path}/a.db", INFO, "ivfpq")
     store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
     with pytest.raises(ValueError, match="Milvus Lite"):

@@ -1,4 +1,4 @@
-"""The page of results: what strangers wrote is escaped, nothing is loaded, every image has words."""
+"""The page of results: all text is escaped, nothing is loaded, and every image has a description."""
 
 from html.parser import HTMLParser
 

@@ -1,4 +1,4 @@
-"""The rows of a local index: a folder of `datasets` that grows, forgets and survives half-written files."""
+"""The rows of a local index: appending, deleting, and half-written files in a folder of `datasets`."""
 
 import datasets
 import numpy as np
@@ -40,10 +40,11 @@ def test_metadata_of_different_sources_is_joined(folder):
 
 
 def test_half_written_files_are_no_parts(folder):
-    (folder.folder / "data-9-1.partial").write_bytes(b"half")
+    for name in ("data-9-1.arrow.partial", "data-9-2.partial", "metadata/data-9-1.parquet.partial"):
+        (folder.folder / name).write_bytes(b"half")
     assert folder.adopt() == 0 and len(folder) == 8
     folder.remove_leftovers()
-    assert not list(folder.folder.glob("*.partial"))
+    assert not list(folder.folder.rglob("*.partial"))
 
 
 def test_deleted_rows_stay_deleted(folder):

@@ -1,4 +1,4 @@
-"""One contract for all engines: FAISS in a folder, and Milvus (Lite) through the client that also talks to servers."""
+"""One contract for all stores and index types: FAISS in a folder, Milvus Lite through the client that servers use."""
 
 import os
 
@@ -11,23 +11,23 @@ from modeling_cots.search.embedding import row_ids_of
 from modeling_cots.search.stores import create_store, open_store, store_exists
 
 NUM = 1200
-ENGINES = [("faiss", name) for name in ("exact", "hnsw", "ivfpq", "int8", "binary")]
-ENGINES += [("milvus", name) for name in ("exact", "hnsw", "int8")]
+CASES = [("faiss", name) for name in ("exact", "hnsw", "ivfpq", "int8", "binary")]
+CASES += [("milvus", name) for name in ("exact", "hnsw", "int8")]
 YEARS = [number % 7 if number % 3 else None for number in range(NUM)]
 PLACES = [("Oslo", "O'\"Hare")[number % 2] for number in range(NUM)]
 
 
-@pytest.fixture(params=ENGINES, ids="-".join)
-def place_and_engine(request, tmp_path):
-    kind, engine = request.param
+@pytest.fixture(params=CASES, ids="-".join)
+def place_and_index_type(request, tmp_path):
+    kind, index_type = request.param
     pytest.importorskip("faiss" if kind == "faiss" else "milvus_lite", reason=f"{kind} is not installed")
-    return str(tmp_path / ("index" if kind == "faiss" else "index.db")), engine
+    return str(tmp_path / ("index" if kind == "faiss" else "index.db")), index_type
 
 
 @pytest.fixture
-def filled(place_and_engine):
-    place, engine = place_and_engine
-    store = create_store(place, INFO, engine)
+def filled(place_and_index_type):
+    place, index_type = place_and_index_type
+    store = create_store(place, INFO, index_type)
     vectors = make_vectors(NUM)
     fill(store, make_rows(vectors, year=YEARS, place=PLACES))
     yield store, vectors, place
@@ -93,7 +93,7 @@ def test_refusals_and_edges(filled):
     store, vectors, place = filled
     with pytest.raises(ValueError, match="no metadata 'color'"):
         store.search(vectors[:1], 3, as_conditions("color == red"))
-    with pytest.raises(ValueError, match="there"):
+    with pytest.raises(ValueError, match="name a new folder|collection 'cots' at .* already"):
         create_store(place, INFO, "exact")
     assert store.search(vectors[:1], 3, as_conditions("year == 77")) == [[]]
     store.rebuild("exact")
@@ -101,14 +101,14 @@ def test_refusals_and_edges(filled):
     assert names(store.search(vectors[8:9], 1, [])[0]) == ["pic8"]
 
 
-def test_an_empty_index_finds_nothing(place_and_engine):
-    store = create_store(place_and_engine[0], INFO, place_and_engine[1])
+def test_an_empty_index_finds_nothing(place_and_index_type):
+    store = create_store(place_and_index_type[0], INFO, place_and_index_type[1])
     assert len(store) == 0 and store.search(np.ones((2, DIM), np.float32), 3, []) == [[], []]
     assert store.delete(row_ids_of(["x"])) == 0
     store.close()
-    with pytest.raises(ValueError, match="engine must be one of"):
+    with pytest.raises(ValueError, match="index type must be one of"):
         create_store(
-            os.path.join(os.path.dirname(place_and_engine[0]), "2" + os.path.basename(place_and_engine[0])),
+            os.path.join(os.path.dirname(place_and_index_type[0]), "2" + os.path.basename(place_and_index_type[0])),
             INFO,
             "magic",
         )

@@ -10,20 +10,20 @@ from modeling_cots.training.checkpoints import (
     MANIFEST_NAME,
     check_checkpoint,
     choose_checkpoint,
+    commit_checkpoint,
+    invalidate_checkpoint,
     latest_checkpoint,
     rotate_checkpoints,
-    seal_checkpoint,
-    unseal_checkpoint,
 )
 
 
-def write(run, step: int, *, seal: bool = True):
+def write(run, step: int, *, committed: bool = True):
     folder = run / f"checkpoint-{step}"
     (folder / "part").mkdir(parents=True)
     (folder / "weights").write_bytes(bytes(range(200)))
     (folder / "part" / "state").write_bytes(b"state" * step)
-    if seal:
-        seal_checkpoint(folder, num_processes=2)
+    if committed:
+        commit_checkpoint(folder, num_processes=2)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_a_sealed_folder_is_whole(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: unseal_checkpoint(folder), f"no {MANIFEST_NAME}, which is written last"),
+        (lambda folder: invalidate_checkpoint(folder), f"no {MANIFEST_NAME}, which is written last"),
         (lambda folder: (folder / "part" / "state").unlink(), "has no part/state"),
         (lambda folder: (folder / "weights").write_bytes(bytes(range(100))), "has 100 bytes and was saved with 200"),
         (lambda folder: (folder / "weights").write_bytes(bytes(200)), "not those that were saved"),
@@ -61,7 +61,7 @@ def test_anything_else_is_not(tmp_path, damage, message):
 def test_sealing_again_replaces_the_manifest(tmp_path):
     folder = write(tmp_path, 3)
     (folder / "weights").write_bytes(b"new")
-    seal_checkpoint(folder, num_processes=1)
+    commit_checkpoint(folder, num_processes=1)
     assert check_checkpoint(folder)["files"]["weights"][0] == 3
 
 
@@ -69,7 +69,7 @@ def test_the_latest_is_the_one_written_last_and_whole(tmp_path, caplog):
     """Not the one with the highest number: an earlier run may have got further in the same folder."""
     write(tmp_path, 9)
     write(tmp_path, 2)
-    write(tmp_path, 10, seal=False)
+    write(tmp_path, 10, committed=False)
     (tmp_path / "checkpoint-11.tmp").mkdir()
     (tmp_path / "checkpoint-12").write_text("a file")
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -94,7 +94,7 @@ def test_what_is_chosen(tmp_path):
         choose_checkpoint(True, run)
     folder = str(write(tmp_path, 4))
     assert choose_checkpoint("latest", run) == choose_checkpoint(True, run) == choose_checkpoint(folder, "x") == folder
-    half_written = write(tmp_path, 5, seal=False)
+    half_written = write(tmp_path, 5, committed=False)
     with pytest.raises(ValueError, match="stopped while it saved.*newest whole one beside it is .*checkpoint-4"):
         choose_checkpoint(str(half_written), run)
     shutil.rmtree(folder)
@@ -105,7 +105,7 @@ def test_what_is_chosen(tmp_path):
 def test_rotation_counts_whole_ones_alone(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    write(tmp_path, 4, seal=False)
+    write(tmp_path, 4, committed=False)
     rotate_checkpoints(tmp_path, None)
     rotate_checkpoints(tmp_path, 0)
     assert len(names(tmp_path)) == 4
@@ -123,8 +123,8 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path):
 
 
 def test_rotation_deletes_nothing_while_no_one_is_whole(tmp_path):
-    write(tmp_path, 1, seal=False)
-    write(tmp_path, 2, seal=False)
+    write(tmp_path, 1, committed=False)
+    write(tmp_path, 2, committed=False)
     rotate_checkpoints(tmp_path, 1)
     assert len(names(tmp_path)) == 2
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from objective_results import make_result
 
 from modeling_cots import ScenesDataset
 from modeling_cots.data.items import encode_names
@@ -25,7 +26,8 @@ def note(log: FilterLog, step: int, **scores: float) -> None:
     """Names such as `p3` are of pairs that are filtered, `k3` of those that are kept."""
     filtered = torch.tensor([name[0] == "p" for name in scores])
     pair_ids = [int(name[1:]) for name in scores]
-    log.add(step, filtered, torch.tensor(list(scores.values())), torch.tensor(0.25), batch(*pair_ids))
+    result = make_result(scores=list(scores.values()), keep_mask=(~filtered).tolist(), threshold=0.25)
+    log.add(step, result, batch(*pair_ids))
 
 
 def rows(folder) -> list[tuple]:
@@ -48,7 +50,7 @@ def test_rows_hold_what_was_decided(tmp_path):
 def test_names_are_not_needed(tmp_path):
     log = FilterLog(tmp_path, 0)
     log.start(100, 0)
-    log.add(1, torch.tensor([True]), torch.zeros(1), torch.tensor(0.5), {"pair_ids": torch.tensor([3])})
+    log.add(1, make_result(scores=[0.0], keep_mask=[False], threshold=0.5), {"pair_ids": torch.tensor([3])})
     log.write()
     assert read_filter_log(tmp_path)["name"].to_pylist() == [None]
 
@@ -108,14 +110,14 @@ def test_a_run_logs_exactly_what_it_leaves_out(make_trainer, tmp_path):
     dataset = ScenesDataset("train", 24, 32)
     trainer = make_trainer(train_dataset=dataset, filter_log=log, **ARGUMENTS)
     decisions = []
-    original = trainer._filter
+    original = trainer.objective.filter
 
     def noting(scores, valid):
         keep, threshold = original(scores, valid)
         decisions.append((trainer.state.global_step + 1, keep, scores, threshold))
         return keep, threshold
 
-    trainer._filter = noting
+    trainer.objective.filter = noting
     trainer.train()
     expected = [
         (step, pytest.approx(float(score)), float(threshold))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from modeling_cots.method import losses as losses_module
+from modeling_cots.method import losses
 
 
 class Watch(TrainerCallback):
@@ -49,12 +49,12 @@ def test_half_precision_trains_through(make_trainer, precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_similarities_and_losses_are_float32_under_autocast(make_trainer, monkeypatch, precision):
-    from modeling_cots.training import trainer as module
+    from modeling_cots.training import objective
 
     seen = {}
 
     def noting(name: str):
-        original = getattr(losses_module, name)
+        original = getattr(losses, name)
 
         def function(*args):
             output = original(*args)
@@ -77,11 +77,11 @@ def test_similarities_and_losses_are_float32_under_autocast(make_trainer, monkey
         return function
 
     for name in ("queue_logits", "momentum_contrastive_loss", "task_kl_loss", "masked_token_loss"):
-        monkeypatch.setattr(module, name, noting(name))
+        monkeypatch.setattr(objective, name, noting(name))
     trainer = make_trainer(**{precision: True})
     scores = []
-    original = trainer._filter
-    trainer._filter = lambda s, valid: (scores.append(s.dtype), original(s, valid))[1]
+    original = trainer.objective.filter
+    trainer.objective.filter = lambda s, valid: (scores.append(s.dtype), original(s, valid))[1]
     trainer.train()
     assert seen == dict.fromkeys(seen, {torch.float32})
     assert len(seen) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import ClientError
+from forks import ClientError
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from tiny import IMAGE_SIZE

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from modeling_cots.training.checkpoints import check_checkpoint, seal_checkpoint
+from modeling_cots.training.checkpoints import check_checkpoint, commit_checkpoint
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def test_a_checkpoint_of_another_model_is_refused(make_trainer, checkpoint):
     state = safetensors.torch.load_file(checkpoint / "model.safetensors")
     state["text_to_image.of_another"] = state.pop("text_to_image.weight")
     safetensors.torch.save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    seal_checkpoint(checkpoint, num_processes=1)
+    commit_checkpoint(checkpoint, num_processes=1)
     with pytest.raises(ValueError, match=r"lacks .'text_to_image.weight'., and this model has no \['text_to_image.of"):
         make_trainer(max_steps=2).train(str(checkpoint))
 
 
 def test_another_number_of_processes_is_said(make_trainer, checkpoint, caplog):
-    seal_checkpoint(checkpoint, num_processes=2)
+    commit_checkpoint(checkpoint, num_processes=2)
     make_trainer(max_steps=2).train(str(checkpoint))
     assert "was saved by 2 processes, and now there are 1" in caplog.text
 

@@ -67,7 +67,9 @@ def test_momentum_embeddings_in_half_precision_are_those_of_full_precision_but_f
     wholes.momentum_state.load_state_dict(halves.momentum_state.state_dict())
     items = [halves.train_dataset[index] for index in range(8)]
     batch = halves._prepare_inputs(halves.data_collator(items))
-    for half, whole in zip(halves._momentum_encode(batch), wholes._momentum_encode(batch), strict=True):
+    for half, whole in zip(
+        halves.objective.momentum_encode(batch), wholes.objective.momentum_encode(batch), strict=True
+    ):
         assert not torch.equal(half.float(), whole)
         # bfloat16 has eight bits: two layers deep, a unit vector keeps its direction to a thousandth.
         assert (torch.cosine_similarity(half.float(), whole) > 0.999).all()

@@ -129,7 +129,7 @@ def test_evaluates_the_middle_frames(make, videos, tiny_processor):
 
 
 def test_resuming_is_exact(make, tmp_path):
-    """Frames, crops and captions too are drawn by seeds of their own."""
+    """Frames, crops and captions too are drawn by their own seeds."""
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "min_crop_scale": 0.5, "horizontal_flip": 0.5}
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = make(**options, **saving)

@@ -141,7 +141,7 @@ def test_relevance_is_drawn_to_the_patch_that_decides(tiny_config):
                 parameter.zero_()
         patches = next(m for m in model.vision_model.modules() if isinstance(m, torch.nn.Conv2d))
         patches.weight[0] = 0.05  # channel 0 of a patch: how bright it is
-        model.vision_model.embeddings.cls_token[..., 1] = 1.0  # a direction of its own, which brightness turns
+        model.vision_model.embeddings.cls_token[..., 1] = 1.0  # its own direction, which brightness turns
         linear = [m for m in layer.modules() if isinstance(m, torch.nn.Linear) and m.weight.shape == (32, 32)]
         for value_or_output in linear[2:]:
             value_or_output.weight.copy_(torch.eye(32))

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -97,8 +97,9 @@ def _tile(pattern: str, rng: random.Random) -> Image.Image:
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, rgb: tuple[int, int, int]) -> None:
     """Fill the box (right and bottom inclusive) with a shape that touches all four sides, outlined in black."""
     left, top, right, bottom = box
-    if shape in OUTLINES:
-        points = [(left + x * (right - left), top + y * (bottom - top)) for x, y in OUTLINES[shape]]
+    outline = SHAPES[shape].outline
+    if outline is not None:
+        points = [(left + x * (right - left), top + y * (bottom - top)) for x, y in outline]
         draw.polygon(points, fill=rgb, outline=OUTLINE_COLOR, width=OVERSAMPLING)
     elif shape == "circle":
         draw.ellipse(box, fill=rgb, outline=OUTLINE_COLOR, width=OVERSAMPLING)
@@ -108,7 +109,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, rgb: tuple[int,
         draw.ellipse(inner, outline=rgb, width=(right - left) // 3 - OVERSAMPLING)
 
 
-def _fill_unit_square(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _fill_unit_square(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     (low_x, high_x), (low_y, high_y) = ((min(values), max(values)) for values in zip(*points, strict=True))
     return [((x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)) for x, y in points]
 
@@ -126,15 +127,33 @@ def _heart(count: int = 32) -> list[tuple[float, float]]:
     ]
 
 
-# x to the right, y downwards, both in [0, 1]. Circle and ring are drawn as ellipses.
-OUTLINES = {
-    shape: _fill_unit_square(points)  # type: ignore[arg-type]
-    for shape, points in {
-        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-        "triangle": _around(3, lambda i: 1),
-        "star": _around(10, lambda i: (1, 0.42)[i % 2]),
-        "heart": _heart(),
-        "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
-        "diamond": _around(4, lambda i: 1),
-    }.items()
+@dataclass(frozen=True)
+class Shape:
+    """
+    A shape that objects have.
+
+    Args:
+        words: What captions call it; the first is its name.
+        outline: Its corners in a unit square that it fills, x to the right, y downwards; `None`: an ellipse.
+    """
+
+    words: tuple[str, ...]
+    outline: list[tuple[float, float]] | None = None
+
+
+_CROSS = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+
+# By name. Scenes are drawn at random by this order, so that another order would be other data.
+SHAPES = {
+    shape.words[0]: shape
+    for shape in (
+        Shape(("circle", "disc")),
+        Shape(("square",), [(0, 0), (1, 0), (1, 1), (0, 1)]),
+        Shape(("triangle",), _fill_unit_square(_around(3, lambda i: 1))),
+        Shape(("star",), _fill_unit_square(_around(10, lambda i: (1, 0.42)[i % 2]))),
+        Shape(("heart",), _fill_unit_square(_heart())),
+        Shape(("cross", "plus sign"), _fill_unit_square(_CROSS)),
+        Shape(("diamond", "rhombus"), _fill_unit_square(_around(4, lambda i: 1))),
+        Shape(("ring", "hoop")),
+    )
 }

@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import requires_backends
 
-from .drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
+from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
 VALIDATION_SHARE = 8  # one description in so many belongs to the validation split
 MIN_IMAGE_SIZE = 48  # below this a small object has fewer than five pixels a side
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 PATTERNS = ("plain", "gradient")
 # Verb phrases, by action.
 ACTIONS = {

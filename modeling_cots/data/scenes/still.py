@@ -12,23 +12,13 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 
 from ..items import EpochSeeds
-from .drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
+from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 4000, "validation": 200}
 GRID = 3  # objects stand in different cells of a 3 x 3 grid
 MIN_IMAGE_SIZE = 32  # below this a small object has fewer than five pixels a side
 # Share of a cell's side that an object takes.
 SIZES = {"small": (0.50, 0.62), "large": (0.85, 1.00)}
-SHAPE_WORDS = {
-    "circle": ("circle", "disc"),
-    "square": ("square",),
-    "triangle": ("triangle",),
-    "star": ("star",),
-    "heart": ("heart",),
-    "cross": ("cross", "plus sign"),
-    "diamond": ("diamond", "rhombus"),
-    "ring": ("ring", "hoop"),
-}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_WORDS = {
     "left": ("to the left of", "left of", "on the left side of"),
@@ -60,7 +50,7 @@ OPENINGS = ("", "a picture of ", "an image with ", "there is ", "we see ", "a dr
 
 def is_held_out(color: str, shape: str) -> bool:
     """Whether a combination appears in the validation split alone: two of each color's, two of each shape's eight."""
-    return (list(COLORS).index(color) - list(SHAPE_WORDS).index(shape)) % len(SHAPE_WORDS) in (0, 3)
+    return (list(COLORS).index(color) - list(SHAPES).index(shape)) % len(SHAPES) in (0, 3)
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
@@ -89,6 +79,8 @@ class ScenesDataset(Dataset):
 
     Raises `ValueError` for an unknown split, fewer than one scene, and images of fewer than 32 pixels a side.
     """
+
+    modality = "image"
 
     def __init__(self, split: str, num_scenes: int | None = None, image_size: int = 64, seed: int = 0):
         if split not in SPLIT_SIZES:
@@ -139,7 +131,7 @@ class ScenesDataset(Dataset):
 
 def sample_scene(rng: random.Random, image_size: int, *, held_out: bool) -> Scene:
     """Draw a scene: with `held_out` at least one held-out combination in it, otherwise none."""
-    combinations = [(color, shape) for color in COLORS for shape in SHAPE_WORDS]
+    combinations = [(color, shape) for color in COLORS for shape in SHAPES]
     seen = [combination for combination in combinations if not is_held_out(*combination)]
     num_objects = rng.choices((1, 2, 3), weights=(1, 2, 2))[0]
     if held_out:
@@ -225,7 +217,7 @@ def _tell_background_first(scene: Scene, rng: random.Random) -> str:
 
 
 def _name(item: SceneObject, rng: random.Random, *, sized: bool = True) -> str:
-    words = [item.color, rng.choice(SHAPE_WORDS[item.shape])]
+    words = [item.color, rng.choice(SHAPES[item.shape].words)]
     if sized:
         words.insert(0, rng.choice(SIZE_WORDS[item.size]))
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"

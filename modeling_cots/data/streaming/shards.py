@@ -82,7 +82,7 @@ class RowShards:
             yield str(number), row
 
     def _is_beside(self, value) -> bool:
-        """Whether an image is a file of the same repository; other files are none of a data set's business."""
+        """Whether the image is a file of the same repository; no other file of a machine or a server is ever read."""
         if self._repository is None or not isinstance(value, dict) or value.get("bytes") is not None:
             return False
         path = value.get("path")

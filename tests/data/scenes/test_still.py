@@ -15,7 +15,7 @@ from modeling_cots.data.scenes.still import (
     BACKGROUND_WORDS,
     PLACE_WORDS,
     RELATION_WORDS,
-    SHAPE_WORDS,
+    SHAPES,
     SIZE_WORDS,
     ScenesDataset,
     is_held_out,
@@ -30,9 +30,10 @@ def meanings(table) -> dict:
     return {word: meaning for meaning, words in table.items() for word in words}
 
 
-SHAPES, SIZES, PLACES = meanings(SHAPE_WORDS), meanings(SIZE_WORDS), meanings(PLACE_WORDS)
+SHAPE_OF = meanings({name: shape.words for name, shape in SHAPES.items()})
+SIZES, PLACES = meanings(SIZE_WORDS), meanings(PLACE_WORDS)
 PATTERNS, RELATIONS = meanings(BACKGROUND_WORDS), meanings(RELATION_WORDS)
-OBJECT = re.compile(rf"\ban? (?:({alternatives(SIZES)}) )?({alternatives(COLORS)}) ({alternatives(SHAPES)})\b")
+OBJECT = re.compile(rf"\ban? (?:({alternatives(SIZES)}) )?({alternatives(COLORS)}) ({alternatives(SHAPE_OF)})\b")
 BACKGROUND = re.compile(
     rf"\ba ({alternatives(PATTERNS)}) ({alternatives(BACKGROUND_COLORS)}) (?:background|backdrop|wall)"
 )
@@ -54,7 +55,7 @@ def read_caption(caption: str) -> dict:
     background = BACKGROUND.search(caption)
     places = [PLACES[match[0]] for match in PLACE.finditer(caption)]
     return {
-        "objects": [(SIZES.get(match[1]), match[2], SHAPES[match[3]]) for match in found],
+        "objects": [(SIZES.get(match[1]), match[2], SHAPE_OF[match[3]]) for match in found],
         "alone": re.search(r"\bonly\b|\bnothing else$", caption) is not None,
         "relation": relation,
         "background": background and (PATTERNS[background[1]], background[2]),
@@ -125,7 +126,7 @@ def combinations(dataset) -> list[set]:
 
 def test_held_out_combinations_are_seen_in_validation_alone():
     train, validation = combinations(ScenesDataset("train")), combinations(ScenesDataset("validation"))
-    held_out = {(color, shape) for color in COLORS for shape in SHAPE_WORDS if is_held_out(color, shape)}
+    held_out = {(color, shape) for color in COLORS for shape in SHAPES if is_held_out(color, shape)}
     assert len(held_out) == 16
     assert not set.union(*train) & held_out
     assert all(scene & held_out for scene in validation)
@@ -134,10 +135,10 @@ def test_held_out_combinations_are_seen_in_validation_alone():
 
 def test_every_color_and_every_shape_is_seen_in_training():
     seen = set.union(*combinations(ScenesDataset("train")))
-    assert len(COLORS) >= 8 and len(SHAPE_WORDS) >= 6
+    assert len(COLORS) >= 8 and len(SHAPES) >= 6
     for color in COLORS:
         assert len({shape for seen_color, shape in seen if seen_color == color}) == 6
-    for shape in SHAPE_WORDS:
+    for shape in SHAPES:
         assert len({color for color, seen_shape in seen if seen_shape == shape}) == 6
 
 
@@ -155,7 +156,7 @@ def test_boxes_lie_in_the_image_and_apart(image_size):
         assert covered.max() == 1
 
 
-@pytest.mark.parametrize("shape", SHAPE_WORDS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_box_holds_all_of_its_object_and_no_more(shape):
     dataset, checked = ScenesDataset("train", num_scenes=60), 0
     for i in range(len(dataset)):
@@ -185,7 +186,7 @@ def test_an_object_has_its_color_and_large_is_larger_than_small():
     assert max(sides["small"]) < min(sides["large"])
 
 
-@pytest.mark.parametrize("shape", SHAPE_WORDS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_only_a_ring_is_open_in_the_middle(shape):
     item = SceneObject("red", shape, "small", (215, 35, 35), (1, 1), (20, 20, 32, 32))
     image = draw_scene(Scene((item,), "plain", "navy", 0), 64)

@@ -1,10 +1,11 @@
-"""What stops a run that would go on for nothing: numbers that are no longer finite, and data that cannot be read.
+"""`FiniteCheck`: refuses an optimizer step whose losses or gradients are not finite, or whose data cannot be read.
 
-`StepGuard` looks at one optimizer step at a time, after its backward passes and before the weights move, with one copy
-to the host. It decides alike on every process; what to do then is the trainer's business.
+It runs after the backward passes of a step and before the weights move, with one copy to the host, and decides alike
+on every process. `StepSnapshot` undoes the step; saving the run is the trainer's business.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.items import decode_name
+from ..data.skip_report import and_more
 from ..method.feature_queue import PairQueue
 
 MIN_IMAGES = 1_000
@@ -28,16 +30,16 @@ class UnreadableDataError(ValueError):
 
 @dataclass
 class _Batch:
-    """What the guard keeps of one batch of this process, on the device."""
+    """What is kept of one batch of this process until its step is checked, on the device."""
 
     losses: dict[str, torch.Tensor]
-    rows_are_finite: torch.Tensor  # (B,) bool, of the contrastive rows
+    logits_are_finite: torch.Tensor  # (B,) bool, the contrastive logits of each pair
     valid: torch.Tensor  # (B,) bool
     pair_ids: torch.Tensor  # (B,)
     names: torch.Tensor | None  # (B, 120) uint8
 
 
-class StepGuard:
+class FiniteCheck:
     """
     Watches the batches of one optimizer step.
 
@@ -55,15 +57,22 @@ class StepGuard:
         """Forget the batches of the last step."""
         self._batches = []
 
-    def add(self, losses: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], batch: dict) -> None:
-        """Look at a batch of this process: its losses, its rows of logits (B, candidates), `valid`, `pair_ids`."""
-        rows = torch.stack([row_logits.detach().isfinite().all(dim=1) for row_logits in logits]).all(dim=0)
+    def add(self, losses: dict[str, torch.Tensor], logits: tuple[torch.Tensor, ...], inputs: dict) -> None:
+        """
+        Note a batch of this process.
+
+        Args:
+            losses: Its terms, () each.
+            logits: Contrastive logits (B, 1 + C), of both directions.
+            inputs: Has `valid` (B,), `pair_ids` (B,) and, if known, `names` (B, 120).
+        """
+        finite = torch.stack([direction.detach().isfinite().all(dim=1) for direction in logits]).all(dim=0)
         losses = {name: loss.detach() for name, loss in losses.items()}
-        self._batches.append(_Batch(losses, rows, batch["valid"], batch["pair_ids"], batch.get("names")))
+        self._batches.append(_Batch(losses, finite, inputs["valid"], inputs["pair_ids"], inputs.get("names")))
 
     def check(self, accelerator, step: int, grad_norm: torch.Tensor | float | None) -> None:
         """
-        Judge the step. `grad_norm` is `None` where gradients may overflow (a scaler of float16 skips such steps).
+        Check the step. `grad_norm` is `None` where gradients may overflow (a scaler of float16 skips such steps).
 
         Raises [`NonFiniteLossError`] and [`UnreadableDataError`], on every process or on none.
         """
@@ -80,29 +89,31 @@ class StepGuard:
         self._watch_skipped(num_seen, num_skipped, step)
 
     def _counts(self, grad_norm) -> dict[str, torch.Tensor]:
+        """Batches of this process whose term is not finite, by term, and its images seen and skipped: () each."""
+
         terms = self._batches[0].losses
-        counts = {name: sum(~batch.losses[name].isfinite() for batch in self._batches) for name in terms}
+        counts = {name: _total(~batch.losses[name].isfinite() for batch in self._batches) for name in terms}
         if grad_norm is not None:
             device = self._batches[0].valid.device
             counts["gradient"] = ~torch.as_tensor(grad_norm, device=device).detach().isfinite()
-        counts["num_seen"] = sum((batch.pair_ids >= 0).sum() for batch in self._batches)
-        counts["num_skipped"] = sum((~batch.valid & (batch.pair_ids >= 0)).sum() for batch in self._batches)
+        counts["num_seen"] = _total((batch.pair_ids >= 0).sum() for batch in self._batches)
+        counts["num_skipped"] = _total((~batch.valid & (batch.pair_ids >= 0)).sum() for batch in self._batches)
         return counts
 
     def _stop_for_losses(self, terms: list[str], step: int) -> None:
         losses = [item for batch in self._batches for item in batch.losses.items()]
         values = {name: float(loss) for name, loss in losses if not loss.isfinite()}
-        mine = [
+        local = [
             label
             for batch in self._batches
             if not all(loss.isfinite() for loss in batch.losses.values()) or terms == ["gradient"]
-            for label in _labels(batch, ~batch.rows_are_finite if not batch.rows_are_finite.all() else batch.valid)
+            for label in _labels(batch, ~batch.logits_are_finite if not batch.logits_are_finite.all() else batch.valid)
         ]
-        everyone = gather_object([(values, mine)])
-        shown = [_describe_term(name, [part[0].get(name) for part in everyone]) for name in terms]
-        labels = [label for _, part in everyone for label in part]
+        gathered = gather_object([(values, local)])
+        shown = [_describe_term(name, [part[0].get(name) for part in gathered]) for name in terms]
+        labels = [label for _, part in gathered for label in part]
         raise NonFiniteLossError(
-            f"Step {step}: {', '.join(shown)}. Samples with which it happened: {_shorten(labels)}."
+            f"Step {step}: {', '.join(shown)}. Samples with which it happened: {and_more(labels, MAX_REPORTED)}."
         )
 
     def _watch_skipped(self, num_seen: int, num_skipped: int, step: int) -> None:
@@ -114,7 +125,7 @@ class StepGuard:
         if self._num_seen < MIN_IMAGES:
             return
         if self._num_skipped > self.max_skipped_fraction * self._num_seen:
-            names = _shorten(gather_object(self._skipped_names))
+            names = and_more(gather_object(self._skipped_names), MAX_REPORTED)
             raise UnreadableDataError(
                 f"Step {step}: {self._num_skipped:,} of the last {self._num_seen:,} images could not be read, which "
                 f"is more than max_skipped_fraction={self.max_skipped_fraction:g} allows: {names}. Look whether the "
@@ -122,6 +133,10 @@ class StepGuard:
             )
         self._num_seen = self._num_skipped = 0
         self._skipped_names = []
+
+
+def _total(counts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(counts)).sum()
 
 
 def _labels(batch: _Batch, rows: torch.Tensor) -> list[str]:
@@ -137,11 +152,6 @@ def _labels(batch: _Batch, rows: torch.Tensor) -> list[str]:
 def _describe_term(name: str, values: list[float | None]) -> str:
     bad = [value for value in values if value is not None]
     return f"{name} is {bad[0]}" if bad else f"the {name} is not finite"
-
-
-def _shorten(labels: list[str]) -> str:
-    more = f" and {len(labels) - MAX_REPORTED} more" if len(labels) > MAX_REPORTED else ""
-    return ", ".join(labels[:MAX_REPORTED]) + more
 
 
 class StepSnapshot:

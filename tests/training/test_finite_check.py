@@ -9,7 +9,7 @@ from modeling_cots import ScenesDataset
 from modeling_cots.method.feature_queue import PairQueue
 from modeling_cots.training.checkpoints import check_checkpoint, latest_checkpoint
 from modeling_cots.training.filter_log import read_filter_log
-from modeling_cots.training.step_guard import NonFiniteLossError, StepSnapshot, UnreadableDataError
+from modeling_cots.training.finite_check import NonFiniteLossError, StepSnapshot, UnreadableDataError
 
 ARGUMENTS = {
     "num_train_epochs": 2,
@@ -87,8 +87,8 @@ def test_a_checkpoint_that_is_there_is_not_written_again(make_trainer, tmp_path)
     trainer = make_trainer(**ARGUMENTS, save_strategy="steps", save_steps=3)
     make_bad(trainer, "loss", 4)
     written = []
-    original = trainer.recovery.save
-    trainer.recovery.save = lambda *args: written.append(trainer.state.global_step) or original(*args)
+    original = trainer.checkpoints.write
+    trainer.checkpoints.write = lambda *args: written.append(trainer.state.global_step) or original(*args)
     with pytest.raises(NonFiniteLossError, match="after step 3"):
         trainer.train()
     assert written == [3]
@@ -104,7 +104,7 @@ class Rotten(ScenesDataset):
 
 
 def test_rotten_data_stops_the_run_with_names(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_IMAGES", 16)
+    monkeypatch.setattr("modeling_cots.training.finite_check.MIN_IMAGES", 16)
     trainer = make_trainer(train_dataset=Rotten("train", 24, 32), max_steps=9)
     message = r"Step 2: 8 of the last 16 images.*max_skipped_fraction=0.2 .*rotten-\d+.jpg \(pair"
     trainer.args.train_sampling_strategy = "sequential"
@@ -115,7 +115,7 @@ def test_rotten_data_stops_the_run_with_names(make_trainer, tmp_path, monkeypatc
 
 
 def test_what_is_allowed_goes_on(make_trainer, monkeypatch):
-    monkeypatch.setattr("modeling_cots.training.step_guard.MIN_IMAGES", 16)
+    monkeypatch.setattr("modeling_cots.training.finite_check.MIN_IMAGES", 16)
     trainer = make_trainer(train_dataset=Rotten("train", 24, 32), max_skipped_fraction=0.6)
     trainer.train()
     assert trainer.state.global_step == 3

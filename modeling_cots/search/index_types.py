@@ -1,0 +1,103 @@
+"""The index types that a search index can have: one table, and one check of a name.
+
+An index type says what is kept of a vector and how a search goes through it; docs/search.md has their recall, speed
+and memory. How FAISS builds each is in `faiss_vectors.py`; the names and parameters in Milvus are here.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+FAISS, MILVUS_SERVER, MILVUS_LITE = "FAISS", "a Milvus server", "a Milvus Lite file"
+
+
+class Candidates(NamedTuple):
+    """How many candidates the codes propose: `times` the number that is wanted, and at least `minimum`."""
+
+    times: int
+    minimum: int
+
+
+class MilvusIndex(NamedTuple):
+    """Milvus' own name of an index type, with the parameters of building and of searching."""
+
+    name: str
+    build_params: dict
+    search_params: dict
+
+
+@dataclass(frozen=True)
+class IndexType:
+    """
+    One index type.
+
+    Args:
+        description: What is kept of the vectors, and what a search does with it.
+        milvus: Its form in Milvus; `None` where Milvus has none.
+        in_milvus_lite: Whether the embedded file has it, too.
+        min_vectors: Vectors that FAISS needs to train the codes.
+        candidates: How many candidates FAISS finds, to be rescored from the stored embeddings; `None` where FAISS'
+            own scores are exact.
+    """
+
+    description: str
+    milvus: MilvusIndex | None
+    in_milvus_lite: bool = True
+    min_vectors: int = 1
+    candidates: Candidates | None = None
+
+    @property
+    def stores(self) -> list[str]:
+        """The vector stores that have this index type."""
+        has_it = {
+            FAISS: True,
+            MILVUS_SERVER: self.milvus is not None,
+            MILVUS_LITE: self.milvus is not None and self.in_milvus_lite,
+        }
+        return [store for store, has in has_it.items() if has]
+
+
+INDEX_TYPES = {
+    "exact": IndexType(
+        "all vectors in memory, all compared",
+        milvus=MilvusIndex("FLAT", {}, {}),
+    ),
+    "hnsw": IndexType(
+        "all vectors in memory, and a graph through them",
+        milvus=MilvusIndex("HNSW", {"M": 32, "efConstruction": 100}, {"ef": 128}),
+    ),
+    "ivfpq": IndexType(
+        "half a byte for two numbers, in lists of which nprobe are compared; candidates rescored",
+        milvus=MilvusIndex("IVF_PQ", {"nlist": 1024, "nbits": 8}, {"nprobe": 32}),
+        # Milvus Lite takes the name, compares all vectors, and fails when the file is next opened.
+        in_milvus_lite=False,
+        min_vectors=1_000,
+        candidates=Candidates(times=10, minimum=200),
+    ),
+    "int8": IndexType(
+        "a byte a number, all compared; candidates rescored",
+        milvus=MilvusIndex("IVF_SQ8", {"nlist": 1024}, {"nprobe": 32}),
+        min_vectors=100,
+        candidates=Candidates(times=4, minimum=40),
+    ),
+    "binary": IndexType(
+        "a bit a number, all compared; candidates rescored",
+        milvus=None,
+        min_vectors=100,
+        candidates=Candidates(times=50, minimum=1_000),
+    ),
+}
+
+
+def check_index_type(name: str, store: str) -> None:
+    """
+    Raise `ValueError` unless the vector store has an index type of this name.
+
+    Args:
+        name: What the user asked for.
+        store: FAISS, MILVUS_SERVER or MILVUS_LITE.
+    """
+    present = [index_type for index_type, what in INDEX_TYPES.items() if store in what.stores]
+    if name in present:
+        return
+    elsewhere = f", which needs {' or '.join(INDEX_TYPES[name].stores)}" if name in INDEX_TYPES else ""
+    raise ValueError(f"With {store} the index type must be one of {', '.join(present)}; got {name!r}{elsewhere}.")
