@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import requires_backends
 
+from ..atomic_write import atomic_write
 from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
@@ -110,19 +111,20 @@ def write_moving_scenes(
         rows.append({"file_name": f"{number:05d}.mp4", "captions": scene.captions})
         write_mp4(target / rows[-1]["file_name"], draw_frames(scene, image_size, num_frames), frame_rate, image_size)
     # Last, so that after a run that was cut off it never names files that are not there.
-    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with atomic_write(metadata) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return target
 
 
 def write_mp4(path: str | Path, frames: Iterable[np.ndarray], frame_rate: int, image_size: int) -> None:
-    """Encode square frames, uint8 RGB, with H.264, or with MPEG-4 where FFmpeg was built without it."""
+    """Write square frames, uint8 RGB, as an mp4 file: in H.264, or in MPEG-4 where FFmpeg was built without it."""
     requires_backends(write_mp4, ["av"])
     import av
 
     # A fixed quantizer and nothing looked up ahead: there x264 gives one input different bytes from run to run.
     h264 = {"qp": "18", "bf": "0", "sc_threshold": "0"}
     codec, options = ("libx264", h264) if "libx264" in av.codecs_available else ("mpeg4", {})
-    with av.open(str(path), "w") as container:
+    with atomic_write(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=frame_rate, options=options)
         stream.width = stream.height = image_size
         stream.pix_fmt = "yuv420p"
