@@ -14,7 +14,7 @@ from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
 
-MAX_FILES = 3  # that a message names
+MAX_FILES = 3  # named in a message
 
 # In a folder the first of these suffixes that occurs decides.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -48,17 +48,22 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
     return _load_files(files, split), folders.pop() if len(folders) == 1 else None
 
 
-def leads_out(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+def is_inside(path: str | os.PathLike, folder: str | os.PathLike, *, follow_links: bool = True) -> bool:
     """
-    Whether a path, its symbolic links followed, is outside of `folder`.
+    Whether a path stays below `folder`.
 
-    The cache of the Hub is the exception: there, all files of a repository are links into its own folder of blobs.
+    Args:
+        path: It need not exist.
+        folder: Where the path must stay. The Hub's cache, where all files of a repository are links into its folder of
+            blobs, has that folder allowed, too.
+        follow_links: Whether symbolic links are followed first. Without, only the path as it is written counts.
     """
-    real, root = os.path.realpath(path), os.path.realpath(folder)
+    resolve = os.path.realpath if follow_links else os.path.abspath
+    place, root = resolve(path), resolve(folder)
     allowed = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
+    if follow_links and os.path.basename(os.path.dirname(root)) == "snapshots":
         allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    return not any(real.startswith(os.path.join(place, "")) for place in allowed)
+    return any(place.startswith(os.path.join(each, "")) for each in allowed)
 
 
 def find_files(dataset: str, split: str) -> list[Path] | None:
@@ -124,7 +129,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         "train" if place == folder else place.name: place / name
         for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir()))
         for name in METADATA_FILES
-        if (place / name).is_file() and not leads_out(place / name, folder)
+        if (place / name).is_file() and is_inside(place / name, folder)
     }
     if metadata:
         if _base(split) not in metadata:
@@ -147,7 +152,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
 
 def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
     """Without the links that lead out of the folder: somebody else may have packed it. What a user names is read."""
-    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and leads_out(file, folder)]
+    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and not is_inside(file, folder)]
     if refused:
         logger.warning(
             f"Refused {len(refused)} files of {folder}, which are links that lead out of it: "

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 NAME_BYTES = 120
 
@@ -46,19 +46,25 @@ class EpochSeeds:
 
 def modality_of(dataset) -> str:
     """
-    "image" or "video": what the captions of a data set tell of.
+    "image" or "video": what the captions of a data set describe.
 
-    Data sets of this package say it themselves, also within a `torch.utils.data.Subset`; of any other map-style data
-    set the first item tells, which is a video's where it has the key "video".
+    Data sets of this package have it as an attribute, which is found through wrappers: those with a `dataset`, such as
+    `torch.utils.data.Subset`, and those with a list of `datasets`, of which the first counts. A table of `datasets`
+    shows it by its columns, so that no video is decoded. Of any other map-style data set the first item is read.
     """
     inner = dataset
-    while inner is not None:
-        if hasattr(inner, "modality"):
-            return inner.modality
-        inner = getattr(inner, "dataset", None)
+    while inner is not None and not hasattr(inner, "modality"):
+        parts = getattr(inner, "datasets", None)
+        inner = parts[0] if isinstance(parts, list | tuple) and parts else getattr(inner, "dataset", None)
+    if inner is not None:
+        return inner.modality
     if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
         return "image"
-    return "video" if "video" in dataset[0] else "image"
+    table = dataset
+    while isinstance(table, Subset):
+        table = table.dataset
+    columns = getattr(table, "column_names", None)
+    return "video" if "video" in (dataset[0] if columns is None else columns) else "image"
 
 
 def encode_names(names: list[str]) -> torch.Tensor:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from .columns import check_inside, drop_uncaptioned, find_column
-from .files import leads_out, load_rows
+from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
+from .files import is_inside, load_rows
 from .items import EpochSeeds
 from .karpathy import is_karpathy, load_karpathy
 from .rows import (
@@ -27,6 +27,7 @@ from .rows import (
     JSON_CAPTIONS,
     TOKEN_SOURCE,
     cached_tokens,
+    first_available,
     list_captions,
     split_field,
 )
@@ -145,7 +146,7 @@ class PairDataset(Dataset):
         if self._root is not None and image is not None and image["bytes"] is None and image["path"] is not None:
             path = os.path.join(self._root, image["path"])
             image = {"bytes": None, "path": path}
-            if leads_out(path, self._root):
+            if not is_inside(path, self._root):
                 image = {"bytes": None, "path": None, "refused": f"{path} is a link that leads out of {self._root}"}
         return {
             "image": image,
@@ -205,10 +206,9 @@ def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tupl
     column = find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
     feature = rows.features[column]
     if isinstance(feature, dict):
-        fields = [name for name in JSON_CAPTIONS if name in feature] if field is None else [field]
-        if not fields or fields[0] not in feature:
+        field = first_available(feature, field, JSON_CAPTIONS)
+        if field is None:
             raise ValueError(f"The objects in {column!r} have no field for captions; they have {', '.join(feature)}.")
-        field = fields[0]
         feature = feature[field]
     elif field is not None:
         raise ValueError(f"The column {column!r} holds {_describe(feature)}: it has no field {field!r}.")
@@ -252,7 +252,7 @@ def _check_paths(images: datasets.Dataset, root: Path | None) -> None:
     without_bytes = pc.is_null(pc.struct_field(column, "bytes"))
     paths = [path for path in pc.unique(pc.struct_field(column, "path").filter(without_bytes)).to_pylist() if path]
     if root is not None:
-        check_inside(paths, root, "image")
+        check_any_exists(check_inside(paths, root, "image"), root, "image")
 
 
 def _image_keys(images: datasets.Dataset, root: Path | None) -> list[Hashable]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
-from .columns import check_inside, drop_uncaptioned, find_column
+from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
 from .files import load_rows
 from .items import EpochSeeds
 from .msrvtt import is_msrvtt, load_msrvtt
@@ -65,7 +65,9 @@ def open_videos(
         captions = _group_captions(rows, video_column, caption_column)
         if video_folder is None and root is None:
             raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
-        files = check_inside(list(captions), Path(video_folder).expanduser() if video_folder else root, "video")
+        folder = Path(video_folder).expanduser() if video_folder else root
+        files = check_inside(captions, folder, "video")
+        check_any_exists(files, folder, "video")
     names = drop_uncaptioned(list(captions), [len(known) for known in captions.values()], str, "video")
     if not names:
         raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
@@ -132,6 +134,7 @@ def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, 
             files[video] = file
     if not files:
         raise ValueError(f"None of the {len(videos)} videos is in {str(folder)!r}: name the folder by `video_folder`.")
+    check_inside((f"{video}.mp4" for video in videos), folder, "video")
     return {video: files.get(video, os.path.join(folder, f"{video}.mp4")) for video in videos}
 
 

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from forks import server_with_package
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from video_files import LEVELS, write_audio, write_video
 
 from modeling_cots import COTSVideoProcessor, ScenesDataset
@@ -244,7 +245,12 @@ def test_which_data_sets_hold_videos(tmp_path):
             raise AssertionError("no item has to be read")
 
     assert modality_of(dataset_of("a.mp4")) == modality_of([{"video": "a.mp4"}]) == "video"
-    assert modality_of(Subset(Subset(Unread(["a"], ["a.mp4"], [["b"]]), [0]), [0])) == "video"
+    unread = Unread(["a"], ["a.mp4"], [["b"]])
+    assert modality_of(Subset(Subset(unread, [0]), [0])) == "video"
+    assert modality_of(Subset(ConcatDataset([unread, unread]), [1])) == "video"
+    table = datasets.Dataset.from_dict({"video": ["missing.mp4"]}).cast_column("video", datasets.Video())
+    assert modality_of(table) == modality_of(Subset(table, [0])) == "video"
+    assert modality_of(datasets.Dataset.from_dict({"image": ["a.png"]})) == "image"
     for other in (None, [], Stream(), ScenesDataset("train", 2, 32), Subset(ScenesDataset("train", 2, 32), [1])):
         assert modality_of(other) == "image"
 

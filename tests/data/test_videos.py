@@ -126,6 +126,15 @@ def test_a_missing_video_is_left_to_the_reader(msrvtt):
         open_videos(str(msrvtt), "test")
 
 
+def test_an_annotation_cannot_name_a_file_elsewhere(tmp_path):
+    content = annotations("train")
+    content["videos"].append({**content["videos"][0], "video_id": "../other"})
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content))
+    touch_videos(tmp_path, "video0.mp4", "video1.mp4")
+    with pytest.raises(ValueError, match="'../other.mp4' leads out of"):
+        open_videos(str(tmp_path), "train")
+
+
 def test_two_files_of_one_video_are_refused(msrvtt):
     touch_videos(msrvtt / "compressed", "video3.mp4")
     with pytest.raises(ValueError, match="are both video3"):
