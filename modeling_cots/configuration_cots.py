@@ -56,7 +56,7 @@ class COTSConfig(PreTrainedConfig):
         ),
     }
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
-    # Set by the package when it is imported: transformers then has our pipelines in its own registry.
+    # Whether the package was imported, which registers our pipelines with transformers.
     pipelines_are_registered = False
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -69,8 +69,8 @@ class COTSConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.pipelines_are_registered:
-            # What a repository says for processes without the package. For a task in it, transformers asks for
-            # `trust_remote_code` and never looks into its registry (tests/test_pipeline_cots.py).
+            # A repository has this for processes without the package. With it, transformers would ask for
+            # `trust_remote_code` and not look into its registry of tasks (tests/test_pipeline_cots.py).
             kwargs.pop("custom_pipelines", None)
         vision_config = self.vision_config
         if isinstance(vision_config, dict) and vision_config.get("model_type", "vit") == "vit":
@@ -80,7 +80,7 @@ class COTSConfig(PreTrainedConfig):
         self.validate_architecture()  # here a plain ValueError; the strict dataclass wraps what it calls itself
 
     def validate_architecture(self):
-        """Refuse what no model can be built from."""
+        """Raise `ValueError` for values that no model can be built from."""
         if not self.temperature > 0:
             raise ValueError(f"`temperature` divides the similarities and must be positive, got {self.temperature}.")
         for name in ("projection_dim", "image_vocab_size"):

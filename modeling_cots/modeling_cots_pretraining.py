@@ -225,6 +225,3 @@ def _split_passes(output: BaseModelOutputWithPooling) -> Passes:
         for number, half in enumerate(halves):
             half[name] = tuple(part[number] for part in parts) if isinstance(value, tuple) else parts[number]
     return tuple(BaseModelOutputWithPooling(**half) for half in halves)
-
-
-__all__ = ["COTSForPreTraining", "COTSForPreTrainingOutput"]

@@ -1,6 +1,6 @@
 """Videos and captions to batches: which frames, one crop for all frames of a video, the choice of a caption, tokens.
 
-The counterpart of `data_collator.py` for items of `open_videos`. Files are decoded here, frame by frame
+The counterpart of `image_collators.py` for items of `open_videos`. Files are decoded here, frame by frame
 (`video_reading_cots.py`); one that cannot be read keeps its row with `valid` False, and is named once.
 """
 

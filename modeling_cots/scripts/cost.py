@@ -46,7 +46,7 @@ def _attention_backward_flop(gradient: torch.Size, query, key, value, *args, **k
     return 2 * _attention_flop(query, key, value)
 
 
-# The CPU's fused attention, which fake tensors run; torch 2.14 counts nothing for it (tests/test_training_cost.py).
+# The CPU's fused attention, which fake tensors run; torch 2.14 counts nothing for it (tests/scripts/test_cost.py).
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,

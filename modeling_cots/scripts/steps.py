@@ -161,7 +161,7 @@ def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
     if options.dataset == "scenes":
         raise ValueError("The scenes are drawn, not read: leave out --streaming.")
     if options.image_folder is not None:
-        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave one of both out.")
+        raise ValueError("image_folder belongs to a Karpathy file, which is no stream: leave out one of them.")
     if args.max_steps <= 0:
         raise ValueError("A stream has no known length to count epochs by: give --max_steps.")
     if (options.tokenizer or options.text_model or options.model) is None:

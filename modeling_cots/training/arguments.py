@@ -53,8 +53,8 @@ class COTSTrainingArguments(TrainingArguments):
             "first step can collapse the model; pre-trained encoders need no warm-up."
         },
     )
-    cmvm_weight: float = field(default=1.0, metadata={"help": "Weight of masked vision modelling."})
-    cmlm_weight: float = field(default=1.0, metadata={"help": "Weight of masked language modelling."})
+    cmvm_weight: float = field(default=1.0, metadata={"help": "Weight of masked vision modeling."})
+    cmlm_weight: float = field(default=1.0, metadata={"help": "Weight of masked language modeling."})
     image_mask_ratio: float = field(default=0.4, metadata={"help": "Share of patches masked, block-wise."})
     text_mask_ratio: float = field(default=0.15, metadata={"help": "Share of tokens masked."})
 

@@ -38,7 +38,7 @@ def choose_image_tokens(
     train_dataset, model, args: COTSTrainingArguments, image_tokenizer: ImageTokenizer | None, has_own_collator: bool
 ) -> tuple[TokenSource | None, ImageTokenizer | None]:
     """
-    Where the targets of masked vision modelling come from: the source of cached tokens, or else the image tokenizer.
+    Where the targets of masked vision modeling come from: the source of cached tokens, or else the image tokenizer.
 
     A custom collator need not know of cached tokens: with one, tokens are computed. Raises `ValueError` where there is
     neither, and for cached tokens that training cannot use (`TokenSource.check`).
@@ -57,7 +57,7 @@ def choose_image_tokens(
         return source, None
     if image_tokenizer is None:
         raise ValueError(
-            "Masked vision modelling needs an image_tokenizer, or a data set with cached image tokens "
+            "Masked vision modeling needs an image_tokenizer, or a data set with cached image tokens "
             "(examples/tokenize_images.py); or set cmvm_weight to 0."
         )
     return None, image_tokenizer

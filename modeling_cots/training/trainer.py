@@ -67,7 +67,7 @@ class COTSTrainer(Trainer):
         eval_dataset: Likewise; all captions of an image are its texts.
         processing_class ([`COTSProcessor`]): Image processor and tokenizer; saved with every checkpoint.
         image_tokenizer ([`ImageTokenizer`], *optional*):
-            Gives the visual tokens that masked vision modelling predicts. Required unless `cmvm_weight` is 0 or
+            Gives the visual tokens that masked vision modeling predicts. Required unless `cmvm_weight` is 0 or
             `train_dataset` brings them along (`examples/tokenize_images.py`); then it is only checked against those.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
@@ -131,6 +131,9 @@ class COTSTrainer(Trainer):
         self.checkpoints = RunCheckpoints(args, self.accelerator)
         self._scale_before_step: float | None = None
         self._first_step_of_epoch = 0
+        self._answer_events()
+
+    def _answer_events(self) -> None:
         self.add_callback(
             LoopEvents(
                 on_train_begin=self._begin_training,
@@ -148,8 +151,13 @@ class COTSTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        Train as `transformers.Trainer` does; "latest" goes on from the whole checkpoint of `output_dir` that was
-        written last, or begins where there is none. Raises `ValueError` for a checkpoint that is not whole.
+        Train as `transformers.Trainer` does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder; "latest" for the newest whole checkpoint of `output_dir`, or a
+                new run where there is none; `True` likewise, but there must be one.
+
+        Raises `ValueError` for a folder that is not a whole checkpoint.
         """
         checkpoint = self.checkpoints.choose(resume_from_checkpoint)
         try:
@@ -160,14 +168,15 @@ class COTSTrainer(Trainer):
 
     def end(self) -> None:
         """
-        The last call of a script, on every process: after it they cannot train, evaluate or save together any more.
-        A process of several that ends without it may be aborted on its way out.
+        Destroy the process group. Every process calls it last: afterwards the trainer cannot train, evaluate or save.
+
+        One of several processes that ends without this call may be aborted on its way out.
         """
         self.model_wrapped = self.model  # the wrapped model holds the process group
         destroy_process_group(self.accelerator)
 
     def get_train_dataloader(self):
-        """Batches of this process; of a stream without end."""
+        """Batches of this process; those of a stream never end."""
         if not isinstance(self.train_dataset, StreamingPairs):
             return super().get_train_dataloader()
         self.stream_loader = build_stream_loader(self.train_dataset, self.args, self.data_collator)

@@ -55,7 +55,7 @@ def test_every_value_of_the_papers_recipes_has_its_source(name):
 
 @pytest.mark.parametrize("name", ["pretrain_5m", "pretrain_15m"])
 def test_pretraining_is_that_of_the_method(name):
-    """METHOD: the same optimizer, m and tau as in fine-tuning; 12,800; 5e-5 for 5 epochs; 384 pixels, 256 numbers."""
+    """Our reading of the paper: optimizer, m and tau of fine-tuning; 12,800; 5e-5 for 5 epochs; 384 pixels; 256."""
     _, args = parse(CONFIGS / f"{name}.yaml")
     assert (args.momentum, args.queue_size, args.learning_rate, args.lr_hold_epochs) == (0.99, 12_800, 5e-5, 5)
     assert (args.weight_decay, args.lr_scheduler_type, args.filter_num_std) == (0.02, "linear", 2)

@@ -1,6 +1,6 @@
 """Trains a tiny model for a few steps, in however many processes it is launched with, and writes what came out.
 
-    torchrun --nproc_per_node 2 tests/distributed_run.py OUT.pt --batch 4
+    torchrun --nproc_per_node 2 tests/helpers/distributed_run.py OUT.pt --batch 4
 
 Used by test_distributed.py; every process count must give the same weights, queues and logs.
 """

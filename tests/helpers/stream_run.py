@@ -1,6 +1,6 @@
 """Trains a tiny model on a stream in however many processes it is launched with, and writes what each was given.
 
-    torchrun --nproc_per_node 2 tests/stream_run.py SHARDS/ OUT/
+    torchrun --nproc_per_node 2 tests/helpers/stream_run.py SHARDS/ OUT/
 
 Used by test_stream_loading.py.
 """

@@ -1,6 +1,6 @@
 """The handler of Inference Endpoints: right answers, and a refusal instead of an accident for everything else.
 
-How it reads images is in `test_hub_handler_images.py`.
+How it reads images is in `test_handler_images.py`.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """Pairs that never end: a stream over shards, split among processes and workers, shuffled, pass after pass.
 
-Nothing is downloaded, unpacked or indexed first. How shards are found and read is in shard_names.py, shard_sources.py
-and shard_reading.py, what a row holds in pair_rows.py. `datasets` itself splits by process and by worker too, but its
+Nothing is downloaded, unpacked or indexed first. How shards are found and read is in names.py, shards.py
+and tar.py, what a row holds in rows.py. `datasets` itself splits by process and by worker too, but its
 iterator ends for good at the first bad file, and shards fewer than workers leave workers idle.
 """
 
