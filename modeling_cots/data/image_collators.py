@@ -1,7 +1,7 @@
 """Turns images and captions into batches: decodes, augments, chooses a caption, tokenizes and masks (COTS, MVLM).
 
-An image that cannot be read keeps its row in the batch, with `valid` False, so that batches of all processes have equal
-shapes. The trainer leaves such rows out of losses, queues and metrics.
+An image that cannot be read keeps its row in the batch, with `valid` False, so that all processes keep equal shapes.
+The trainer leaves such rows out of losses, queues and metrics.
 """
 
 import random

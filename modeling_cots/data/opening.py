@@ -30,7 +30,7 @@ def open_dataset(
         split: Name of the split.
         image_folder, image_column, caption_column: See `open_pairs`; `scenes` ignores them.
         image_size: Height and width in pixels at which scenes are drawn.
-        seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
+        seed: Seed of the random draws for each item in training. `scenes` has its own, the same in every run.
         keep_uncaptioned: See `open_pairs`.
     """
     if dataset == "scenes":
@@ -65,7 +65,7 @@ def open_video_dataset(
         split: Name of the split.
         generated_folder: Where the videos of `moving_scenes` are written. A split that it already holds is used.
         image_size: Height and width of these videos in pixels.
-        seed: Of what is drawn for each item in training; the scenes are the same in every run.
+        seed: Seed of the random draws for each item in training; the scenes are the same in every run.
         options: `protocol`, `video_folder`, `video_column`, `caption_column` of `open_videos`.
 
     Raises `ValueError` for options that `moving_scenes` has no use for, and as `open_videos` does.

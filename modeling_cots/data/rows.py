@@ -1,4 +1,4 @@
-"""One row or sample, as a file or shard holds it, to an image and its captions; by which columns, is decided here."""
+"""Reads the image and the captions of one row of a file, or of one sample of a shard, and chooses the columns."""
 
 import json
 from collections.abc import Container, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Container, Sequence
 IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
 JSON_CAPTIONS = ("caption", "captions", "text")
-# Of a data set whose image tokens are cached, see image_token_cache.py.
+# The columns of cached image tokens, see image_token_cache.py.
 IMAGE_TOKENS, TOKEN_SOURCE = "image_tokens", "image_tokens_source"
 MAX_TEXT_BYTES = 2**20
 
 
 class BadRowError(ValueError):
-    """A row without an image or without a caption, or with something else in their place."""
+    """Raised for a row without an image or without a caption, or with other values in their place."""
 
 
 def read_row(row: dict, image_column: str | None = None, caption_column: str | None = None) -> tuple[bytes, list[str]]:
@@ -26,7 +26,7 @@ def read_row(row: dict, image_column: str | None = None, caption_column: str | N
         caption_column: By default the first of `CAPTION_COLUMNS` that does; "column.field" names a field of an object,
             by default the first of `JSON_CAPTIONS`.
 
-    Raises [`BadRowError`] where either is missing.
+    Raises [`BadRowError`] where the image or the captions are missing.
     """
     image = row.get(_find(row, image_column, IMAGE_COLUMNS, "image"))
     if isinstance(image, dict):
@@ -75,7 +75,7 @@ def list_captions(value) -> list[str]:
 
 
 def wanted_columns(image_column: str | None, caption_column: str | None) -> set[str]:
-    """Everything that `read_row` could look at with these columns."""
+    """All columns that `read_row` may look at, given the names that the user chose."""
     images = IMAGE_COLUMNS if image_column is None else (image_column,)
     captions = CAPTION_COLUMNS
     if caption_column is not None:
@@ -84,7 +84,7 @@ def wanted_columns(image_column: str | None, caption_column: str | None) -> set[
 
 
 def cached_tokens(row: dict) -> dict:
-    """The two columns of cached image tokens; nothing of a row that has none."""
+    """The two columns of cached image tokens in a row; an empty dict if the row has none."""
     if not isinstance(row.get(TOKEN_SOURCE), str):
         return {}
     return {IMAGE_TOKENS: row[IMAGE_TOKENS], TOKEN_SOURCE: row[TOKEN_SOURCE]}
