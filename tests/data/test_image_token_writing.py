@@ -1,4 +1,4 @@
-"""Image tokens written once: what stands in the files, and that a training on them is the training without them."""
+"""`TokenWriter`: what the files hold, and that training on them gives the same weights as training without them."""
 
 import os
 import shutil

@@ -49,7 +49,7 @@ def numbers(videos: torch.Tensor) -> list[list[int]]:
 
 
 def texts_of(batch: dict, processor) -> list[str]:
-    """What the tokens say, without spaces: the tiny tokenizer cuts words into pieces."""
+    """What the tokens say, without spaces: the tiny tokenizer cuts words into several tokens."""
     decoded = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     return [text.replace(" ", "").replace("##", "") for text in decoded]
 
@@ -112,7 +112,7 @@ def test_every_caption_is_drawn(tmp_path, processor):
 
 
 def test_all_frames_of_a_video_are_cropped_and_flipped_alike(tmp_path, processor):
-    """Of a still image every frame comes out the same; without a crop it is the image of evaluation."""
+    """All frames of a still video come out the same. Without a crop they are those of evaluation."""
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     dataset = dataset_of(*[write_video(tmp_path / "a.mp4", [image] * 20, options={})] * 8)
     items = [dataset[index] for index in range(8)]
