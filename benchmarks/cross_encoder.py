@@ -1,10 +1,10 @@
-"""What two streams save over a cross-encoder, ratio 7: every pair through one joint transformer.
+"""What a two-stream model saves over a cross-encoder, ratio 7: every pair through one joint transformer.
 
     python benchmarks/cross_encoder.py                  # one pair at a time, base size
     python benchmarks/cross_encoder.py --device cuda
 
 The cross-encoder is transformers' `ViltModel` at BERT-base's size, over 577 patches and the caption's tokens.
-Candidates of the two streams are encoded beforehand, so a query is one text encoding and 5,000 dot products; the
+Candidates of the two-stream model are encoded beforehand, so a query is one text encoding and 5,000 dot products; the
 cross-encoder has nothing to keep but embedded patches, and runs all 5,000 pairs. Embedding patches is 1 % of its
 operations and not in its time, as transformers' ViLT then chooses among them image by image, in Python. The whole
 evaluation is COCO's, 5,000 images by 25,010 captions: every image and caption encoded once and one matrix product,
@@ -46,7 +46,7 @@ def choose_sizes(device: str, quick: bool) -> Sizes:
 
 
 def build_sides(device: str, sizes: Sizes) -> dict:
-    """The timed pieces; each is a batch of the sizes, the query one caption."""
+    """The timed calls; each takes a batch of the sizes, the query one caption."""
     vision = {**sizes.encoder, "image_size": sizes.image_size, "patch_size": 16}
     model = COTSModel(COTSConfig(text_config=sizes.encoder, vision_config=vision)).eval().to(device, sizes.dtype)
     # ViLT draws its patches up to a maximum unless told not to; all of them count here.

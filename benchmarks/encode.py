@@ -115,7 +115,7 @@ def _wide(sizes: Sizes) -> dict:
 
 
 def image_rows(device: str, sizes: Sizes, model: COTSModel) -> list[dict]:
-    """1a against timm, and the peers' image towers, each on images of its own size."""
+    """1a against timm, and the peers' image encoders, each on images of its own size."""
     timm = optional("timm")
     quick = bool(sizes.encoder)
     pixels = torch.randn(sizes.images, 3, sizes.image_size, sizes.image_size, device=device, dtype=sizes.dtype)

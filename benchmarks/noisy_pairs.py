@@ -36,7 +36,7 @@ def shuffle_captions(captions: list[list[str]], share: float, seed: int) -> tupl
     rng = random.Random(seed)
     slots = [(image, place) for image, texts in enumerate(captions) for place in range(len(texts))]
     chosen = rng.sample(slots, round(share * len(slots)))
-    for _ in range(1000):  # in a circle everyone gets the caption of the next: not one of his own image, with luck
+    for _ in range(1000):  # each gets the next one's caption; drawn again until none is of its own image
         rng.shuffle(chosen)
         following = chosen[1:] + chosen[:1]
         if all(slot[0] != source[0] for slot, source in zip(chosen, following, strict=True)):
@@ -79,7 +79,7 @@ def shuffle_folder(folder: Path, noisy: Path, share: float, seed: int) -> None:
 
 
 def area_under_roc(scores: np.ndarray, is_noise: np.ndarray) -> float:
-    """Probability that a clean pair scores higher than a noisy one, ties counting half (Mann and Whitney)."""
+    """Probability that a right pair scores higher than a noisy one, ties counting half (Mann and Whitney)."""
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(count) - (count - 1) / 2)[place]
     num_clean = int((~is_noise).sum())

@@ -159,7 +159,7 @@ def targets_of(model, tokenizer, caption: str, words: list[str]) -> dict[str, to
         "GAE, whole caption": whole,
         "GAE, the word": word_targets(model, input_ids, attention_mask, masks.unsqueeze(0))[0],
         "GAE, word masked": whole - model.encode_text(masked_ids, attention_mask.expand(len(words), -1)),
-        "GAE, its own pieces": F.normalize(own, dim=-1),
+        "GAE, its own tokens": F.normalize(own, dim=-1),
         "GAE, word as caption": model.encode_text(alone["input_ids"], alone["attention_mask"]),
     }
 

@@ -15,7 +15,7 @@ from modeling_cots.training.filter_log import read_filter_log
 
 pytestmark = pytest.mark.slow
 
-RUN = Path(__file__).parent / "distributed_run.py"
+RUN = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
 # Without a GPU too it starts several processes only where it believes in some; they take gloo, as they have none.
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no")
 ACCELERATE += ("--dynamo_backend=no", "--num_processes")

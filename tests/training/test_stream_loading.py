@@ -13,7 +13,7 @@ from trainer_states import state_of
 
 from modeling_cots.data.streaming.dataset import open_stream, pair_id_of
 
-RUN = Path(__file__).parent / "stream_run.py"
+RUN = Path(__file__).parents[1] / "helpers" / "stream_run.py"
 ARGUMENTS = {"per_device_train_batch_size": 4, "max_steps": 7, "save_strategy": "steps", "save_steps": 1}
 
 
