@@ -3,10 +3,11 @@
     python examples/tokenize_images.py PHOTOS/ --output_dir photos_tokenized
     python examples/run_pretraining.py --dataset photos_tokenized --min_crop_scale 1 --eval_dataset PHOTOS/ ...
 
-PHOTOS/ is anything that run_pretraining.py opens without --streaming, `scenes` included. Writes parquet files with the
-images as they are, their captions, and the tokens, 2 bytes a patch. Pre-training uses them when they are there, and
-refuses them where they would be wrong: tokens are those of the whole image, so that it must not be cropped, and of
-one image tokenizer, image size and patch size. A run that was stopped goes on where it was.
+PHOTOS/ is anything that run_pretraining.py opens without --streaming, `scenes` included. The script writes parquet
+files with the unchanged images, their captions, and their tokens, 2 bytes for each patch. Pre-training uses the tokens
+if they fit, and refuses them otherwise: they are those of the whole image, so that images must not be cropped, and
+belong to one image tokenizer, image size and patch size. After an interruption, run the same command again: it writes
+what is missing.
 """
 
 import argparse

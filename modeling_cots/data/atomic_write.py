@@ -1,4 +1,4 @@
-"""`atomic_write`: a file that is there is whole; a reader, or a crash at any moment, sees the old or the new one."""
+"""`atomic_write`: writes a file beside its place and renames it, so that no reader and no crash meets half of it."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ PARTIAL_SUFFIX = ".partial"
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A path beside `path` to write to; when the block ends, its bytes are flushed to the disk and renamed to `path`.
+    Give a path beside `path` to write to. When the block ends, the file is flushed to the disk and renamed to `path`.
 
-    Where the block raises, the partial file is removed and `path` is as it was. After a crash or a full disk what is
-    left ends in `.partial`, and the next write to the same path replaces it.
+    Where the block raises, the partial file is removed and `path` stays as it was. A process that is killed leaves a
+    file that ends in `.partial`; the next write to the same path replaces it.
 
     Args:
         path: The file to write or to replace; its folder exists.

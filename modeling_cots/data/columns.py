@@ -1,62 +1,84 @@
-"""What data sets of images and of videos share: the choice of columns, the check of paths, the need of a caption."""
+"""What data sets of images and of videos share: finding columns, checking paths, dropping items without a caption."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import datasets
 from transformers.utils import logging
 
+from .files import is_inside
+from .rows import first_available
 from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
 
-MAX_NAMES = 10
+MAX_NAMES = 10  # in one warning
 Item = TypeVar("Item")
 
 
 def find_column(rows: datasets.Dataset, wanted: str | None, usual: Sequence[str], kind: str) -> str:
     """
-    The column that was asked for, or the first usual one that is there.
+    The column to read: the wanted one, or else the first of the usual ones that the table has.
 
     Args:
-        wanted: Its name, or `None`.
-        usual: Names to try, in order.
-        kind: What it holds, in messages.
+        rows: The table.
+        wanted: What the user named, if anything.
+        usual: Names to try otherwise, in order.
+        kind: "image", "video" or "caption", for the messages.
 
-    Raises `ValueError` where there is none, with the columns that there are.
+    Raises `ValueError` where the table has no such column, and names those that it has.
     """
+    column = first_available(rows.column_names, wanted, usual)
+    if column is not None:
+        return column
     available = ", ".join(rows.column_names)
-    if wanted is not None and wanted not in rows.column_names:
+    if wanted is not None:
         raise ValueError(f"There is no {kind} column {wanted!r}; there are {available}.")
-    found = [wanted] if wanted is not None else [name for name in usual if name in rows.column_names]
-    if not found:
-        raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
-    return found[0]
+    raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
 
 
-def check_inside(paths: Sequence[str], root: str | os.PathLike, kind: str) -> dict[str, str]:
+def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> dict[str, str]:
     """
-    The full path of each path of the data; metadata from elsewhere could name any file of this machine.
+    The full path for each path of a data set's metadata, which could name any file of this machine.
 
-    Raises `ValueError` for a path that leaves `root`, and where none of the files exists.
+    Links are not followed here but where a file is read: one that leads out is no reason to refuse all others.
+
+    Args:
+        paths: Relative to `root`.
+        root: The folder that no path may leave.
+        kind: "image" or "video", for the message.
+
+    Raises `ValueError` for a path that leaves the folder.
     """
     folder = os.path.join(os.path.abspath(Path(root)), "")
     files = {path: os.path.abspath(os.path.join(folder, path)) for path in paths}
     for path, file in files.items():
-        if not file.startswith(folder):
+        if not is_inside(file, folder, follow_links=False):
             raise ValueError(f"The {kind} path {path!r} leads out of {folder!r}; it must stay inside.")
-    if files and not any(os.path.exists(file) for file in files.values()):
-        first = next(iter(files))
-        raise ValueError(f"None of the {len(files)} {kind}s exists: {first!r}, for one, is not in {folder!r}.")
     return files
+
+
+def check_any_exists(files: dict[str, str], root: str | os.PathLike, kind: str) -> None:
+    """Raise `ValueError` where none of the files of `check_inside` exists. Single missing ones are no error."""
+    if files and not any(os.path.exists(file) for file in files.values()):
+        first, folder = next(iter(files)), os.path.join(os.path.abspath(Path(root)), "")
+        raise ValueError(f"None of the {len(files)} {kind}s exists: {first!r}, for one, is not in {folder!r}.")
 
 
 def drop_uncaptioned(
     items: Sequence[Item], num_captions: Sequence[int], name_of: Callable[[Item], str], kind: str
 ) -> list[Item]:
-    """The items that have a caption; the others are counted and named in the log."""
+    """
+    The items that have a caption, in their order; a warning counts and names the others.
+
+    Args:
+        items: N items.
+        num_captions: The number of captions of each.
+        name_of: Gives the name of an item.
+        kind: "image" or "video", for the warning.
+    """
     kept = [item for item, count in zip(items, num_captions, strict=True) if count > 0]
     if len(kept) < len(items):
         without = [name_of(item) for item, count in zip(items, num_captions, strict=True) if count == 0]

@@ -1,4 +1,4 @@
-"""From what a user calls a data set (Hub id, folder, file, glob) to the rows of one split. Columns are not here."""
+"""Opens the rows of a split by the name of a data set: Hub id, folder, file or glob. Columns are not chosen here."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
 
-MAX_FILES = 3  # that a message names
+MAX_FILES = 3  # named in a message
 
 # In a folder the first of these suffixes that occurs decides.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -26,17 +26,17 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
     """
     Open one split, memory-mapped, with images still encoded.
 
-    A single file is the split itself, and so are files of a glob whose names speak of no split. Files of a folder
-    belong to a split when their name or a sub-folder carries its name; where none does, all are "train".
+    A single file is the split. So are all files of a glob if none of their names contains a split. Files of a folder
+    belong to the split that their name or sub-folder contains; if none contains one, all are "train".
 
     Args:
         dataset: A file (.parquet, .tar, .jsonl, .json, .csv), a glob of such files, a folder of them, a folder of
-            images with metadata.jsonl or metadata.csv (there, or in one sub-folder a split), or a Hub id.
+            images with metadata.jsonl or metadata.csv (in it, or in one sub-folder for each split), or a Hub id.
         split: Its name, with a slice if wanted ("train[:1000]").
 
-    Returns the rows, and the folder that image paths in them are relative to: `None` for the Hub, which has no such.
+    Returns the rows, and the folder that image paths in them are relative to, which is `None` for the Hub.
 
-    Raises `ValueError` where nothing is found or readable, and for a split that is not there.
+    Raises `ValueError` where nothing is found or readable, and for a split that does not exist.
     """
     files = find_files(dataset, split)
     if files is None:
@@ -48,21 +48,26 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
     return _load_files(files, split), folders.pop() if len(folders) == 1 else None
 
 
-def leads_out(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+def is_inside(path: str | os.PathLike, folder: str | os.PathLike, *, follow_links: bool = True) -> bool:
     """
-    Whether a path, its symbolic links followed, is outside of `folder`.
+    Whether a path stays below `folder`.
 
-    The cache of the Hub is the exception: there, all files of a repository are links into its own folder of blobs.
+    Args:
+        path: It need not exist.
+        folder: Where the path must stay. The Hub's cache, where all files of a repository are links into its folder of
+            blobs, has that folder allowed, too.
+        follow_links: Whether symbolic links are followed first. Without, only the path as it is written counts.
     """
-    real, root = os.path.realpath(path), os.path.realpath(folder)
+    resolve = os.path.realpath if follow_links else os.path.abspath
+    place, root = resolve(path), resolve(folder)
     allowed = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
+    if follow_links and os.path.basename(os.path.dirname(root)) == "snapshots":
         allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    return not any(real.startswith(os.path.join(place, "")) for place in allowed)
+    return any(place.startswith(os.path.join(each, "")) for each in allowed)
 
 
 def find_files(dataset: str, split: str) -> list[Path] | None:
-    """The files of a split, see `load_rows`; `None` for a repository: a Hub id, or a folder with a data set card."""
+    """The files of a split, see `load_rows`. `None` for a repository, that is a Hub id or a folder with a card."""
     if not dataset:
         raise ValueError("Name a data set: a file, a folder, a glob or a Hub id; got an empty string.")
     path = Path(dataset).expanduser()
@@ -124,7 +129,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         "train" if place == folder else place.name: place / name
         for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir()))
         for name in METADATA_FILES
-        if (place / name).is_file() and not leads_out(place / name, folder)
+        if (place / name).is_file() and is_inside(place / name, folder)
     }
     if metadata:
         if _base(split) not in metadata:
@@ -146,8 +151,8 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
 
 
 def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
-    """Without the links that lead out of the folder: somebody else may have packed it. What a user names is read."""
-    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and leads_out(file, folder)]
+    """Drop links that lead out of the folder, as a stranger may have packed it. A file that the user names is read."""
+    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and not is_inside(file, folder)]
     if refused:
         logger.warning(
             f"Refused {len(refused)} files of {folder}, which are links that lead out of it: "
@@ -175,7 +180,7 @@ def _first_magic(pattern: str) -> int:
 
 
 def _group_by_split(files: list[Path], folder: Path, split: str) -> dict[str, list[Path]]:
-    """Files by the split that their path below `folder` names; those that name none are left out."""
+    """Files by the split that their path below `folder` contains. Files without one are left out."""
     names = "|".join(re.escape(name) for name in (_base(split), *COMMON_SPLITS))
     named = re.compile(rf"(?<![a-zA-Z0-9])({names})(?![a-zA-Z])")
     by_split: dict[str, list[Path]] = {}
@@ -199,7 +204,7 @@ def _base(split: str) -> str:
 
 
 def _has_dataset_card(folder: Path) -> bool:
-    """Whether a folder is laid out as a Hub repository whose card says which files are which split."""
+    """Whether a folder is a Hub repository: its card then says which files belong to which split."""
     card = folder / "README.md"
     return card.is_file() and "configs" in (metadata_load(card) or {})
 

@@ -1,8 +1,8 @@
-"""An image of any form to raw pixels at the model's size: timm's random resized crop, flip and policies, done fast.
+"""Turns an image into raw pixels at the model's size: timm's random resized crop, flip and policies, done fast.
 
-What is drawn is timm's, draw by draw. The work is not: JPEGs are decoded at a fraction of their size where the crop
-leaves enough pixels, and only what the crop keeps is resized, antialiased, on bytes. Nothing is normalized here: bytes
-travel to the device and become numbers there (`pixel_normalization.py`).
+Crops, flips and policies are drawn exactly as timm draws them. Two things make it faster: a JPEG is decoded at a
+fraction of its size where the crop still has enough pixels, and only the crop is resized, antialiased, as bytes.
+Pixels are normalized on the device (`pixel_normalization.py`).
 """
 
 import numpy as np
@@ -15,11 +15,11 @@ from .image_reading import ImageFile
 
 class ImageTransform:
     """
-    An image as `read_image` takes it to raw pixels (3, H, W) uint8.
+    Turns an image, as `read_image` takes it, into raw pixels (3, H, W) uint8.
 
     Args:
         image_size: Height and width of the result.
-        image_mean: Of the processor; what policies fill empty corners with.
+        image_mean: The processor's mean. Policies fill empty corners with it.
         min_crop_scale: Smallest share of the image that the random resized crop keeps; 1 = the whole image.
         horizontal_flip: Probability of flipping; it makes captions with "left" and "right" untrue.
         auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".

@@ -1,7 +1,7 @@
-"""Images and captions to batches: decoding, augmentation, the choice of a caption, tokens and masks (COTS, MVLM).
+"""Turns images and captions into batches: decodes, augments, chooses a caption, tokenizes and masks (COTS, MVLM).
 
-An image that cannot be read does not shrink the batch: its row is there with `valid` False, so that every process
-keeps batches of equal shape, and the trainer leaves it out of losses, queues and metrics.
+An image that cannot be read keeps its row in the batch, with `valid` False, so that all processes keep equal shapes.
+The trainer leaves such rows out of losses, queues and metrics.
 """
 
 import random
@@ -38,8 +38,8 @@ class COTSDataCollator:
         image_mask_ratio: Share of patches that CMVM masks, block-wise as in BEiT.
         text_mask_ratio: Share of tokens that CMLM masks, by BERT's 80/10/10 rule.
         mask_images, mask_texts: Whether to draw masks at all.
-        token_source: Of the tokens that the items bring along, if they are to be used; `image_transform` must then be
-            an [`ImageTransform`] without crop and policy.
+        token_source: Describes the cached image tokens of the items, if they are to be used. `image_transform` must
+            then be an [`ImageTransform`] without crop and policy.
 
     Returns a dict of tensors:
         pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
@@ -104,7 +104,7 @@ class COTSDataCollator:
         return batch
 
     def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pixels and cached tokens; neither of an image that cannot be read."""
+        """The pixels and the cached tokens of an item; twice `None` for an image that cannot be read."""
         try:
             if self.token_source is None:
                 return self.image_transform(item["image"]), None
@@ -120,7 +120,7 @@ class COTSDataCollator:
     def _mask_patches(self) -> torch.Tensor:
         """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
 
-        On a grid too small or too narrow for blocks, which have to be smaller than it, single patches are masked.
+        A block is smaller than the grid. Where the grid is too small or too narrow for one, single patches are masked.
         """
         grid = tuple(side // patch_side for side, patch_side in zip(self.image_size, self.patch_size, strict=True))
         num_patches = grid[0] * grid[1]
@@ -136,7 +136,7 @@ class COTSDataCollator:
         return mask
 
     def _mask_words(self, tokens: dict, seeds: list[int | None]) -> dict[str, torch.Tensor]:
-        """BERT's corruption, drawn sample by sample over its own tokens, so that padding does not shift the draws."""
+        """BERT's corruption of each caption. It is drawn for its own tokens only, so that padding shifts no draw."""
         masked_input_ids = tokens["input_ids"].clone()
         text_targets = torch.full_like(masked_input_ids, -100)
         real = tokens["attention_mask"].bool()
@@ -164,11 +164,11 @@ class COTSDataCollator:
 
 class COTSEvaluationCollator:
     """
-    Turns B items of a data set into one batch for embedding: the image as the processor prepares it, all captions.
+    Turns B items of a data set into one batch for embedding: images as the processor prepares them, and all captions.
 
     Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
-    pair_ids (B,); valid (B,) bool; and for the C captions of
-    the B images input_ids, attention_mask (C, L) and caption_pair_ids (C,).
+    pair_ids (B,); valid (B,) bool; and for the C captions of the B images input_ids, attention_mask (C, L) and
+    caption_pair_ids (C,).
     """
 
     def __init__(self, processor, *, max_text_length: int):

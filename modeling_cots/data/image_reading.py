@@ -1,4 +1,4 @@
-"""Reading one image from the wild: any mode, any damage, bounded in size. Either an RGB image or a clear error."""
+"""Reads one image of any mode, bounded in size: the result is an RGB image or one clear error, whatever the damage."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ UPRIGHT = {  # by the value of EXIF's orientation tag
 TURNS_ASIDE = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # width and height change places
 
 
-# What people keep images in. PIL opens much more, and some of it by starting other programs (EPS by Ghostscript).
+# Common formats. PIL opens many more, and some of them by starting other programs (EPS by Ghostscript).
 Image.init()
 FORMATS = [
     name
@@ -31,7 +31,7 @@ REDUCIBLE_FORMATS = ("JPEG", "MPO")
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be decoded: truncated, empty, not an image at all, or too large to be one."""
+    """Raised for an image that cannot be decoded, as it is truncated, empty, too large, or no image at all."""
 
 
 def read_image(source) -> Image.Image:
@@ -51,16 +51,16 @@ def read_image(source) -> Image.Image:
 
 class ImageFile:
     """
-    An image of which the size is known, and which may be decoded at a fraction of it; to be used as a context.
+    An opened image whose size is known, and which can be decoded at a fraction of it. Use it in a `with` statement.
 
-    Of a JPEG only the header is read at first; everything else is decoded at once.
+    At first only the header of a JPEG is read. Images of other formats are decoded at once.
 
     Args:
         source: See `read_image`, which has the errors, too.
 
     Attributes:
         size: Width and height, upright.
-        reduction: By how much smaller `read` has decoded it.
+        reduction: The factor by which `read` has decoded it smaller.
     """
 
     def __init__(self, source):
@@ -92,7 +92,7 @@ class ImageFile:
 
     def read(self, max_reduction: int = 1) -> Image.Image:
         """
-        The image in RGB, upright; once.
+        Decode the image to RGB, upright. Call it once.
 
         Args:
             max_reduction: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its width and height, down to 1/max_reduction,
@@ -131,7 +131,7 @@ def _as_file(source):
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image stand upright."""
+    """The transposition that turns the image upright."""
     # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # type: ignore[arg-type]

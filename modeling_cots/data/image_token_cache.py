@@ -15,7 +15,7 @@ from .image_reading import UnreadableImageError
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 
 MAX_VOCAB_SIZE = 2**16
-VIEW = "bicubic resize of the whole picture"  # stands in data sets that were written before
+VIEW = "bicubic resize of the whole picture"  # a file format: data sets that were written earlier hold this value
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenSource:
         image_size: Height and width that images were resized to.
         patch_size: Height and width of the patch that a token stands for.
         codebook: Digest of the dVAE's weights and of how pixels are mapped for it. The processor's mean and standard
-            deviation are no part of it: the dVAE sees the raw image.
+            deviation do not enter it, as the dVAE sees the raw image.
         view: Which part of an image was tokenized, and how it was resized.
     """
 
@@ -40,7 +40,7 @@ class TokenSource:
 
     @classmethod
     def of(cls, image_tokenizer, image_size, patch_size) -> "TokenSource":
-        """Of an [`ImageTokenizer`]. Raises `ValueError` for a vocabulary beyond uint16."""
+        """Describe the tokens of an [`ImageTokenizer`]. Raises `ValueError` for a vocabulary beyond uint16."""
         if image_tokenizer.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
                 f"The image tokenizer has {image_tokenizer.vocab_size:,} tokens; uint16, in which they are kept, has "
@@ -50,7 +50,7 @@ class TokenSource:
 
     @classmethod
     def from_json(cls, text: str) -> "TokenSource":
-        """Raises `ValueError` for anything that `to_json` does not write."""
+        """The source in a cell of `image_tokens_source`. Raises `ValueError` for what `to_json` does not write."""
         try:
             fields = json.loads(text)
             sizes = {name: tuple(fields[name]) for name in ("image_size", "patch_size")}
@@ -78,10 +78,10 @@ class TokenSource:
         Raise `ValueError` where training could not use these tokens.
 
         Args:
-            config: The model's; has `image_size`, `patch_size` and `image_vocab_size`.
-            args: Of the training; the tokens are of whole images, so that neither crops nor policies may change them.
-            image_tokenizer: Must be the one that made the tokens; `None`: which one that was stays unchecked.
-            num_flips: Rows of tokens that an item has: 1, or 2 with those of the flipped image; `None` if unknown.
+            config: The model's configuration, with `image_size`, `patch_size` and `image_vocab_size`.
+            args: The training arguments. No crop and no policy may change images, as the tokens are of whole ones.
+            image_tokenizer: Must be the one that made the tokens. With `None` that is not checked.
+            num_flips: Rows of tokens that an item has: 1, or 2 with those of the flipped image. `None` if unknown.
         """
         for name, needed in (("min_crop_scale", 1.0), ("auto_augment", None)):
             value = getattr(args, name)

@@ -1,7 +1,6 @@
-"""Image tokens of a whole data set, written once beside its images: shards of parquet that `open_pairs` opens again.
+"""Writes the image tokens of a whole data set beside its images: shards of parquet, which `open_pairs` opens.
 
-A shard that is there is whole (`atomic_write`); a run that was stopped goes on with the first that is missing. One
-that cannot be read all the same, as after a fault of the disk, is written anew.
+A run that was stopped goes on: it keeps the shards that it can read and writes the others.
 """
 
 import io
@@ -29,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 SHARD_ROWS = 1000
 GROUP_ROWS = 100
+OLD_PARTIAL_SUFFIX = ".unfinished"  # earlier versions left files of this suffix when they were stopped
+UNREADABLE = (pa.ArrowException, OSError)
 SCHEMA = pa.schema(
     {
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
@@ -41,7 +42,7 @@ SCHEMA = pa.schema(
 
 class TokenWriter:
     """
-    Computes the image tokens of a data set of pairs and writes them with its images and captions.
+    Computes the image tokens of a data set of pairs, and writes them with its images and captions.
 
     Args:
         image_tokenizer: On the device to compute on.
@@ -72,30 +73,33 @@ class TokenWriter:
 
     def write(self, dataset, output_dir: str, split: str, *, progress: bool = True) -> list[Path]:
         """
-        Write `split`-00000-of-N.parquet and so on, with one row an item of `dataset`; shards that are there stay.
+        Write `split`-00000-of-N.parquet and so on, with one row for each item of `dataset`.
 
-        Raises `ValueError` for a folder in which files of the split are of something else.
+        Shards that are there and can be read stay. Raises `ValueError` for a folder with shards of the split that were
+        written from another data set or with other options.
         """
         starts = range(0, len(dataset), self.shard_rows)
         paths = [Path(output_dir) / f"{split}-{i:05d}-of-{len(starts):05d}.parquet" for i in range(len(starts))]
         metadata = self._metadata(dataset)
-        os.makedirs(output_dir, exist_ok=True)
-        _remove_unreadable(paths)
         _check_folder(paths, metadata, split)
+        os.makedirs(output_dir, exist_ok=True)
         with tqdm(total=len(dataset), desc="Tokenizing", unit=" images", disable=not progress) as bar:
             for path, start in zip(paths, starts, strict=True):
                 rows = range(start, min(start + self.shard_rows, len(dataset)))
-                if path.exists():
+                if _is_whole(path, len(rows)):
                     bar.update(len(rows))
                     continue
+                path.with_suffix(OLD_PARTIAL_SUFFIX).unlink(missing_ok=True)
                 with atomic_write(path) as partial:
                     self._write_shard(partial, Subset(dataset, rows), metadata, bar)
         return paths
 
     def _metadata(self, dataset) -> dict[bytes, bytes]:
-        """What a file is of, for a run that goes on."""
-        views = 2 if self.flipped else 1
-        what = f"{getattr(dataset, 'name', '')}, {len(dataset)} images, {self.shard_rows} a file, {views} views"
+        """The data set and the options, kept in each file: a resumed run compares them with its own."""
+        num_tokenized = 2 if self.flipped else 1
+        name = getattr(dataset, "name", "")
+        # These words are a file format: with others a run would refuse the files that an earlier version wrote.
+        what = f"{name}, {len(dataset)} images, {self.shard_rows} a file, {num_tokenized} views"
         return {b"cots": f"{what}, {self.source.to_json()}".encode()}
 
     @torch.no_grad()
@@ -114,10 +118,10 @@ class TokenWriter:
                 writer.write_table(pa.Table.from_pylist(waiting, schema))
 
     def _rows(self, batch: dict) -> Iterator[dict]:
-        """Rows of the table; images that cannot be read have no tokens, and are skipped in training as before."""
+        """Rows of the table. Images that cannot be read get no tokens; training skips them with or without."""
         pixels = batch["pixel_values"].to(self.image_tokenizer.image_mean.device)
-        views = [pixels, pixels.flip(-1)] if self.flipped else [pixels]
-        tokens = torch.stack([self.image_tokenizer(view, self.patch_size) for view in views], dim=1).tolist()
+        versions = [pixels, pixels.flip(-1)] if self.flipped else [pixels]
+        tokens = torch.stack([self.image_tokenizer(each, self.patch_size) for each in versions], dim=1).tolist()
         source = self.source.to_json()
         for image, captions, row, valid in zip(
             batch["images"], batch["captions"], tokens, batch["valid"], strict=True
@@ -130,29 +134,39 @@ class TokenWriter:
             }
 
 
-def _remove_unreadable(paths: list[Path]) -> None:
-    """Remove shards of the run that are damaged, and what versions before 0.2 left half-written."""
-    for path in paths:
-        path.with_suffix(".unfinished").unlink(missing_ok=True)
-        if path.exists():
-            try:
-                pq.read_metadata(path)
-            except (OSError, pa.ArrowException) as error:
-                logger.warning(f"{path} is damaged and is written anew: {error}")
-                path.unlink()
-
-
 def _check_folder(paths: list[Path], metadata: dict, split: str) -> None:
+    """Raise `ValueError` for files of the split that this run would not write. Unreadable ones are written anew."""
     for path in sorted(paths[0].parent.glob(f"{split}*.parquet")):
-        if path not in paths or pq.read_schema(path).metadata != metadata:
+        try:
+            is_expected = path in paths and pq.read_schema(path).metadata == metadata
+        except UNREADABLE:
+            is_expected = True
+        if not is_expected:
             raise ValueError(
-                f"{path} is of another data set, image tokenizer or size, or with other options: write to another "
-                "folder, or remove it."
+                f"{path} was written from another data set, with another image tokenizer or size, or with other "
+                "options: write to another folder, or remove it."
             )
 
 
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Whether every row of a shard can be read; a warning names a file of which that is not true."""
+    if not path.exists():
+        return False
+    try:
+        with pq.ParquetFile(path) as file:
+            # All columns: a crash of the machine may leave holes in a file whose beginning and end are sound.
+            num_read = sum(batch.num_rows for batch in file.iter_batches(batch_size=GROUP_ROWS))
+        if num_read == num_rows:
+            return True
+        reason = f"{num_read} rows in place of {num_rows}"
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning(f"{path} is damaged ({reason}) and is written anew.")
+    return False
+
+
 class _Collator:
-    """Items to raw pixels and to what is written of them; runs in the data loader's workers."""
+    """Turns items into raw pixels, encoded images and captions, in the data loader's workers."""
 
     def __init__(self, transform: ImageTransform):
         self.transform = transform
@@ -178,9 +192,9 @@ class _Collator:
 
 def encoded_image(image) -> bytes:
     """
-    The bytes of an item's image: as they are, of its file, or of a PNG of an image in memory.
+    The encoded bytes of an item's image: its own, those of its file, or a PNG of an image in memory.
 
-    Of one that is not there or is refused no bytes, so that it stays one that cannot be read.
+    A missing or refused image gives no bytes, so that it cannot be read later either.
     """
     if isinstance(image, Image.Image):
         file = io.BytesIO()

@@ -1,6 +1,6 @@
-"""What every data set of pairs gives its items: seeds, and names that travel through a batch.
+"""What the items of every data set have: seeds, names as tensors, and the modality of the data set.
 
-What a sample draws depends on the data set's seed, the epoch and its index, and on nothing else.
+The random draws for an item depend only on the data set's seed, the epoch and the item's index.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 NAME_BYTES = 120
 
@@ -18,11 +18,11 @@ class EpochSeeds:
     """
     Gives each item of a data set a fresh seed every epoch.
 
-    The epoch lies in shared memory, so that a data loader's persistent workers, which hold copies of the data set,
-    see `set_epoch` too.
+    The epoch is kept in shared memory, so that the persistent workers of a data loader see `set_epoch`, too. They hold
+    copies of the data set.
 
     Args:
-        seed: The data set's own seed.
+        seed: The data set's seed.
     """
 
     def __init__(self, seed: int):
@@ -46,23 +46,29 @@ class EpochSeeds:
 
 def modality_of(dataset) -> str:
     """
-    "image" or "video": what the captions of a data set tell of.
+    "image" or "video": what the captions of a data set describe.
 
-    Data sets of this package say it themselves, also within a `torch.utils.data.Subset`; of any other map-style data
-    set the first item tells, which is a video's where it has the key "video".
+    Data sets of this package have it as an attribute, which is found through wrappers: those with a `dataset`, such as
+    `torch.utils.data.Subset`, and those with a list of `datasets`, of which the first counts. A table of `datasets`
+    shows it by its columns, so that no video is decoded. Of any other map-style data set the first item is read.
     """
     inner = dataset
-    while inner is not None:
-        if hasattr(inner, "modality"):
-            return inner.modality
-        inner = getattr(inner, "dataset", None)
+    while inner is not None and not hasattr(inner, "modality"):
+        parts = getattr(inner, "datasets", None)
+        inner = parts[0] if isinstance(parts, list | tuple) and parts else getattr(inner, "dataset", None)
+    if inner is not None:
+        return inner.modality
     if dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0:
         return "image"
-    return "video" if "video" in dataset[0] else "image"
+    table = dataset
+    while isinstance(table, Subset):
+        table = table.dataset
+    columns = getattr(table, "column_names", None)
+    return "video" if "video" in (dataset[0] if columns is None else columns) else "image"
 
 
 def encode_names(names: list[str]) -> torch.Tensor:
-    """(B, 120) uint8, so that names of samples go wherever a batch goes; of long names the end stays."""
+    """Names as a tensor (B, 120) uint8, which goes to the device with its batch. A long name keeps its end."""
     encoded = np.zeros((len(names), NAME_BYTES), dtype=np.uint8)
     for row, name in zip(encoded, names, strict=True):
         characters = name.encode("utf-8", errors="replace")[-NAME_BYTES:]
@@ -71,15 +77,15 @@ def encode_names(names: list[str]) -> torch.Tensor:
 
 
 def decode_name(row: torch.Tensor) -> str:
-    """The name in one row, (120,) on the CPU, of `encode_names`."""
+    """The name in a row (120,), on the CPU, of the tensor of `encode_names`."""
     return bytes(row.tolist()).rstrip(b"\0").decode("utf-8", errors="ignore")
 
 
 @contextmanager
 def sample_randomness(seed: int | None):
-    """Draw from generators that depend on `seed` alone, and leave the ambient ones (random, numpy, torch) untouched.
+    """Seed `random`, numpy and torch inside the block, and restore their states after it; `None` changes nothing.
 
-    What is drawn for a sample then does not depend on its batch, on workers, processes, or on where a run was resumed.
+    Draws for a sample then depend neither on its batch nor on workers, processes or the step where a run was resumed.
     """
     if seed is None:
         yield

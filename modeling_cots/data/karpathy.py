@@ -1,7 +1,7 @@
-"""Flickr8k, Flickr30k and COCO in Karpathy's JSON form, in which the field splits them: one file beside the images.
+"""Flickr8k, Flickr30k and COCO in Karpathy's JSON form, whose splits are the usual ones: one file beside the images.
 
-Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image Descriptions", CVPR 2015. Each image stands
-there once, with its split, its file and all of its sentences. The images themselves are not here.
+Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image Descriptions", CVPR 2015. The file lists
+each image once, with its split, its file name and all of its sentences. Images are not read here.
 """
 
 import json
@@ -17,7 +17,7 @@ NUM_LOOKED_FOR = 20
 
 
 def is_karpathy(dataset: str) -> bool:
-    """Whether this is one of the three files by its name, or a folder with one of them in it."""
+    """Whether this is one of the three files, by its name, or a folder that holds one of them."""
     path = Path(dataset).expanduser()
     if path.is_dir():
         return bool(_files_in(path))
@@ -25,13 +25,13 @@ def is_karpathy(dataset: str) -> bool:
 
 
 def karpathy_name(dataset: str) -> str:
-    """What the field calls it: flickr8k, flickr30k or coco."""
+    """The usual name of the data set: flickr8k, flickr30k or coco."""
     return _only_file(Path(dataset).expanduser()).stem.removeprefix("dataset_")
 
 
 def load_karpathy(dataset: str, split: str, image_folder: str | None = None) -> tuple[datasets.Dataset, Path]:
     """
-    One split: rows of an undecoded image path and its list of captions, and the folder that the paths start from.
+    Open one split: rows of an image path and its list of captions, and the folder that the paths are relative to.
 
     Args:
         dataset: dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json, or the folder that it lies in.

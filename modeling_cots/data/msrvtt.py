@@ -1,4 +1,4 @@
-"""MSR-VTT's own annotation files: which videos a split has, and what is said of them. Video files are not here.
+"""Reads MSR-VTT's own annotation files: the videos of each split and their captions. Video files are not here.
 
 Xu et al., "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language", CVPR 2016.
 """
@@ -7,7 +7,7 @@ import csv
 import json
 from pathlib import Path
 
-# Any one of these has a whole split; the first holds all three.
+# Each holds one or two whole splits; the first holds all three.
 ANNOTATION_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
 # The 1k-A split of Yu et al. (JSFusion, ECCV 2018) as it is passed on: its test set brings its own captions.
 SPLIT_FILES_1KA = {"train": "MSRVTT_train.9k.csv", "test": "MSRVTT_JSFUSION_test.csv"}
@@ -15,7 +15,7 @@ FULL, SPLIT_1KA = "msrvtt-full", "msrvtt-1ka"
 
 
 def is_msrvtt(dataset: str) -> bool:
-    """Whether this is one of the annotation files by its name, or a folder with one of them in it."""
+    """Whether this is one of the annotation files, by its name, or a folder that holds one of them."""
     path = Path(dataset).expanduser()
     if path.is_dir():
         return bool(_annotation_files(path))

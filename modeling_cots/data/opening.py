@@ -1,4 +1,4 @@
-"""`open_dataset` and `open_video_dataset`: what is built in or a user's own, by one name."""
+"""`open_dataset` and `open_video_dataset`: open built-in data and a user's own by one name."""
 
 import os
 
@@ -23,14 +23,14 @@ def open_dataset(
     keep_uncaptioned: bool = False,
 ) -> Dataset:
     """
-    Open `scenes` or whatever `open_pairs` takes; `name` of the result tells a model card what it is.
+    Open `scenes`, or whatever `open_pairs` takes. The result has a `name` for the model card.
 
     Args:
         dataset: "scenes", a Hub id, a folder or a file.
         split: Name of the split.
-        image_folder, image_column, caption_column: See `open_pairs`; the scenes have neither.
-        image_size: Pixels a side that scenes are drawn at.
-        seed: Of what is drawn for each item in training; the scenes are the same in every run and have their own.
+        image_folder, image_column, caption_column: See `open_pairs`; `scenes` ignores them.
+        image_size: Height and width in pixels at which scenes are drawn.
+        seed: Seed of the random draws for each item in training. `scenes` has its own, the same in every run.
         keep_uncaptioned: See `open_pairs`.
     """
     if dataset == "scenes":
@@ -58,14 +58,14 @@ def open_video_dataset(
     **options: str | None,
 ) -> VideoDataset:
     """
-    Open `moving_scenes`, whose files are written first, or whatever `open_videos` takes, with a `name` for a card.
+    Open `moving_scenes`, whose files are written first, or whatever `open_videos` takes. The result has a `name`, too.
 
     Args:
         dataset: "moving_scenes", a folder or a file.
         split: Name of the split.
-        generated_folder: Where the videos of `moving_scenes` are written; a split that is there already is taken.
-        image_size: Pixels a side of these.
-        seed: Of what is drawn for each item in training; the scenes are the same in every run.
+        generated_folder: Where the videos of `moving_scenes` are written. A split that it already holds is used.
+        image_size: Height and width of these videos in pixels.
+        seed: Seed of the random draws for each item in training; the scenes are the same in every run.
         options: `protocol`, `video_folder`, `video_column`, `caption_column` of `open_videos`.
 
     Raises `ValueError` for options that `moving_scenes` has no use for, and as `open_videos` does.

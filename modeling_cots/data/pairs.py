@@ -1,7 +1,7 @@
-"""A user's own images and captions as one data set: one item an image, with all its captions; nothing is decoded here.
+"""`open_pairs`: a user's own images and captions as a data set with one item for each image and all its captions.
 
-Images are decoded in the collator, which skips and counts what it cannot read: an exception inside a data set's
-iterator would end the epoch. How files are found is in files.py.
+Images are decoded in the collator, not here: it skips and counts those that it cannot read, while an exception in a
+data set would end the epoch. files.py finds the files.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from .columns import check_inside, drop_uncaptioned, find_column
-from .files import leads_out, load_rows
+from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
+from .files import is_inside, load_rows
 from .items import EpochSeeds
 from .karpathy import is_karpathy, load_karpathy
 from .rows import (
@@ -27,6 +27,7 @@ from .rows import (
     JSON_CAPTIONS,
     TOKEN_SOURCE,
     cached_tokens,
+    first_available,
     list_captions,
     split_field,
 )
@@ -45,25 +46,26 @@ def open_pairs(
     """
     Open a split of image-caption pairs, grouped by image.
 
-    Rows are the same image when they name the same file, or when name and bytes of an embedded image agree (bytes are
-    compared by a digest, where name and length do not already tell them apart). An image without a caption is left
-    out and reported by name; an empty string is a caption.
+    Two rows are the same image if they name the same file, or if their embedded images have the same name and bytes.
+    (Bytes are compared by a digest, and only where name and length agree.) An image without a caption is left out and
+    reported by name. An empty string is a caption.
 
     Args:
         dataset: A Hub id; a folder of images with metadata.jsonl or metadata.csv; a file, folder or glob of .parquet,
-            of WebDataset .tar shards, or of .jsonl, .json, .csv with image paths relative to that file; Flickr8k,
+            of WebDataset .tar shards, or of .jsonl, .json, .csv with image paths relative to that file; or Flickr8k,
             Flickr30k or COCO in Karpathy's form (`load_karpathy`).
         split: Its name, with a slice of rows if wanted ("train[:1000]"). A single file is the split itself.
-        image_folder: Where the images of Karpathy's form are, if not beside its file; for no other form.
-        image_column: By default the first that is there of image, file_name, jpg, jpeg, png, webp. It holds images,
-            bytes, or paths.
-        caption_column: By default the first that is there of caption, captions, text, txt, json. It holds a string or
-            a list of strings a row; of a JSON object the field caption, captions or text, or "column.field" as given.
-        seed: Of what is drawn for each item in training.
-        keep_uncaptioned: Keep images without captions, and do without a column of captions; for indexing images.
+        image_folder: Where the images are, if not beside the file; for Karpathy's form only.
+        image_column: Holds images, bytes or paths. By default the first that exists of image, file_name, jpg, jpeg,
+            png, webp.
+        caption_column: Holds a string or a list of strings in each row, or a JSON object with them in its field
+            caption, captions or text. "column.field" names another field. By default the first that exists of
+            caption, captions, text, txt, json.
+        seed: Seed of the random draws for each item in training.
+        keep_uncaptioned: Keep images without captions, and need no column of captions; for indexing images.
 
-    Raises `ValueError` for a data set, split or column that is not there, an empty data set, captions that are no
-    strings, images that are none, image paths that leave the folder, and a folder where none of the images exists.
+    Raises `ValueError` for a data set, split or column that does not exist, an empty data set, captions that are no
+    strings, a column without images, image paths that leave the folder, and a folder in which no image exists.
     """
     if is_karpathy(dataset):
         rows, root = load_karpathy(dataset, split, image_folder)
@@ -100,17 +102,17 @@ class PairDataset(Dataset):
     Map-style data set of N images with their captions.
 
     An item is {"image": {"bytes": bytes | None, "path": str | None}, "captions": list of strings, "pair_id": its
-    number, "name": path or row of the image, for reports, "seed": int}. In place of a path that leaves the folder by
-    a symbolic link, the image has the reason, under "refused". Where image tokens are cached, "image_tokens" and
-    "image_tokens_source" are there, too (image_token_cache.py).
+    number, "name": path or row of the image, for reports, "seed": int}. Where a symbolic link leads out of the folder,
+    the image has no path, and the reason under "refused". Items with cached image tokens also have "image_tokens" and
+    "image_tokens_source" (image_token_cache.py).
 
     Args:
         images: R rows with an undecoded column "image".
-        captions: The same R rows with one column, a string or a list of strings each, or a JSON object.
-        field: Where the captions stand in that object; `None` without one.
-        items: For each of the N images its rows, the first of which gives the image.
-        root: Folder that image paths are relative to; `None`: they stand as they are.
-        seed: Of what is drawn for each item in training.
+        captions: The same R rows with a column "caption": a string, a list of strings or a JSON object.
+        field: The field of the JSON object that holds the captions; `None` without objects.
+        items: The rows of each of the N images. The first of them gives the image.
+        root: Folder that image paths are relative to; `None` leaves the paths as they are.
+        seed: Seed of the random draws for each item in training.
     """
 
     modality = "image"
@@ -125,7 +127,7 @@ class PairDataset(Dataset):
         seed: int,
     ):
         self._images, self._captions, self._field, self._root = images, captions, field, root
-        # Not lists of lists: counting their references would make each worker process copy them, page by page.
+        # Arrays, as counting references to lists of lists would copy them in each worker process, page by page.
         self._rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in items])
         self._starts = np.cumsum([0, *(len(rows) for rows in items)])
         self._seeds = EpochSeeds(seed)
@@ -145,7 +147,7 @@ class PairDataset(Dataset):
         if self._root is not None and image is not None and image["bytes"] is None and image["path"] is not None:
             path = os.path.join(self._root, image["path"])
             image = {"bytes": None, "path": path}
-            if leads_out(path, self._root):
+            if not is_inside(path, self._root):
                 image = {"bytes": None, "path": None, "refused": f"{path} is a link that leads out of {self._root}"}
         return {
             "image": image,
@@ -157,7 +159,7 @@ class PairDataset(Dataset):
         }
 
     def iter_captions(self) -> Iterator[str]:
-        """All captions, without touching an image."""
+        """All captions, without reading an image."""
         for row in self._rows.tolist():
             yield from _captions_of(self._captions, row, self._field)
 
@@ -169,7 +171,7 @@ class PairDataset(Dataset):
         return [os.path.join(self._root or "", paths[row]) if paths[row] else f"row {row}" for row in rows]
 
     def metadata(self, index: int) -> dict:
-        """What the first row of an item says beside image and captions: texts, numbers and booleans by column."""
+        """The texts, numbers and booleans in the other columns of an item's first row, by column."""
         return {} if self.metadata_rows is None else self.metadata_rows[int(self._rows[self._starts[index]])]
 
     def set_epoch(self, epoch: int) -> None:
@@ -178,7 +180,7 @@ class PairDataset(Dataset):
 
 
 def _select_images(rows: datasets.Dataset, image_column: str | None, root: Path | None) -> datasets.Dataset:
-    """One column "image" of {"bytes", "path"}, whatever form it had."""
+    """A table with one column "image" of {"bytes", "path"}, whatever form the images have."""
     column = find_column(rows, image_column, IMAGE_COLUMNS, "image")
     feature = rows.features[column]
     storage = rows.data.schema.field(column).type
@@ -200,15 +202,14 @@ def _can_hold_image(storage: pa.DataType) -> bool:
 
 
 def _select_captions(rows: datasets.Dataset, caption_column: str | None) -> tuple[datasets.Dataset, str | None]:
-    """The column of captions, and the field of its JSON objects that holds them, if it has such."""
+    """A table with one column "caption", and the field of its JSON objects that holds the captions, if it has any."""
     caption_column, field = split_field(caption_column, rows.column_names)
     column = find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
     feature = rows.features[column]
     if isinstance(feature, dict):
-        fields = [name for name in JSON_CAPTIONS if name in feature] if field is None else [field]
-        if not fields or fields[0] not in feature:
+        field = first_available(feature, field, JSON_CAPTIONS)
+        if field is None:
             raise ValueError(f"The objects in {column!r} have no field for captions; they have {', '.join(feature)}.")
-        field = fields[0]
         feature = feature[field]
     elif field is not None:
         raise ValueError(f"The column {column!r} holds {_describe(feature)}: it has no field {field!r}.")
@@ -225,7 +226,7 @@ def _no_captions(num_rows: int) -> datasets.Dataset:
 
 
 def _select_metadata(rows: datasets.Dataset, image_column: str | None, caption_column: str | None):
-    """Columns of one text, number or boolean a row, but for those of images and captions; `None` without any."""
+    """The columns of texts, numbers and booleans beside images and captions; `None` if there are none."""
     used = {find_column(rows, image_column, IMAGE_COLUMNS, "image"), TOKEN_SOURCE}
     used.update([caption_column] if caption_column else [n for n in CAPTION_COLUMNS if n in rows.column_names][:1])
     names = [
@@ -247,16 +248,16 @@ def _describe(feature) -> str:
 
 
 def _check_paths(images: datasets.Dataset, root: Path | None) -> None:
-    """See `check_inside`; rows with embedded images may have any path."""
+    """Check the paths of images that are files. The path of an embedded image is only a name, and may be any."""
     column = images.with_format("arrow")[:]["image"]
     without_bytes = pc.is_null(pc.struct_field(column, "bytes"))
     paths = [path for path in pc.unique(pc.struct_field(column, "path").filter(without_bytes)).to_pylist() if path]
     if root is not None:
-        check_inside(paths, root, "image")
+        check_any_exists(check_inside(paths, root, "image"), root, "image")
 
 
 def _image_keys(images: datasets.Dataset, root: Path | None) -> list[Hashable]:
-    """For each row something that is equal for the rows of one image, and for them alone."""
+    """A key for each row: rows have equal keys if they show the same image, and only then."""
     column = images.with_format("arrow")[:]["image"]
     paths = pc.struct_field(column, "path").to_pylist()
     lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
@@ -268,13 +269,13 @@ def _image_keys(images: datasets.Dataset, root: Path | None) -> list[Hashable]:
         elif length and num_alike[path, length] > 1:
             digest = hashlib.blake2b(images[row]["image"]["bytes"], digest_size=16).digest()
             keys.append((path, digest))
-        else:  # one of its kind, or nothing to compare
+        else:  # no other row has this name and length, or there are no bytes to compare
             keys.append(row)
     return keys
 
 
 def _group_rows(keys: list[Hashable]) -> list[list[int]]:
-    """Rows with equal keys together, in the order in which keys first appear."""
+    """Groups of rows with equal keys, in the order in which the keys first appear."""
     items: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
         items.setdefault(key, []).append(row)

@@ -1,4 +1,4 @@
-"""Raw pixels to what the model sees, on the device: a byte for each value travels there, not the four of a float."""
+"""Normalizes raw pixels on the device: one byte for each value is copied there, not the four of a float."""
 
 import torch
 from torch import nn
@@ -6,10 +6,10 @@ from torch import nn
 
 class PixelNormalizer(nn.Module):
     """
-    Normalizes the raw images and videos of a batch as the processor would have, to 1e-6.
+    Normalizes the raw images and videos of a batch as the processor would, within 1e-6.
 
     Args:
-        processor: Its `image_processor` and, if it has one, its `video_processor` say how.
+        processor: Its `image_processor` and, if it has one, its `video_processor` give mean, deviation and scale.
     """
 
     def __init__(self, processor):
@@ -25,7 +25,7 @@ class PixelNormalizer(nn.Module):
 
     def forward(self, batch: dict) -> dict:
         """
-        The batch with float32 pixels for uint8 ones; raw images stay there as `raw_pixels` (B, 3, H, W) uint8.
+        The batch with float32 pixels in place of uint8 ones. Raw images stay in it as `raw_pixels` (B, 3, H, W) uint8.
 
         Floats, which a custom collator may give, count as normalized and pass as they are.
         """

@@ -1,18 +1,18 @@
-"""One row or sample, as a file or shard holds it, to an image and its captions; by which columns, is decided here."""
+"""Reads the image and the captions of one row of a file, or of one sample of a shard, and chooses the columns."""
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 IMAGE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "json")
 JSON_CAPTIONS = ("caption", "captions", "text")
-# Of a data set whose image tokens are cached, see image_token_cache.py.
+# The columns of cached image tokens, see image_token_cache.py.
 IMAGE_TOKENS, TOKEN_SOURCE = "image_tokens", "image_tokens_source"
 MAX_TEXT_BYTES = 2**20
 
 
 class BadRowError(ValueError):
-    """A row without an image or without a caption, or with something else in their place."""
+    """Raised for a row without an image or without a caption, or with other values in their place."""
 
 
 def read_row(row: dict, image_column: str | None = None, caption_column: str | None = None) -> tuple[bytes, list[str]]:
@@ -26,7 +26,7 @@ def read_row(row: dict, image_column: str | None = None, caption_column: str | N
         caption_column: By default the first of `CAPTION_COLUMNS` that does; "column.field" names a field of an object,
             by default the first of `JSON_CAPTIONS`.
 
-    Raises [`BadRowError`] where either is missing.
+    Raises [`BadRowError`] where the image or the captions are missing.
     """
     image = row.get(_find(row, image_column, IMAGE_COLUMNS, "image"))
     if isinstance(image, dict):
@@ -41,13 +41,20 @@ def read_row(row: dict, image_column: str | None = None, caption_column: str | N
     return image, captions
 
 
+def first_available(available: Container[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The wanted name, or without one the first of the usual names; `None` if it is not available."""
+    return next((name for name in (usual if wanted is None else (wanted,)) if name in available), None)
+
+
 def split_field(caption_column: str | None, columns: Container[str]) -> tuple[str | None, str | None]:
     """
-    "column.field" as the column and the field of its JSON objects; (name, `None`) for the name of a column.
+    The column and the field that a name means: "json.alt" is the field "alt" of the objects in the column "json".
+
+    A name without a dot, or of a column that has a dot in its own name, means the column; the field is then `None`.
 
     Args:
         caption_column: As a user writes it, or `None`.
-        columns: Names of the columns that there are; one that has a dot in its name is a column.
+        columns: Names of the columns that there are.
     """
     if caption_column is None or caption_column in columns or "." not in caption_column:
         return caption_column, None
@@ -57,9 +64,9 @@ def split_field(caption_column: str | None, columns: Container[str]) -> tuple[st
 
 def list_captions(value) -> list[str]:
     """
-    The captions in a cell: of a string itself, of a list its strings; missing ones do not count.
+    The captions in a cell: a string is one, a list of strings holds several, and `None` is none, also in a list.
 
-    Raises `TypeError` for anything else.
+    An empty string is a caption. Raises `TypeError` for anything else.
     """
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list | None) or not all(isinstance(each, str | None) for each in captions or []):
@@ -68,36 +75,36 @@ def list_captions(value) -> list[str]:
 
 
 def wanted_columns(image_column: str | None, caption_column: str | None) -> set[str]:
-    """Everything that `read_row` could look at with these columns."""
+    """All columns that `read_row` may look at, given the names that the user chose."""
     images = IMAGE_COLUMNS if image_column is None else (image_column,)
     captions = CAPTION_COLUMNS
     if caption_column is not None:
-        captions = (caption_column, caption_column.split(".", 1)[0])
+        captions = (caption_column, split_field(caption_column, ())[0])
     return {*images, *captions, IMAGE_TOKENS, TOKEN_SOURCE}
 
 
 def cached_tokens(row: dict) -> dict:
-    """The two columns of cached image tokens; nothing of a row that has none."""
+    """The two columns of cached image tokens in a row; an empty dict if the row has none."""
     if not isinstance(row.get(TOKEN_SOURCE), str):
         return {}
     return {IMAGE_TOKENS: row[IMAGE_TOKENS], TOKEN_SOURCE: row[TOKEN_SOURCE]}
 
 
 def _find(row: dict, wanted: str | None, usual: tuple[str, ...], kind: str) -> str:
-    found = [name for name in ((wanted,) if wanted is not None else usual) if row.get(name) is not None]
-    if not found:
+    column = first_available({name for name in row if row[name] is not None}, wanted, usual)
+    if column is None:
         there = ", ".join(name for name in row if not name.startswith("__")) or "nothing"
         looked_for = repr(wanted) if wanted is not None else f"one of {', '.join(usual)}"
         raise BadRowError(f"it has no {kind} in {looked_for}; there is {there}")
-    return found[0]
+    return column
 
 
 def _captions_of(value, column: str, field: str | None) -> list[str]:
     if isinstance(value, bytes):
         value = _decode(value, is_json=column == "json" or field is not None)
     if isinstance(value, dict):
-        fields = JSON_CAPTIONS if field is None else (field,)
-        value = next((value[name] for name in fields if value.get(name) is not None), None)
+        field = first_available({name for name in value if value[name] is not None}, field, JSON_CAPTIONS)
+        value = None if field is None else value[field]
     elif field is not None:
         raise BadRowError(f"{column!r} has no field {field!r}")
     try:

@@ -1,4 +1,4 @@
-"""What had to be left out of the data: each name is logged once, up to a hundred names, and everything is counted."""
+"""Reports what is left out of the data: logs each name once, up to a hundred names, and counts all of a stream."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ SHARDS, SAMPLES = 0, 1
 
 
 def and_more(names: Sequence[object], limit: int) -> str:
-    """The first `limit` names, and how many more there are: "a, b and 3 more"."""
+    """The first `limit` names, separated by commas, and the number of the others: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, names[:limit])) + more
 
 
 class NamedOnce:
     """
-    Logs a warning for each name, once, and for up to a hundred names.
+    Logs one warning for each name, for up to a hundred names.
 
     Args:
-        further: What to say when no more are named.
+        further: The last warning, which says that there are more names.
     """
 
     def __init__(self, further: str):
@@ -31,7 +31,7 @@ class NamedOnce:
         self.names: set[str] = set()
 
     def warn(self, name: str, message: str) -> None:
-        """Log `message` unless `name` had its own, or a hundred others had."""
+        """Log `message`, unless this name or a hundred names have had a warning."""
         if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
             return
         self.names.add(name)
@@ -42,10 +42,10 @@ class NamedOnce:
 
 class SkipReport:
     """
-    Names images or videos that cannot be read; the trainer's log counts them.
+    Names images or videos that cannot be read. The trainer's log counts them.
 
     Args:
-        kind: What is skipped, in the messages.
+        kind: "image" or "video", for the messages.
     """
 
     def __init__(self, kind: str = "image"):
@@ -53,31 +53,31 @@ class SkipReport:
         self._named = NamedOnce(f"Further {kind}s that cannot be read are counted, but no longer named.")
 
     def add(self, name: str, error: Exception) -> None:
-        """Report the one called `name`."""
+        """Report an image or video by its name."""
         self._named.warn(name, f"Skipped the {self.kind} {name}, which cannot be read ({error}).")
 
 
 class StreamReport:
     """
-    Counts shards that were given up and samples that were refused, in memory that data loader workers share.
+    Counts shards that broke and samples that were refused, in memory that all data loader workers share.
 
-    A shard or sample counts again in every pass over the data; each process that meets it names it once.
+    A shard or sample counts again in every pass over the data. Each process that meets it names it once.
     """
 
     def __init__(self):
-        # A column a worker, as two that add to one number at a time lose counts.
+        # Each worker has a column: two processes that add to the same number at a time lose counts.
         self._counts = torch.zeros(2, MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._named = NamedOnce("Further shards and samples that are left out are counted, but no longer named.")
         self.last = ""
 
     @property
     def skipped_shards(self) -> int:
-        """Shards of which at least a part could not be read."""
+        """Number of shards that could not be read to their end."""
         return int(self._counts[SHARDS].sum())
 
     @property
     def skipped_samples(self) -> int:
-        """Samples without image or caption, and members of shards that are refused."""
+        """Number of samples without image or caption, and of refused files in shards."""
         return int(self._counts[SAMPLES].sum())
 
     def add_shard(self, name: str, error: Exception, num_read: int) -> None:
@@ -86,7 +86,7 @@ class StreamReport:
         self._add(SHARDS, f"Skipped the shard {name} after {num_read} samples: {type(error).__name__}: {reason}", name)
 
     def add_sample(self, name: str, reason: str) -> None:
-        """Report a sample, or a member of a shard, that is left out."""
+        """Report a sample, or a file in a shard, that is left out."""
         self._add(SAMPLES, f"Skipped {name}: {reason}", name)
 
     def _add(self, kind: int, message: str, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Videos and captions to batches: which frames, one crop for all frames of a video, the choice of a caption, tokens.
+"""Turns videos and captions into batches: chooses frames and a caption, crops all frames of a video alike, tokenizes.
 
 The counterpart of `image_collators.py` for items of `open_videos`. Files are decoded here, frame by frame
-(`video_reading_cots.py`); one that cannot be read keeps its row with `valid` False, and is named once.
+(`video_reading_cots.py`). A video that cannot be read keeps its row, with `valid` False, and is named once.
 """
 
 import random
@@ -21,8 +21,8 @@ class COTSVideoDataCollator:
     """
     Turns B items of a data set of videos into one training batch.
 
-    Of each of T equal segments of a video a random frame is taken, T being the video processor's `num_frames`; all
-    frames of a video are cropped and flipped alike. What is drawn depends on the item's seed alone.
+    A video is divided into T equal segments, T being the video processor's `num_frames`, and a random frame of each is
+    taken. All frames of a video are cropped and flipped alike. All draws depend on the item's seed alone.
 
     Args:
         processor: Has a `video_processor` with `num_frames` and a `size` of height and width, and a `tokenizer`.
@@ -75,7 +75,8 @@ class COTSVideoDataCollator:
 
 class COTSVideoEvaluationCollator:
     """
-    Turns B items of a data set of videos into one batch for embedding: the middle frame of each segment, all captions.
+    Turns B items of a data set of videos into one batch for embedding: the middle frame of each segment, and all
+    captions.
 
     Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, as in training; pair_ids (B,); valid (B,)
     bool; and for the C captions of the B videos input_ids, attention_mask (C, L) and caption_pair_ids (C,). Raises
@@ -135,7 +136,7 @@ def _load(read, item: dict, report: SkipReport) -> torch.Tensor | None:
 
 
 def _video_batch(videos: list[torch.Tensor | None], video_processor) -> dict[str, torch.Tensor]:
-    """Pixels (B, T, 3, H, W), black where there is no video, and which rows hold one."""
+    """Pixels (B, T, 3, H, W), which are black for unreadable videos, and `valid` (B,)."""
     shape = (video_processor.num_frames, 3, video_processor.size.height, video_processor.size.width)
     blank = torch.zeros(shape, dtype=torch.uint8)
     return {

@@ -1,7 +1,7 @@
-"""A user's own videos and captions as one data set: one item a video, with all its captions; nothing is decoded here.
+"""`open_videos`: a user's own videos and captions as a data set with one item for each video and all its captions.
 
-Frames are decoded in the collator, by the video processor, which skips and counts what cannot be read. The annotation
-files of MSR-VTT are read in msrvtt.py, metadata of a folder in files.py.
+Frames are decoded in the collator, not here: it skips and counts videos that it cannot read. msrvtt.py reads the
+annotation files of MSR-VTT, and files.py the metadata of a folder.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
-from .columns import check_inside, drop_uncaptioned, find_column
+from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
 from .files import load_rows
 from .items import EpochSeeds
 from .msrvtt import is_msrvtt, load_msrvtt
@@ -36,20 +36,20 @@ def open_videos(
     Open a split of videos with their captions. A video without a caption is left out and reported by name.
 
     Args:
-        dataset: MSR-VTT by its annotations (see `load_msrvtt`), or a folder of videos with metadata.jsonl or
-            metadata.csv, there or in one sub-folder a split, or such a file alone.
+        dataset: The annotations of MSR-VTT (see `load_msrvtt`); a folder of videos with metadata.jsonl or
+            metadata.csv, in it or in one sub-folder for each split; or such a file.
         split: Its name. MSR-VTT has train, validation and test.
-        protocol: Of MSR-VTT "msrvtt-full" (the default) or "msrvtt-1ka"; other data sets have none.
-        video_folder: Where the video files are, by default where the annotations are. Those of MSR-VTT may lie in
-            any of its sub-folders.
-        video_column: Holds paths of videos; by default the first that is there of video, file_name, path.
-        caption_column: Holds a string or a list of strings; by default the first that is there of caption, captions,
-            text, sentence. Rows of the same video are joined.
-        seed: Of what is drawn for each item in training.
+        protocol: "msrvtt-full" (the default) or "msrvtt-1ka", for MSR-VTT only.
+        video_folder: Where the video files are, by default where the annotations are. Those of MSR-VTT may be in any
+            sub-folder.
+        video_column: Holds paths of videos. By default the first that exists of video, file_name, path.
+        caption_column: Holds a string or a list of strings. By default the first that exists of caption, captions,
+            text, sentence. Captions of rows with the same video are joined.
+        seed: Seed of the random draws for each item in training.
 
-    Raises `ValueError` for a data set, split, protocol or column that is not there, an empty data set, captions that
-    are no strings, paths that leave the folder, two files of the same MSR-VTT video, and a folder with none of the
-    videos. Single videos that are missing are named when they are read.
+    Raises `ValueError` for a data set, split, protocol or column that does not exist, an empty data set, captions that
+    are no strings, paths that leave the folder, two files of the same MSR-VTT video, and a folder without any of the
+    videos. Single missing videos are named when they are read.
     """
     if is_msrvtt(dataset):
         if video_column is not None or caption_column is not None:
@@ -65,7 +65,9 @@ def open_videos(
         captions = _group_captions(rows, video_column, caption_column)
         if video_folder is None and root is None:
             raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
-        files = check_inside(list(captions), Path(video_folder).expanduser() if video_folder else root, "video")
+        folder = Path(video_folder).expanduser() if video_folder else root
+        files = check_inside(captions, folder, "video")
+        check_any_exists(files, folder, "video")
     names = drop_uncaptioned(list(captions), [len(known) for known in captions.values()], str, "video")
     if not names:
         raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
@@ -80,9 +82,9 @@ class VideoDataset(Dataset):
 
     Args:
         names: N names.
-        paths: N paths of files.
-        captions: N lists of strings.
-        seed: Of what is drawn for each item in training.
+        paths: N paths of video files.
+        captions: N lists of captions.
+        seed: Seed of the random draws for each item in training.
     """
 
     modality = "video"
@@ -117,7 +119,7 @@ class VideoDataset(Dataset):
 
 
 def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, str]:
-    """The file of each video: its id, with any suffix, in any sub-folder. A missing one is expected as .mp4."""
+    """The file of each video: in any sub-folder, named by the video's id, with any suffix; .mp4 if it is missing."""
     files: dict[str, str] = {}
     for place, _, names in sorted(os.walk(folder)):
         for name in sorted(names):
@@ -132,6 +134,7 @@ def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, 
             files[video] = file
     if not files:
         raise ValueError(f"None of the {len(videos)} videos is in {str(folder)!r}: name the folder by `video_folder`.")
+    check_inside((f"{video}.mp4" for video in videos), folder, "video")
     return {video: files.get(video, os.path.join(folder, f"{video}.mp4")) for video in videos}
 
 

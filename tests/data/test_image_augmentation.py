@@ -1,4 +1,4 @@
-"""The fast way from bytes to pixels beside the plain one: timm's transforms on an image that PIL has read in full."""
+"""`ImageTransform` against its slow twin: timm's transforms on an image that PIL has read in full."""
 
 import io
 import random
@@ -28,7 +28,7 @@ def scenery(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def plain(data: bytes, image_size, seed: int, **options) -> torch.Tensor:
-    """What was trained on before there was a fast way: PIL's decoding, cropping and resizing."""
+    """The slow twin: PIL's decoding, cropping and resizing."""
     transform = create_transform(
         (3, *image_size),
         is_training=True,
@@ -87,7 +87,7 @@ def test_decoded_at_a_fraction_it_stays_close_to_pil(reduction):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rounded_edges_move_a_crop_by_less_than_a_pixel(seed):
-    """Of the result. An image that tells each pixel's own place shows it."""
+    """By less than a pixel of the result: the values of the image are the places of its pixels."""
     rows, columns = np.mgrid[0:800, 0:1000] / 4
     data = encode(Image.fromarray(np.stack([rows, columns, rows], axis=2).astype(np.uint8)), "JPEG", quality=98)
     found, expected = (make(data, (96, 128), seed, min_crop_scale=0.3) for make in (fast, plain))
@@ -104,9 +104,9 @@ def test_draws_are_those_of_timm(auto_augment, horizontal_flip):
     options = {"horizontal_flip": horizontal_flip, "auto_augment": auto_augment}
     for seed in range(10):
         found = fast(data, (SIZE, SIZE), seed, **options)
-        mine = random.random(), np.random.random(), torch.rand(1).item()
+        states = random.random(), np.random.random(), torch.rand(1).item()
         expected = plain(data, (SIZE, SIZE), seed, **options)
-        assert (random.random(), np.random.random(), torch.rand(1).item()) == mine
+        assert (random.random(), np.random.random(), torch.rand(1).item()) == states
         if auto_augment is None:  # policies such as posterizing make much of a difference of one gray level
             assert difference(found, expected).max() <= 2
 
@@ -184,7 +184,7 @@ def test_the_smallest_and_narrowest_images(size, format):
 
 @pytest.mark.parametrize("side", [40, 600])
 def test_truncated_images_are_refused_wherever_they_end(side):
-    """As they are in full: whatever is decoded at a fraction must not be what PIL calls damaged."""
+    """Decoding at a fraction of the size must refuse what PIL refuses in full."""
     data = encode(scenery(side, side), "JPEG", quality=80)
     transform = ImageTransform((SIZE, SIZE), MEAN)
     refused = 0
@@ -210,7 +210,7 @@ def test_a_refused_source_and_another_format_are_refused():
             ImageTransform((SIZE, SIZE), MEAN)(source)
 
 
-def test_a_image_in_memory_is_taken_and_stays_open():
+def test_an_image_in_memory_is_taken_and_stays_open():
     image = scenery(60, 80)
     transform = ImageTransform((60, 80), MEAN, min_crop_scale=1.0)
     assert torch.equal(transform(image), pil_to_tensor(image))
@@ -229,7 +229,7 @@ def test_without_crop_it_is_a_resize_of_the_whole_image():
         assert difference(transform(image), expected).max() <= 1
 
 
-def test_mirroring_is_told():
+def test_draw_says_whether_the_image_is_flipped():
     image = scenery(64, 64)
     plain_pixels = ImageTransform((64, 64), MEAN, min_crop_scale=1.0)(image)
     transform = ImageTransform((64, 64), MEAN, min_crop_scale=1.0, horizontal_flip=0.5)

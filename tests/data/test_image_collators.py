@@ -195,7 +195,7 @@ def test_unreadable_images_keep_their_row_and_are_named_once(tiny_processor, war
     assert "FileNotFoundError" in warnings_logged[1]
 
 
-def test_rows_without_a_image_are_blank(tiny_processor, warnings_logged):
+def test_rows_without_an_image_are_blank(tiny_processor, warnings_logged):
     batch = collator(tiny_processor)([item(0, image={"bytes": b"", "path": None})])
     assert not batch["valid"].any()
     assert torch.equal(batch["pixel_values"], torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))

@@ -65,7 +65,7 @@ def test_blocks_have_the_least_size_of_beit(tiny_tokenizer):
     assert largest_blocks(masks.unflatten(1, (14, 14))).min() >= 14
 
 
-def test_no_patch_is_out_of_reach_and_mirror_images_are_masked_alike(tiny_tokenizer):
+def test_every_patch_can_be_masked_and_flipped_grids_equally_often(tiny_tokenizer):
     often = image_masks(tiny_tokenizer, (6, 6), 500).float().mean(dim=0).view(6, 6)
     assert often.min() > 0.05
     for flipped in (often.flip(0), often.flip(1)):
@@ -87,7 +87,7 @@ def test_word_masks_spare_special_tokens_and_tell_the_truth(tiny_tokenizer, capt
 
 
 def test_words_are_corrupted_as_in_bert(tiny_tokenizer):
-    """15 % of the tokens; of these 80 % become [MASK], 10 % any piece and 10 % stay."""
+    """15 % of the tokens; of these 80 % become [MASK], 10 % any token and 10 % stay."""
     num_draws, num_pieces = 1500, 20
     items = [item(i, ["a e o s t " * 4], draw_image(0, 2, 2), seed=i) for i in range(num_draws)]
     batch = grid_collator(tiny_tokenizer, (2, 2), mask_images=False)(items)

@@ -1,4 +1,4 @@
-"""Which cached image tokens a run may use, and what it says about the others."""
+"""`TokenSource`: which cached image tokens a run may use, and how it refuses the others."""
 
 import dataclasses
 
@@ -23,16 +23,16 @@ class WithTokens(ScenesDataset):
     """Scenes with tokens of a given source."""
 
     source = TokenSource.of(tokenizer(), (32, 32), (8, 8))
-    num_views = 1
+    num_versions = 1
 
     def __getitem__(self, index: int) -> dict:
-        tokens = [[7] * 16] * self.num_views
+        tokens = [[7] * 16] * self.num_versions
         return {**super().__getitem__(index), "image_tokens": tokens, "image_tokens_source": self.source.to_json()}
 
 
-def with_tokens(num_views: int = 1, **changes) -> WithTokens:
+def with_tokens(num_versions: int = 1, **changes) -> WithTokens:
     dataset = WithTokens("train", 8, 32)
-    dataset.source, dataset.num_views = dataclasses.replace(dataset.source, **changes), num_views
+    dataset.source, dataset.num_versions = dataclasses.replace(dataset.source, **changes), num_versions
     return dataset
 
 
@@ -92,7 +92,7 @@ def item(tokens, source: TokenSource = SOURCE) -> dict:
     return {"name": "a.jpg", "image_tokens": tokens, "image_tokens_source": source.to_json()}
 
 
-def test_the_row_of_the_view_is_taken():
+def test_the_row_of_the_plain_or_the_flipped_image_is_read():
     tokens = np.stack([np.arange(16), np.arange(16) + 65_000]).astype(np.uint16)
     for rows in (tokens, tokens.tolist()):
         plain, flipped = (SOURCE.read(item(rows), is_flipped) for is_flipped in (False, True))
@@ -111,7 +111,7 @@ def test_tokens_of_a_wrong_shape_are_refused(tokens, is_flipped):
         SOURCE.read(item(tokens), is_flipped)
 
 
-def test_a_image_without_tokens_is_skipped_as_unreadable():
+def test_an_image_without_tokens_is_skipped_as_unreadable():
     with pytest.raises(UnreadableImageError):
         SOURCE.read(item(None), False)
 
@@ -129,7 +129,7 @@ def test_fitting_tokens_replace_the_tokenizer(make_trainer):
 
 @pytest.mark.parametrize("options", [{"min_crop_scale": 0.9}, {"min_crop_scale": 1.0, "auto_augment": "rand-m5-n2"}])
 def test_tokens_of_whole_images_do_not_go_with_others(make_trainer, options):
-    """The message has both ways out."""
+    """The message names both ways out."""
     with pytest.raises(ValueError, match="set (min_crop_scale to 1.0|auto_augment to None).*without the column"):
         make_trainer(train_dataset=with_tokens(), **options)
 
@@ -138,7 +138,7 @@ def test_flipped_images_need_flipped_tokens(make_trainer):
     options = {"min_crop_scale": 1.0, "horizontal_flip": 0.5}
     with pytest.raises(ValueError, match="--mirrored.*set horizontal_flip to 0"):
         make_trainer(train_dataset=with_tokens(), **options)
-    assert make_trainer(train_dataset=with_tokens(num_views=2), **options).image_tokenizer is None
+    assert make_trainer(train_dataset=with_tokens(num_versions=2), **options).image_tokenizer is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_with_neither_tokens_nor_tokenizer_there_is_nothing_to_predict(make_trai
         make_trainer(image_tokenizer=None)
 
 
-def test_a_collator_of_ones_own_gets_computed_tokens(make_trainer):
+def test_a_custom_collator_gets_computed_tokens(make_trainer):
     trainer = make_trainer()
     chosen = choose_image_tokens(
         with_tokens(), trainer.model, trainer.args, trainer.image_tokenizer, has_own_collator=True

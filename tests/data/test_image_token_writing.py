@@ -1,4 +1,4 @@
-"""Image tokens written once: what stands in the files, and that a training on them is the training without them."""
+"""`TokenWriter`: what the files hold, and that training on them gives the same weights as training without them."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ from pair_writers import CAPTIONS, NAMES, image_of, write_jsonl
 from transformers import set_seed
 
 from modeling_cots import ImageTokenizer, ScenesDataset
+from modeling_cots.data import image_token_writing
 from modeling_cots.data.image_token_writing import TokenWriter, encoded_image
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
@@ -84,14 +85,46 @@ def test_shards_are_numbered_and_a_stopped_run_goes_on(tmp_path, image_tokenizer
     assert [item["captions"] for item in after] == [item["captions"] for item in scenes]
 
 
-def test_a_damaged_shard_is_written_anew(tmp_path, image_tokenizer):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :],
+    ],
+)
+def test_a_resumed_run_writes_a_damaged_shard_anew(tmp_path, image_tokenizer, monkeypatch, damage):
+    """Empty, cut off, or with zeros before a sound footer: as a crash of the machine may leave a file."""
+    messages = []
+    monkeypatch.setattr(image_token_writing.logger, "warning", messages.append)
     scenes = ScenesDataset("train", 10, 32)
     paths = write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4)
     contents = [path.read_bytes() for path in paths]
-    paths[1].write_bytes(contents[1][: len(contents[1]) // 2])
-    paths[2].write_bytes(b"")
+    paths[1].write_bytes(damage(contents[1]))
+    stamps = [os.stat(paths[i]).st_mtime_ns for i in (0, 2)]
     write(scenes, tmp_path / "out", image_tokenizer, shard_rows=4)
     assert [path.read_bytes() for path in paths] == contents
+    assert [os.stat(paths[i]).st_mtime_ns for i in (0, 2)] == stamps, "not written anew"
+    (message,) = messages
+    assert str(paths[1]) in message and "is damaged" in message and "written anew" in message
+
+
+def test_a_shard_with_too_few_rows_is_written_anew(tmp_path, image_tokenizer):
+    paths = write(ScenesDataset("train", 6, 32), tmp_path / "out", image_tokenizer, shard_rows=4)
+    content = paths[0].read_bytes()
+    pq.write_table(pq.read_table(paths[0]).slice(0, 3), paths[0])
+    write(ScenesDataset("train", 6, 32), tmp_path / "out", image_tokenizer, shard_rows=4)
+    assert paths[0].read_bytes() == content
+
+
+def test_a_shard_that_fails_leaves_no_file(tmp_path, image_tokenizer, monkeypatch):
+    def fail(*inputs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ImageTokenizer, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write(ScenesDataset("train", 6, 32), tmp_path / "out", image_tokenizer)
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_files_of_something_else_are_not_mixed_with(tmp_path, image_tokenizer):

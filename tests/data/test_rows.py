@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_cots.data.rows import BadRowError, read_row, wanted_columns
+from modeling_cots.data.rows import BadRowError, list_captions, read_row, split_field, wanted_columns
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=5) | st.floats(),
@@ -73,3 +73,30 @@ def test_wanted_columns_cover_what_is_looked_at():
     assert {"photo", "json.alt", "json"} <= wanted_columns("photo", "json.alt") and "png" not in wanted_columns(
         "x", None
     )
+
+
+@pytest.mark.parametrize(
+    "name, available, expected",
+    [
+        (None, ["json"], (None, None)),
+        ("json", ["json"], ("json", None)),
+        ("json.alt", ["json"], ("json", "alt")),
+        ("json.alt", ["json.alt", "json"], ("json.alt", None)),
+        ("json.alt.en", ["json"], ("json", "alt.en")),
+    ],
+)
+def test_a_dot_separates_column_and_field_unless_a_column_has_it(name, available, expected):
+    assert split_field(name, available) == expected
+
+
+@pytest.mark.parametrize(
+    "value, expected", [("a", ["a"]), ("", [""]), (None, []), ([], []), (["a", None, ""], ["a", ""])]
+)
+def test_what_counts_as_captions(value, expected):
+    assert list_captions(value) == expected
+
+
+@pytest.mark.parametrize("value", [0, [1], {}, b"a"])
+def test_what_are_no_captions(value):
+    with pytest.raises(TypeError, match="neither a string nor a list of strings"):
+        list_captions(value)

@@ -1,7 +1,7 @@
-"""Counts of what a stream leaves out."""
+"""What is left out of the data: names, counts, and lists of names that are cut."""
 
 from modeling_cots.data import skip_report
-from modeling_cots.data.skip_report import MAX_REPORTED_NAMES, StreamReport, and_more
+from modeling_cots.data.skip_report import MAX_REPORTED_NAMES, NamedOnce, SkipReport, StreamReport, and_more
 
 
 def test_everything_counts_and_is_named_once_up_to_a_hundred(monkeypatch):
@@ -20,6 +20,24 @@ def test_everything_counts_and_is_named_once_up_to_a_hundred(monkeypatch):
         report.add_sample(f"c/{number}", "x")
     assert len(messages) == MAX_REPORTED_NAMES + 1 and "no longer named" in messages[-1]
     assert report.skipped_samples == 202
+
+
+def test_an_unreadable_video_is_named_once(monkeypatch):
+    messages = []
+    monkeypatch.setattr(skip_report.logger, "warning", messages.append)
+    report = SkipReport("video")
+    for _ in range(2):
+        report.add("a.mp4", ValueError("no frames"))
+    assert messages == ["Skipped the video a.mp4, which cannot be read (no frames)."]
+
+
+def test_two_reports_do_not_share_their_names(monkeypatch):
+    messages = []
+    monkeypatch.setattr(skip_report.logger, "warning", messages.append)
+    for named in (NamedOnce("no more"), NamedOnce("no more")):
+        named.warn("a", "a is gone")
+        named.warn("a", "a is gone")
+    assert messages == ["a is gone", "a is gone"]
 
 
 def test_a_list_is_cut_and_says_by_how_much():

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from forks import server_with_package
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from video_files import LEVELS, write_audio, write_video
 
 from modeling_cots import COTSVideoProcessor, ScenesDataset
@@ -48,7 +49,7 @@ def numbers(videos: torch.Tensor) -> list[list[int]]:
 
 
 def texts_of(batch: dict, processor) -> list[str]:
-    """What the tokens say, without spaces: the tiny tokenizer cuts words into pieces."""
+    """What the tokens say, without spaces: the tiny tokenizer cuts words into several tokens."""
     decoded = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     return [text.replace(" ", "").replace("##", "") for text in decoded]
 
@@ -111,7 +112,7 @@ def test_every_caption_is_drawn(tmp_path, processor):
 
 
 def test_all_frames_of_a_video_are_cropped_and_flipped_alike(tmp_path, processor):
-    """Of a still image every frame comes out the same; without a crop it is the image of evaluation."""
+    """All frames of a still video come out the same. Without a crop they are those of evaluation."""
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     dataset = dataset_of(*[write_video(tmp_path / "a.mp4", [image] * 20, options={})] * 8)
     items = [dataset[index] for index in range(8)]
@@ -244,7 +245,12 @@ def test_which_data_sets_hold_videos(tmp_path):
             raise AssertionError("no item has to be read")
 
     assert modality_of(dataset_of("a.mp4")) == modality_of([{"video": "a.mp4"}]) == "video"
-    assert modality_of(Subset(Subset(Unread(["a"], ["a.mp4"], [["b"]]), [0]), [0])) == "video"
+    unread = Unread(["a"], ["a.mp4"], [["b"]])
+    assert modality_of(Subset(Subset(unread, [0]), [0])) == "video"
+    assert modality_of(Subset(ConcatDataset([unread, unread]), [1])) == "video"
+    table = datasets.Dataset.from_dict({"video": ["missing.mp4"]}).cast_column("video", datasets.Video())
+    assert modality_of(table) == modality_of(Subset(table, [0])) == "video"
+    assert modality_of(datasets.Dataset.from_dict({"image": ["a.png"]})) == "image"
     for other in (None, [], Stream(), ScenesDataset("train", 2, 32), Subset(ScenesDataset("train", 2, 32), [1])):
         assert modality_of(other) == "image"
 

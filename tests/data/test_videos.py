@@ -90,7 +90,7 @@ def test_full_split_of_msrvtt(msrvtt, split):
 
 
 def test_1ka_split_of_msrvtt(msrvtt):
-    """The test set brings one caption of its own a video; 9,000 train with all of theirs, whichever split they had."""
+    """Test videos have one caption of a file of their own; the 9,000 for training have all captions, of any split."""
     test = open_videos(str(msrvtt), "test", protocol="msrvtt-1ka")
     assert (test.names, test.captions) == (["video4"], [["one, and only this"]])
     train = open_videos(str(msrvtt), "train", protocol="msrvtt-1ka")
@@ -124,6 +124,15 @@ def test_a_missing_video_is_left_to_the_reader(msrvtt):
     (msrvtt / "TestVideo" / "video4.MP4").unlink()
     with pytest.raises(ValueError, match="None of the 2 videos .* `video_folder`"):
         open_videos(str(msrvtt), "test")
+
+
+def test_an_annotation_cannot_name_a_file_elsewhere(tmp_path):
+    content = annotations("train")
+    content["videos"].append({**content["videos"][0], "video_id": "../other"})
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content))
+    touch_videos(tmp_path, "video0.mp4", "video1.mp4")
+    with pytest.raises(ValueError, match="'../other.mp4' leads out of"):
+        open_videos(str(tmp_path), "train")
 
 
 def test_two_files_of_one_video_are_refused(msrvtt):
@@ -279,5 +288,5 @@ def test_moving_scenes_are_written_once_and_opened_by_their_name(tmp_path, monke
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
     with pytest.raises(ValueError, match="moving_scenes is generated: leave out video_folder"):
         open_video_dataset("moving_scenes", "train", generated_folder=str(folder), video_folder="videos")
-    mine = open_video_dataset(str(folder), "train", generated_folder="unused", protocol=None)
-    assert mine.name == "generated" and mine.captions == opened.captions
+    reopened = open_video_dataset(str(folder), "train", generated_folder="unused", protocol=None)
+    assert reopened.name == "generated" and reopened.captions == opened.captions

@@ -49,7 +49,7 @@ def collator(processor, **options) -> COTSDataCollator:
 
 
 def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollator:
-    """One that masks a grid of patches of 1 x 1 and has no images to speak of."""
+    """A collator that masks a grid of patches of 1 x 1 pixel."""
     size = {"height": grid[0], "width": grid[1]}
     processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(size=size))
 
@@ -61,7 +61,7 @@ def grid_collator(tokenizer, grid: tuple[int, int], **options) -> COTSDataCollat
 
 
 def row_of(batch: dict, index: int) -> dict[str, torch.Tensor]:
-    """One sample of a batch, without the padding that its neighbors cost it."""
+    """One sample of a batch, without the padding that longer neighbors caused."""
     length = int(batch["attention_mask"][index].sum())
     tokens = ("input_ids", "attention_mask", "masked_input_ids", "text_targets")
     return {name: value[index, :length] if name in tokens else value[index] for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Shards for the tests of streams: small images in tar files, whole and damaged, and a server that lends them."""
+"""Shards for the tests of streams: small images in whole and damaged tar files, and a server that serves them."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def shard_bytes(numbers) -> bytes:
 
 
 def write_shards(folder: Path, sizes: list[int]) -> list[Path]:
-    """train-000.tar, ... with so many samples each, numbered through."""
+    """Write train-000.tar and so on, with the given numbers of samples, which are counted through."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, first = [], 0
     for shard, size in enumerate(sizes):
@@ -52,7 +52,7 @@ def write_shards(folder: Path, sizes: list[int]) -> list[Path]:
 
 
 def number_of(item: dict) -> int:
-    """Of the sample that an item was made from."""
+    """The number of the sample that an item was made from."""
     return int(item["captions"][0].split()[-1])
 
 

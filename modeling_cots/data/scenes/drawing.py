@@ -1,4 +1,4 @@
-"""What a scene of the built-in `scenes` shows, and its image. Sampling scenes and captioning them is not here."""
+"""Describes a scene of the built-in `scenes` and draws its image. Scenes are sampled and captioned elsewhere."""
 
 import math
 import random
@@ -35,8 +35,15 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: color, shape and size by name, the exact RGB color, the grid cell (row, column), and the box
-    (left, top, right, bottom) in pixels, right and bottom exclusive."""
+    """
+    One object of a scene.
+
+    Args:
+        color, shape, size: Their names.
+        rgb: The exact color.
+        cell: Row and column in the grid.
+        box: Left, top, right and bottom in pixels, right and bottom exclusive.
+    """
 
     color: str
     shape: str
@@ -48,7 +55,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows: its objects, the background's pattern and color by name, and five captions."""
+    """What an image shows: its objects, the names of the background's pattern and color, and five captions."""
 
     objects: tuple[SceneObject, ...]
     pattern: str
@@ -58,7 +65,7 @@ class Scene:
 
 
 def draw_scene(scene: Scene, image_size: int) -> Image.Image:
-    """The RGB image of a scene that was sampled for this image size."""
+    """Draw the RGB image of a scene that was sampled for this image size."""
     image = _draw_background(scene, OVERSAMPLING * image_size)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
@@ -130,11 +137,12 @@ def _heart(count: int = 32) -> list[tuple[float, float]]:
 @dataclass(frozen=True)
 class Shape:
     """
-    A shape that objects have.
+    The words and the outline of a shape.
 
     Args:
-        words: What captions call it; the first is its name.
-        outline: Its corners in a unit square that it fills, x to the right, y downwards; `None`: an ellipse.
+        words: The words for it in captions; the first is its name.
+        outline: Its corners (x, y), x to the right and y downwards, which fill the unit square. `None` for a circle
+            and a ring.
     """
 
     words: tuple[str, ...]

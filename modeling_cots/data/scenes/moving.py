@@ -1,11 +1,11 @@
 """`moving_scenes`: a built-in generator of short videos whose captions speak of motion and order.
 
 One or two objects act, one after the other or at the same time: "a blue square grows, then a red circle moves left".
-The videos are real mp4 files with a metadata.jsonl, so that what is tested on them is what runs on a user's own. What
-the validation split shows appears nowhere in the training split. Not from the paper: the project's own toy problem.
+The videos are real mp4 files with a metadata.jsonl, so that they are opened and read as a user's own videos are. No
+validation video has the actors and events of a training video. This toy problem is not from the paper.
 
-A model that averages its frame embeddings sees where things have been and how large they were, but not in what order:
-of "moves left, then grows" it can learn the parts, and of a reversed video it cannot tell that it is one.
+A model that averages its frame embeddings sees where objects have been and how large they were, but not in what order.
+It can learn the parts of "moves left, then grows", but it cannot tell a video from its reverse.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import requires_backends
 
+from ..atomic_write import atomic_write
 from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
@@ -40,8 +41,14 @@ CAPTIONS_PER_VIDEO = 4
 
 @dataclass(frozen=True)
 class Event:
-    """What an actor does: `actor` 0 or 1 in `MovingScene.actors`, `action` a key of `ACTIONS`, and when: `start` and
-    `end` as shares of the video's length."""
+    """
+    One action of one actor.
+
+    Args:
+        actor: 0 or 1, the position in `MovingScene.actors`.
+        action: A key of `ACTIONS`.
+        start, end: Shares of the video's length.
+    """
 
     actor: int
     action: str
@@ -56,10 +63,10 @@ class MovingScene:
 
     Args:
         actors: (color, shape) of one or two objects.
-        events: One, or two in the order in which they start.
-        is_split_sideways: Whether two actors have the left and right half of the image, not the upper and lower.
-        pattern, background_color, texture_seed: As of a still scene.
-        captions: Different wordings of the same.
+        events: One event, or two in the order in which they start.
+        is_split_sideways: Whether two actors have the left and right half of the image, not the upper and lower half.
+        pattern, background_color, texture_seed: As in [`Scene`].
+        captions: Captions of the same meaning and different wording.
     """
 
     actors: tuple[tuple[str, str], ...]
@@ -85,13 +92,13 @@ def write_moving_scenes(
     Write the videos of a split and their captions: `folder`/`split`/{00000.mp4, ..., metadata.jsonl}.
 
     Args:
-        folder: `open_videos` opens it, once its splits are written.
+        folder: `open_videos` opens it when its splits are written.
         split: "train" or "validation".
-        num_videos: 2,000 and 100 by default. The first videos are the same however many there are.
+        num_videos: 2,000 and 100 by default. The first videos do not depend on this number.
         image_size: Height and width in pixels, even. The scenes are the same at every size.
-        num_frames: Of each video.
-        frame_rate: Frames a second.
-        seed: Of the scenes.
+        num_frames: Frames of each video.
+        frame_rate: Frames per second.
+        seed: Seed of the scenes.
 
     Returns the folder of the split. Raises `ValueError` for an unknown split, fewer than one video or two frames, and
     an odd size or one of fewer than 48 pixels; `ImportError` without PyAV, the extra `video`.
@@ -109,20 +116,21 @@ def write_moving_scenes(
     for number, scene in enumerate(scenes):
         rows.append({"file_name": f"{number:05d}.mp4", "captions": scene.captions})
         write_mp4(target / rows[-1]["file_name"], draw_frames(scene, image_size, num_frames), frame_rate, image_size)
-    # Last, so that after a run that was cut off it never names files that are not there.
-    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # Written last, so that it names no missing files after a run that was cut off.
+    with atomic_write(metadata) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return target
 
 
 def write_mp4(path: str | Path, frames: Iterable[np.ndarray], frame_rate: int, image_size: int) -> None:
-    """Encode square frames, uint8 RGB, with H.264, or with MPEG-4 where FFmpeg was built without it."""
+    """Write square frames, uint8 RGB, as an mp4 file: in H.264, or in MPEG-4 where FFmpeg was built without it."""
     requires_backends(write_mp4, ["av"])
     import av
 
-    # A fixed quantizer and nothing looked up ahead: there x264 gives one input different bytes from run to run.
+    # A fixed quantizer without look-ahead: with look-ahead x264 gives the same input different bytes from run to run.
     h264 = {"qp": "18", "bf": "0", "sc_threshold": "0"}
     codec, options = ("libx264", h264) if "libx264" in av.codecs_available else ("mpeg4", {})
-    with av.open(str(path), "w") as container:
+    with atomic_write(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=frame_rate, options=options)
         stream.width = stream.height = image_size
         stream.pix_fmt = "yuv420p"
@@ -136,7 +144,7 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], frame_rate: int, i
 
 
 def sample_moving_scenes(split: str, num_videos: int | None = None, seed: int = 0) -> list[MovingScene]:
-    """The scenes of a split: no two are described alike, nor is one of "train" like one of "validation"."""
+    """The scenes of a split. No two scenes have the same description, in one split or in both."""
     if split not in SPLIT_SIZES:
         raise ValueError(f"`moving_scenes` has the splits {', '.join(SPLIT_SIZES)}; got {split!r}.")
     num_videos = SPLIT_SIZES[split] if num_videos is None else num_videos
@@ -161,7 +169,7 @@ def sample_moving_scenes(split: str, num_videos: int | None = None, seed: int = 
 
 
 def describe(actors: tuple[tuple[str, str], ...], events: tuple[Event, ...]) -> tuple:
-    """What happens, whatever the wording and the image: who does what in which order; at the same time, in none."""
+    """The events without wording and image: each actor's action, in order. Simultaneous events have no order."""
     steps = [(*actors[event.actor], event.action, event.start) for event in events]
     return tuple(sorted(steps, key=lambda step: (step[-1], step)))
 
@@ -172,7 +180,7 @@ def _is_of_validation(description: tuple) -> bool:
 
 
 def _sample_plot(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[Event, ...]]:
-    """One actor with one event or two after each other, or two actors with one each, in turn or at the same time."""
+    """Draw one actor with one or two events, or two actors with one event each, in turn or at the same time."""
     combinations = [(color, shape) for color in COLORS for shape in SHAPES]
     kind = rng.choices(("one event", "two events", "in turn", "at once"), weights=(1, 2, 3, 2))[0]
     actors = tuple(rng.sample(combinations, 1 if "event" in kind else 2))
@@ -189,7 +197,7 @@ def _sample_plot(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple
 def write_captions(
     actors: tuple[tuple[str, str], ...], events: tuple[Event, ...], rng: random.Random
 ) -> tuple[str, ...]:
-    """Four captions, worded at random and all different."""
+    """Four different captions, worded at random."""
     captions: dict[str, None] = {}
     while len(captions) < CAPTIONS_PER_VIDEO:
         captions[_write_caption(actors, events, rng)] = None
@@ -229,7 +237,7 @@ def draw_frames(scene: MovingScene, image_size: int, num_frames: int) -> Iterato
 
 
 def _object_at(scene: MovingScene, actor: int, moment: float, image_size: int) -> SceneObject:
-    """An actor in its own part of the image, so that actors never cover each other."""
+    """The object of an actor at a moment. Each actor has its own part of the image, so that none covers another."""
     (color, shape), cell = scene.actors[actor], (0, 0)
     left = top = 0
     width = height = image_size
@@ -246,8 +254,11 @@ def _object_at(scene: MovingScene, actor: int, moment: float, image_size: int) -
 
 
 def _state_at(events: list[Event], moment: float) -> tuple[float, float, float]:
-    """Place from the left and from above, 0 to 1 of the room there is, and side, of an actor that starts opposite to
-    where its events lead."""
+    """
+    x, y and side of an actor at a moment: x and y from 0 to 1 in its part of the image, side as a share of it.
+
+    An actor starts where its events do not lead: one that moves left starts on the right.
+    """
     state = {"x": 0.5, "y": 0.5, "side": MEDIUM}
     for event in reversed(events):  # the first event about a quantity says where it starts
         name, start, _ = _CHANGES[event.action]
@@ -260,7 +271,7 @@ def _state_at(events: list[Event], moment: float) -> tuple[float, float, float]:
     return state["x"], state["y"], state["side"]
 
 
-# What an action changes, from where to where.
+# The quantity that an action changes, with its value at the start and at the end.
 _CHANGES = {
     "left": ("x", 0.95, 0.05),
     "right": ("x", 0.05, 0.95),

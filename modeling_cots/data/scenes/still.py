@@ -1,8 +1,8 @@
-"""`scenes`: a built-in generator of captioned images, drawn as they are asked for; nothing is downloaded.
+"""`scenes`: a built-in generator of captioned images, which are drawn when they are read; nothing is downloaded.
 
-A scene is one to three objects, each with a shape, a color, a size and a place, on a background, with five
-differently worded captions. Some (color, shape) combinations appear in the validation split alone, in each of its
-scenes, so that recall there means composition and not memory. Not from the paper: the project's own toy problem.
+A scene has one to three objects on a background, each with a shape, a color, a size and a place, and five differently
+worded captions. Every validation scene has a (color, shape) combination that no training scene has, so that its recall
+measures composition and not memory. This toy problem is not from the paper.
 """
 
 import random
@@ -49,12 +49,12 @@ OPENINGS = ("", "a picture of ", "an image with ", "there is ", "we see ", "a dr
 
 
 def is_held_out(color: str, shape: str) -> bool:
-    """Whether a combination appears in the validation split alone: two of each color's, two of each shape's eight."""
+    """Whether only the validation split has this combination: 2 of the 8 shapes of each color, and the reverse."""
     return (list(COLORS).index(color) - list(SHAPES).index(shape)) % len(SHAPES) in (0, 3)
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
-    """What `first` is to `second`: one or two of "left", "right", "above", "below", by their cells, never the same."""
+    """The relations of `first` to `second`, by their different cells: one or two of left, right, above and below."""
     (row, column), (other_row, other_column) = first.cell, second.cell
     holds = {
         "left": column < other_column,
@@ -67,7 +67,7 @@ def relations(first: SceneObject, second: SceneObject) -> list[str]:
 
 class ScenesDataset(Dataset):
     """
-    Map-style data set of drawn scenes; scene i of a split is a function of (seed, split, i) alone.
+    Map-style data set of drawn scenes. Scene i of a split depends on (seed, split, i) alone.
 
     An item is {"image": PIL image, "captions": five different strings, "pair_id": int, "name": str, "seed": int}.
 
@@ -75,7 +75,7 @@ class ScenesDataset(Dataset):
         split: "train" or "validation".
         num_scenes: 4,000 and 200 by default.
         image_size: Height and width in pixels. The scenes are the same at every size.
-        seed: Of the scenes, and of what is drawn for each item in training.
+        seed: Seed of the scenes, and of the random draws for each item in training.
 
     Raises `ValueError` for an unknown split, fewer than one scene, and images of fewer than 32 pixels a side.
     """
@@ -119,7 +119,7 @@ class ScenesDataset(Dataset):
         self._seeds.set_epoch(epoch)
 
     def scene(self, index: int) -> Scene:
-        """What image `index` shows, with the boxes of its objects in pixels and its captions."""
+        """The scene that image `index` shows, with boxes in pixels and captions."""
         rng = random.Random(f"{self.seed}/{self.split}/{self._check(index)}")
         return sample_scene(rng, self.image_size, held_out=self.split == "validation")
 
@@ -130,7 +130,7 @@ class ScenesDataset(Dataset):
 
 
 def sample_scene(rng: random.Random, image_size: int, *, held_out: bool) -> Scene:
-    """Draw a scene: with `held_out` at least one held-out combination in it, otherwise none."""
+    """Draw a scene at random: with `held_out` it has at least one held-out combination, otherwise none."""
     combinations = [(color, shape) for color in COLORS for shape in SHAPES]
     seen = [combination for combination in combinations if not is_held_out(*combination)]
     num_objects = rng.choices((1, 2, 3), weights=(1, 2, 2))[0]
@@ -170,10 +170,10 @@ def _sample_object(rng: random.Random, color: str, shape: str, cell: tuple[int, 
 
 def write_captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     """
-    Five captions of different wording, in random order; each names all objects.
+    Five captions of different wording, in random order. Each names all objects.
 
-    Two of them tell the background, two a relation and one the places. Of a single object, whose name alone would fit
-    many images, they tell the place or the background too, and that nothing else is there.
+    Two of them mention the background, two a relation and one the places. The name of a single object would fit many
+    images, so that its captions also mention the place or the background, or that nothing else is there.
     """
     writers = [_tell_objects, _tell_relation, _tell_places, _tell_background, _tell_background_first]
     rng.shuffle(writers)

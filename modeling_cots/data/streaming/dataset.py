@@ -1,8 +1,8 @@
-"""Pairs that never end: a stream over shards, split among processes and workers, shuffled, pass after pass.
+"""Streams pairs from shards, split among processes and workers, shuffled, pass after pass without an end.
 
-Nothing is downloaded, unpacked or indexed first. How shards are found and read is in names.py, shards.py
-and tar.py, what a row holds in rows.py. `datasets` itself splits by process and by worker too, but its
-iterator ends for good at the first bad file, and shards fewer than workers leave workers idle.
+Nothing is downloaded, unpacked or indexed first. names.py, shards.py and tar.py find and read shards, and rows.py
+reads rows. The streams of `datasets` do not suffice: their iterator ends for good at the first bad file, and some
+workers idle where there are fewer shards than workers.
 """
 
 import copy
@@ -26,7 +26,7 @@ MAX_TRIED_ROWS = 200
 
 
 class Sample(NamedTuple):
-    """An encoded image with its captions and any cached tokens, and the shard and key that it was read from."""
+    """An encoded image with its captions and any cached image tokens. Its name is its shard and its key."""
 
     name: str
     image: bytes
@@ -36,17 +36,17 @@ class Sample(NamedTuple):
 
 class StreamingPairs(IterableDataset):
     """
-    One pass over the pairs of a stream: the part of this process and data loader worker.
+    One pass over the pairs of a stream: the part that this process and data loader worker reads.
 
-    Items are those of `open_pairs`, but that "pair_id" is made of the image's bytes (see `pair_id_of`), so that
-    equal images are never negatives of each other, wherever they stand.
+    Items are those of `open_pairs`, except that "pair_id" is computed from the image's bytes (see `pair_id_of`). Equal
+    images are thus never negatives of each other, whatever shards they are in.
 
     Args:
-        shards: Where they are.
+        shards: The shards to read.
         image_column, caption_column: See `read_row`.
-        shuffle_buffer: So many samples of each worker wait encoded in memory, from which a random one is taken next;
-            the order of shards is drawn anew in every pass. With 0 everything comes as it is written.
-        seed: Of both, and of what is drawn for each item in training.
+        shuffle_buffer: Number of encoded samples that each worker keeps in memory, from which it draws the next one.
+            The order of shards is also drawn anew in every pass. With 0 all samples come in the order of the files.
+        seed: Seed of the order, and of the random draws for each item in training.
     """
 
     modality = "image"
@@ -73,14 +73,14 @@ class StreamingPairs(IterableDataset):
         return len(self._shards)
 
     def split_by_process(self, process_index: int, num_processes: int) -> "StreamingPairs":
-        """The part of one of several processes; all parts together are the whole, and none overlap."""
+        """The part of one of several processes. The parts do not overlap, and together are the whole stream."""
         part = copy.copy(self)
         part._process_index, part._num_processes = process_index, num_processes
         part.report = StreamReport()
         return part
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order and every item's seed anew from the next iteration on, in running workers too."""
+        """Draw the order and the items' seeds anew from the next iteration on, in running workers, too."""
         self._epoch.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
@@ -90,13 +90,13 @@ class StreamingPairs(IterableDataset):
             yield to_item(sample, seeds)
 
     def item_seeds(self, epoch: int) -> EpochSeeds:
-        """What seeds the items of pass number `epoch`."""
+        """The seeds of the items in pass number `epoch`."""
         seeds = EpochSeeds(self._seed)
         seeds.set_epoch(epoch)
         return seeds
 
     def read_pass(self, epoch: int) -> Iterator[Sample]:
-        """The samples of pass number `epoch` for this process and worker, shuffled."""
+        """The samples of this process and worker in pass number `epoch`, shuffled."""
         worker_id, num_workers = _worker()
         consumer = self._process_index + self._num_processes * worker_id
         shards = list(range(self.num_shards))
@@ -106,14 +106,14 @@ class StreamingPairs(IterableDataset):
         return shuffled(samples, self._shuffle_buffer, random.Random(f"{self._seed}/{epoch}/{consumer}"))
 
     def iter_captions(self) -> Iterator[str]:
-        """All captions of all shards, in their order; it reads everything."""
+        """All captions of all shards, in their order. This reads all shards to their end."""
         for shard in range(self.num_shards):
             for sample in self._read_shard(shard):
                 if sample is not None:
                     yield from sample.captions
 
     def first_item(self) -> dict:
-        """The first pair as it is written. Raises `ValueError` if no shard has one among its first rows."""
+        """The first pair in the order of the files. Raises `ValueError` if no shard has one among its first rows."""
         for shard in range(self.num_shards):
             for sample in itertools.islice(self._read_shard(shard), MAX_TRIED_ROWS):
                 if sample is not None:
@@ -127,7 +127,7 @@ class StreamingPairs(IterableDataset):
                     yield sample
 
     def _read_shard(self, shard: int) -> Iterator[Sample | None]:
-        """All samples of a shard up to where it breaks; `None` in the place of one that is refused."""
+        """The samples of a shard, up to its end or to where it breaks. A refused sample is `None`."""
         rows = self._shards.read(shard, self.report)
         num_read = 0
         while True:
@@ -151,13 +151,13 @@ class StreamingPairs(IterableDataset):
 
 class EndlessPairs(IterableDataset):
     """
-    Pass after pass over a stream, each in a new order, for training by steps.
+    Repeats the passes over a stream without an end, each in a new order, for training by steps.
 
-    Processes and workers begin their next pass on their own, so that none waits at the end of a pass for another that
-    has more to read.
+    Each process and worker begins its next pass on its own: none waits at the end of a pass for others that have more
+    to read.
 
     Args:
-        pairs: The part of this process.
+        pairs: The part of the stream that this process reads.
         batch_size: Items that the data loader puts into a batch.
     """
 
@@ -166,7 +166,7 @@ class EndlessPairs(IterableDataset):
         self._num_skipped_batches = 0
 
     def skip(self, num_batches: int) -> None:
-        """From the next iteration on give `None` for the items of so many batches of this process: no work is done."""
+        """Make the next iteration give `None` for the items of the first `num_batches` batches of this process."""
         self._num_skipped_batches = num_batches
 
     def __iter__(self) -> Iterator[dict | None]:
@@ -192,7 +192,7 @@ class EndlessPairs(IterableDataset):
 
 
 class SkippingCollator:
-    """Passes batches on to `collate`; one of nothing but skipped items becomes an empty dict."""
+    """Calls `collate` for a batch. A batch of skipped items becomes an empty dict."""
 
     def __init__(self, collate: Callable[[list[dict]], dict]):
         self.collate = collate
@@ -211,17 +211,17 @@ def open_stream(
     seed: int = 0,
 ) -> StreamingPairs:
     """
-    Open pairs to be read as they come, without a length.
+    Open a stream of pairs, which has no length.
 
     Args:
         dataset: Paths or addresses (https://, s3:// and whatever else fsspec knows) of WebDataset .tar or of .parquet
             shards, with braces ("{000..009}") and stars; a folder of such files; or a Hub id.
-        split: Its name: of a Hub data set, or as files of a folder or glob carry it. A list in braces and an address
-            are the split itself.
+        split: Its name, in a Hub data set or in the file names of a folder or glob. A list in braces and an address
+            name the files of the split, whatever it is called.
         image_column, caption_column: See `read_row`.
         shuffle_buffer, seed: See [`StreamingPairs`].
 
-    Raises `ValueError` for what is not there, cannot be streamed, or gives no pair.
+    Raises `ValueError` for data that does not exist, cannot be streamed, or gives no pair.
     """
     if "[" in split:
         raise ValueError(f"A stream has no length to cut {split!r} from; give the name of the split alone.")
@@ -234,9 +234,9 @@ def open_stream(
 
 def split_shards(shards: list[int], consumer: int, num_consumers: int) -> list[tuple[int, int, int]]:
     """
-    The part of one of several consumers: (shard, k, n) for every n-th sample of the shard from the k-th.
+    The part of one of several consumers, as triples (shard, k, n): every n-th sample of the shard, from the k-th on.
 
-    Each consumer gets equally many whole shards; what then remains, fewer shards than consumers, is shared among all.
+    Each consumer gets equally many whole shards. All consumers share the remaining shards, which are fewer than they.
     """
     num_whole = len(shards) // num_consumers * num_consumers
     parts = [(shard, 0, 1) for shard in shards[consumer:num_whole:num_consumers]]
@@ -247,7 +247,7 @@ def split_shards(shards: list[int], consumer: int, num_consumers: int) -> list[t
 
 
 def shuffled(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
-    """All of `samples`, each taken at random from `buffer_size` that wait; with 0 or 1 in their order."""
+    """Shuffle samples: each is drawn from a buffer of `buffer_size`. With 0 or 1 the order stays."""
     waiting = []
     for sample in samples:
         if len(waiting) < buffer_size:
@@ -264,12 +264,12 @@ def shuffled(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterato
 
 
 def pair_id_of(image: bytes) -> int:
-    """A number in [0, 2**63) made of an encoded image: the first 8 bytes of its BLAKE2b digest, without the sign."""
+    """An id in [0, 2**63) of an encoded image: the first 8 bytes of its BLAKE2b digest, without the lowest bit."""
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "big") >> 1
 
 
 def to_item(sample: Sample, seeds: EpochSeeds) -> dict:
-    """What `StreamingPairs` gives for a sample."""
+    """The item of `StreamingPairs` for a sample."""
     return {
         "image": {"bytes": sample.image, "path": None},
         "captions": sample.captions,

@@ -1,4 +1,4 @@
-"""Names of shards: braces and stars to a list, on this machine or behind any address that fsspec knows."""
+"""Expands braces and stars in the names of shards, on this machine or at any address that fsspec knows."""
 
 import itertools
 import re
@@ -21,7 +21,8 @@ def expand_braces(pattern: str) -> list[str]:
     """
     "a-{000..002}.tar" -> a-000.tar, a-001.tar, a-002.tar; "{a,b}.tar" -> a.tar, b.tar; without braces, the name alone.
 
-    Raises `ValueError` for a range that runs backwards, braces without range or comma, and more than a million names.
+    Raises `ValueError` for a range that ends before it begins, braces without range or comma, and over a million
+    names.
     """
     pieces = BRACES.split(pattern)  # text, inside of braces, text, ...
     choices = [[piece] if i % 2 == 0 else _choices(piece, pattern) for i, piece in enumerate(pieces)]
@@ -49,10 +50,10 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 def expand_urls(pattern: str) -> list[str]:
     """
-    The addresses that a pattern with braces and stars stands for; those with a star are looked up where they are.
+    All addresses that match a pattern with braces and stars. Stars are looked up at the server.
 
-    Raises `ValueError` for a protocol that is unknown or needs a package that is not installed, and for a star that
-    finds nothing or cannot be looked up.
+    Raises `ValueError` for an unknown protocol, a protocol whose package is not installed, and a star that matches
+    nothing or cannot be looked up.
     """
     return list(_expand_stars(pattern))
 
@@ -71,7 +72,7 @@ def _expand_stars(pattern: str) -> Iterator[str]:
 
 
 def display_name(name: str) -> str:
-    """A name fit for logs: without the user, password and query (which may be a signature) of a web address."""
+    """A name for logs: of a web address without user, password and query, as a query may be a signature."""
     if not is_url(name):
         return name
     parts = urlsplit(name)

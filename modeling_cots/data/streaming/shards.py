@@ -1,4 +1,4 @@
-"""Where the shards of a stream are: .tar and .parquet files read by us, other Hub formats by `datasets`."""
+"""Finds the shards of a stream and reads their rows: .tar and .parquet itself, other Hub formats by `datasets`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from .tar import MAX_MEMBER_BYTES, read_samples
 
 HUB = "hf://"
 ROWS_AT_ONCE = 16
-SILENCE = 60  # seconds after which a web server that sends nothing is given up
+SILENCE = 60  # seconds to wait for a web server that sends nothing
 
 
 class FileShards:
     """
-    Shards that are a file each, on this machine or behind any address that fsspec knows.
+    Shards of which each is one file, on this machine or at any address that fsspec knows.
 
     Args:
-        names: Paths and addresses, all of .tar (WebDataset) or all of .parquet.
-        columns: Columns or extensions to read; all others are passed over.
+        names: Paths and addresses, either all of .tar files (WebDataset) or all of .parquet files.
+        columns: Columns or extensions to read. All others are skipped.
     """
 
     def __init__(self, names: list[str], columns: set[str]):
@@ -38,11 +38,11 @@ class FileShards:
         return len(self._names)
 
     def name(self, shard: int) -> str:
-        """What reports call a shard."""
+        """The name of a shard in reports."""
         return display_name(self._names[shard])
 
     def read(self, shard: int, report: StreamReport) -> Iterator[tuple[str, dict]]:
-        """Key and row of each sample of a shard, in its order; refused members of a .tar go to the report."""
+        """The key and row of each sample in a shard, in its order. Refused files in a .tar go to the report."""
         read_rows = _read_tar if self.name(shard).endswith(".tar") else _read_parquet
         with _open(self._names[shard]) as stream:
             yield from read_rows(
@@ -52,11 +52,11 @@ class FileShards:
 
 class RowShards:
     """
-    Shards of any other format that `datasets` streams, each as an iterator of its own, so that a bad one ends alone.
+    Shards of any other format that `datasets` streams. Each has its own iterator, so that a bad one ends only itself.
 
     Args:
         rows: A streaming data set that decodes nothing.
-        files: Names of its shards, for reports.
+        files: Names of its files, for reports.
         repository: Address of the Hub repository whose files rows may name as their images; `None`: no file at all.
     """
 
@@ -70,11 +70,11 @@ class RowShards:
         return len(self._names)
 
     def name(self, shard: int) -> str:
-        """What reports call a shard."""
+        """The name of a shard in reports."""
         return display_name(self._names[shard])
 
     def read(self, shard: int, report: StreamReport) -> Iterator[tuple[str, dict]]:
-        """Number and row of each row of a shard, in its order."""
+        """The number and the content of each row in a shard, in its order."""
         for number, row in enumerate(self._rows.shard(num_shards=len(self), index=shard)):
             for column, value in row.items():
                 if self._is_beside(value):
@@ -97,7 +97,8 @@ def open_shards(
     """
     Find the shards of a split, see `open_stream`.
 
-    Raises `ValueError` for what is not there or cannot be streamed; single files of a list in braces may be missing.
+    Raises `ValueError` for data that does not exist or cannot be streamed. Single files of a list in braces may be
+    missing.
     """
     columns = wanted_columns(image_column, caption_column)
     names = _find_names(dataset, split)
@@ -113,7 +114,7 @@ def open_shards(
 
 
 def _find_names(dataset: str, split: str) -> list[str] | None:
-    """Paths and addresses; `None` for a repository."""
+    """The paths or addresses of the shards; `None` for a repository."""
     if is_url(dataset):
         return expand_urls(dataset)
     files = []
@@ -126,7 +127,7 @@ def _find_names(dataset: str, split: str) -> list[str] | None:
 
 
 def _open_repository(dataset: str, split: str, columns: set[str]) -> FileShards | RowShards:
-    """A Hub id, or a folder with a data set card."""
+    """The shards of a repository: a Hub id, or a folder with a data set card."""
     try:
         builder = datasets.load_dataset_builder(dataset)
     except Exception as error:  # not found, gated, offline, several configurations, ...

@@ -1,8 +1,8 @@
-"""WebDataset shards, read as they arrive: a tar stream of any length to samples, in bounded memory.
+"""Reads WebDataset shards as they arrive: turns a tar stream of any length into samples, in bounded memory.
 
-`tarfile` and the WebDataset builder of `datasets` are not enough here: both take a shard that ends between two
-members, or whose next header is damaged, for a whole one, and read names and extended headers of any length into
-memory. What a shard holds is never written to a disk, never unpacked, and its names are never opened.
+`tarfile` and the WebDataset builder of `datasets` do not suffice. Both take a shard for whole that ends between two
+members or whose next header is damaged, and both read names and extended headers of any length into memory. The
+content of a shard is never written to a disk or unpacked, and its names are never opened.
 """
 
 import posixpath
@@ -30,11 +30,11 @@ TYPES_WITHOUT_DATA = set(REFUSED_TYPES) - {tarfile.GNUTYPE_SPARSE}
 
 
 class DamagedShardError(ValueError):
-    """A shard that ends too early, or is no tar archive from some place on; what came before it is sound."""
+    """Raised where a shard ends too early or is no tar archive any more. The samples before that are sound."""
 
 
 class Member(NamedTuple):
-    """One file of a shard, with its name and content; or, in place of the content, why it is refused."""
+    """One file of a shard: its name, and its content or the reason why it is refused."""
 
     name: str
     content: bytes | None
@@ -43,16 +43,15 @@ class Member(NamedTuple):
 
 def read_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
     """
-    The files of an uncompressed tar stream, one after the other; those not `wanted` are passed over.
+    The files of an uncompressed tar stream, in order. Directories and files that are not wanted are skipped.
 
-    Refused are links, devices, pipes and sparse files, names that are absolute or climb with "..", and files of more
-    than 64 MiB. Directories are passed over.
+    Links, devices, pipes, sparse files, names that are absolute or contain "..", and files over 64 MiB are refused.
 
     Args:
         stream: Opened for reading bytes; it need not seek.
         wanted: Whether a file of this name is to be read.
 
-    Raises [`DamagedShardError`] where the archive breaks off without its end mark or is none.
+    Raises [`DamagedShardError`] where the archive ends without its end mark, or is no archive.
     """
     long_name = None
     while (header := _read_header(stream)) is not None:
@@ -82,11 +81,11 @@ def read_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Me
 
 def read_samples(stream: BinaryIO, fields: set[str]) -> Iterator[tuple[dict[str, bytes | str], list[Member]]]:
     """
-    Samples of a WebDataset shard: neighboring files whose names agree up to the first dot of the last part.
+    The samples of a WebDataset shard: neighboring files whose names agree up to the first dot of the file name.
 
     Args:
         stream: See `read_members`.
-        fields: Lower-case extensions to read ("jpg", "txt"); all others are passed over.
+        fields: Lower-case extensions to read ("jpg", "txt"). All others are skipped.
 
     Yields a dict {"__key__": name up to that dot, extension: bytes}, and the members refused since the last sample.
     Raises [`DamagedShardError`] after the last whole sample.
@@ -111,7 +110,7 @@ def read_samples(stream: BinaryIO, fields: set[str]) -> Iterator[tuple[dict[str,
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """ "a/b.seg.JPG" -> ("a/b", "seg.jpg"); hidden files, such as macOS adds, have no extension to be wanted for."""
+    """ "a/b.seg.JPG" -> ("a/b", "seg.jpg"). Hidden files, such as macOS adds, get no extension and are not read."""
     folder, base = posixpath.split(posixpath.normpath(name))
     stem, _, extension = base.partition(".")
     if base.startswith((".", "__")):
@@ -134,7 +133,7 @@ def _refusal(header: tarfile.TarInfo, name: str) -> str | None:
 
 
 def _read_header(stream: BinaryIO) -> tarfile.TarInfo | None:
-    """The next header; `None` at the end mark, a block of zeros."""
+    """The next header; `None` at the end mark, which is a block of zeros."""
     block = _read_exactly(stream, BLOCK)
     try:
         header = tarfile.TarInfo.frombuf(block, ENCODING, ERRORS)
@@ -171,7 +170,7 @@ def _read_small(stream: BinaryIO, size: int) -> bytes:
 
 
 def _pass_over(stream: BinaryIO, size: int, padding: int | None = None) -> None:
-    """Read `size` bytes and the padding to a whole block, and keep nothing."""
+    """Skip `size` bytes and the padding to a whole block."""
     left = size + (-size % BLOCK if padding is None else padding)
     while left > 0:
         left -= len(_read_exactly(stream, min(left, CHUNK)))

@@ -1,4 +1,4 @@
-"""A stream over shards: every sample once a pass, whoever reads it; damage costs what is damaged and no more."""
+"""Streams over shards: each pass gives every sample once, and damage costs only what is damaged."""
 
 import itertools
 from collections import Counter
