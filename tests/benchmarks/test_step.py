@@ -62,7 +62,7 @@ def test_too_little_memory_halves_the_batch_until_it_fits(step, monkeypatch):
         step.measure("cpu", quick=True)
 
 
-def test_views_that_do_not_fit_leave_the_package_as_it_was(step, monkeypatch):
+def test_passes_that_do_not_fit_leave_the_package_as_it_was(step, monkeypatch):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
 
     def speed(joined, *_):
@@ -74,5 +74,5 @@ def test_views_that_do_not_fit_leave_the_package_as_it_was(step, monkeypatch):
     batch = {name: torch.ones(1, 2) for name in ("bool_masked_pos", "masked_input_ids", "attention_mask")}
     holder = SimpleNamespace(trainer=SimpleNamespace(model=None), batch=batch)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        step.view_rows("cpu", sizes, holder)
+        step.pass_rows("cpu", sizes, holder)
     assert modeling_cots_pretraining.MAX_JOINED_POSITIONS == limit
