@@ -40,7 +40,7 @@ class HubForTests:
     def __init__(self, url: str, token: str, home: Path, server: HubServer | None = None):
         self.url, self.token, self.home, self.server = url, token, home, server
         self.repo_ids: list[str] = []
-        self._clients: dict[str | None, ForkServer] = {}
+        self._clients: dict[tuple, ForkServer] = {}
 
     def environment(self, token=OWN_TOKEN) -> dict[str, str]:
         """
@@ -67,16 +67,23 @@ class HubForTests:
     def start(self, function: Callable, *args, token=OWN_TOKEN, **kwargs) -> Call:
         """Begin what [`run`] does, and return at once something with a `result()`."""
         token = self.token if token is OWN_TOKEN else token
-        return self.client(token).start(function, *args, **kwargs)
+        return self.client(token, with_torch="torch" in function.__globals__).start(function, *args, **kwargs)
 
-    def client(self, token: str | None) -> ForkServer:
-        """Where forks of this token come from; for the account itself, a stage of `server_without_package`."""
-        if token not in self._clients:
-            if token == self.token and self.server is not None:
-                self._clients[token] = self.server_without_package.stage()
+    def client(self, token: str | None, with_torch: bool = True) -> ForkServer:
+        """
+        Where forks of this token come from.
+
+        Args:
+            with_torch: Whether functions of files that import torch are called. Forking a large process takes ten
+                times as long; for the account itself this is a stage of `server_without_package`.
+        """
+        key = (token, with_torch)
+        if key not in self._clients:
+            if with_torch and token == self.token and self.server is not None:
+                self._clients[key] = self.server_without_package.stage()
             else:
-                self._clients[token] = ForkServer(HUB_API, environment=self.environment(token))
-        return self._clients[token]
+                self._clients[key] = ForkServer(HUB_API, environment=self.environment(token))
+        return self._clients[key]
 
     @cached_property
     def server_without_package(self) -> ForkServer:
