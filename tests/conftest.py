@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits, here and in processes of the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 # `datasets` finds a folder with a card again by the folder's name alone: another run's data would be taken for ours.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cots-tests-")
@@ -27,14 +28,15 @@ settings.register_profile("tests", derandomize=True, deadline=None, suppress_hea
 settings.load_profile("tests")
 
 
-def pytest_collection_finish() -> None:
-    """A training run collects garbage: without this, each time among millions of objects of the imported libraries."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """A training run collects garbage: without this, each time among millions of objects of imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
