@@ -9,6 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits,
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 # `datasets` finds a folder with a card again by the folder's name alone: another run's data would be taken for ours.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cots-tests-")
+# Remote code and metrics are copied to folders which two runs, or two workers of pytest-xdist, would share.
+os.environ["HF_MODULES_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/modules"
+os.environ["HF_METRICS_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/metrics"
 
 import pytest
 import torch

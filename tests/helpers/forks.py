@@ -132,7 +132,8 @@ class Call:
 def bare_server() -> ForkServer:
     """torch and transformers, and nothing else: what `import modeling_cots` finds at least."""
     home = tempfile.mkdtemp(prefix="cots-forks-")
-    server = ForkServer(*TRANSFORMERS, environment={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home})
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": f"{home}/modules"}
+    server = ForkServer(*TRANSFORMERS, environment={**os.environ, **settings})
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     atexit.register(server.close)
     return server
