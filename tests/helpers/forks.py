@@ -4,7 +4,7 @@ Importing torch and transformers takes four seconds of computing, more than most
 
     server = ForkServer("transformers.pipelines")  # a fresh interpreter
     server.run_python("script.py", "--option", "1")  # as `programs.run_python`
-    server.stage("modeling_cots").call(function_of_a_test_file, 1)  # a fork with more imports, for further forks
+    server.stage("modeling_cots").start(function_of_a_test_file, 1).result()  # a fork that imports more, and forks
 
 `bare_server`, `server_without_package` and `server_with_package` are those of the whole test run; they are offline.
 """
@@ -64,13 +64,15 @@ class ForkServer:
         stage._process, stage._address = None, self._ask("stage", imports).result()
         return stage
 
-    def start(self, function: Callable, *args, environment: dict[str, str] | None = None, **kwargs) -> "Call":
+    def start(self, function: Callable, *args, **kwargs) -> "Call":
         """Begin to call a function of a test file; its module is imported for all later forks too."""
-        return self._ask("call", function.__code__.co_filename, function.__name__, args, kwargs, environment)
+        return self._ask("call", function.__code__.co_filename, function.__name__, args, kwargs)
 
     def start_python(self, *arguments, environment=None, cwd=None, output=os.devnull, errors=os.devnull) -> "Call":
         """Begin `python ARGUMENTS` (`-c CODE` or a script); the call's result is the exit status."""
-        return self._ask("python", [str(word) for word in arguments], environment, cwd, str(output), str(errors))
+        call = self._ask("python", [str(word) for word in arguments], environment, cwd, str(output), str(errors))
+        call.wait = lambda: self._ask("wait", call.pid).result()
+        return call
 
     def run_python(self, *arguments, check: bool = True, timeout: float = 600, environment=None, cwd=None):
         """
@@ -105,10 +107,15 @@ class ForkServer:
 
 
 class Call:
-    """A call under way in a fork, a process with the id `pid`."""
+    """
+    A call under way in a fork, a process with the id `pid`.
+
+    `wait` is called when it has answered or died: a program has ended once its process has, with its locks on files.
+    """
 
     def __init__(self, connection: Connection):
         self._connection = connection
+        self.wait: Callable[[], None] = lambda: None
         self.pid = connection.recv()
 
     def result(self, timeout: float | None = None):
@@ -120,6 +127,7 @@ class Call:
                 result, error = self._connection.recv()
             except EOFError:
                 error = ("The client died", "")
+        self.wait()
         if error is not None:
             raise ClientError(*error)
         return result
@@ -161,8 +169,7 @@ def load(path: str) -> ModuleType:
     return sys.modules[path]
 
 
-def answer_call(path: str, name: str, args: tuple, kwargs: dict, environment: dict[str, str] | None) -> tuple:
-    os.environ.update(environment or {})
+def answer_call(path: str, name: str, args: tuple, kwargs: dict) -> tuple:
     try:
         return getattr(load(path), name)(*args, **kwargs), None
     except Exception as error:
@@ -213,6 +220,11 @@ def serve(announce: Callable) -> None:
         while True:
             with listener.accept() as connection:
                 kind, *request = connection.recv()
+                if kind == "wait":
+                    wait_for(children, *request)
+                    connection.send(os.getpid())
+                    connection.send((None, None))
+                    continue
                 if kind == "call":
                     with contextlib.suppress(Exception):  # what is wrong with it, the fork will say
                         load(request[0])
@@ -228,6 +240,12 @@ def serve(announce: Callable) -> None:
                     traceback.print_exc()
                 finally:
                     os._exit(0)
+
+
+def wait_for(children: set[int], child: int) -> None:
+    if child in children:
+        os.waitpid(child, 0)
+        children.remove(child)
 
 
 def serve_fork(connection: Connection, kind: str, request: list) -> None:
