@@ -103,6 +103,8 @@ def collapse_warning(logs: list[dict[str, float]], num_candidates: int, kl_warmu
 
     Returns the warning where the last line is the first to call for it, else `None`.
     """
+    if not logs or "loss_i2t" not in logs[-1]:
+        return None
     chance, num_flat = chance_loss(num_candidates), 0
     lines = [entry for entry in logs if "loss_i2t" in entry]
     for index, entry in enumerate(lines):

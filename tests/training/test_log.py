@@ -87,5 +87,5 @@ def test_waits_for_the_warm_up_and_for_several_logs_in_a_row():
 
 def test_other_lines_of_the_history_do_not_count():
     evaluation = {"eval_recall_sum": 1.0, "step": 26}
-    said = warnings_of([FLAT, evaluation, FLAT, evaluation, FLAT])
-    assert [warning is not None for warning in said] == [False, False, False, False, True]
+    said = warnings_of([FLAT, evaluation, FLAT, evaluation, FLAT, evaluation, {"step": 27}])
+    assert [warning is not None for warning in said] == [False, False, False, False, True, False, False]
