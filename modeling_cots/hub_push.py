@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .hub_export import CARD_NAME, export_repository, is_untouched
+from .hub_export import CARD_NAME, HANDLER_FILES, export_repository, is_untouched
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ def processor_of(model: PreTrainedModel) -> ProcessorMixin:
     if not source:
         raise ValueError("A repository needs the model's processor: push_to_hub(repo_id, processor=processor).")
     # The repository's code runs only if it already did for the model: if this file was loaded as part of it.
-    is_remote = not os.path.isfile(Path(__file__).parent / "hub" / "handler.py")
+    is_remote = not os.path.isfile(Path(__file__).parent / HANDLER_FILES[0])
     options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": is_remote}
     try:
         return AutoProcessor.from_pretrained(source, **options)

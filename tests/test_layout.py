@@ -7,6 +7,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from carried import CARRIED
 from forks import bare_server
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -29,17 +30,6 @@ ALLOWED = {
 }
 # Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs neither.
 NOT_CARRIED = {"__init__.py", "modeling_cots_pretraining.py"}
-CARRIED = {
-    "configuration_cots.py",
-    "encoders_cots.py",
-    "hub_export.py",
-    "hub_push.py",
-    "modeling_cots.py",
-    "pipeline_cots.py",
-    "processing_cots.py",
-    "video_processing_cots.py",
-    "video_reading_cots.py",
-}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
 # `av` is imported inside functions only, behind transformers' own check for it.
 CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "av"}

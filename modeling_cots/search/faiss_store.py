@@ -36,7 +36,6 @@ class FaissStore:
         self.folder = Path(folder)
         if not (self.folder / INFO).is_file():
             raise ValueError(f"There is no index in {str(folder)!r}: make one with `cots-search index`.")
-        self.info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
         self._lock = FileLock(self.folder / LOCK)
         self._open()
 
@@ -148,12 +147,13 @@ class FaissStore:
             raise
         finally:
             self._lock.release()
-        self.__init__(self.folder)  # type: ignore[misc]
+        self._open()
 
     def close(self) -> None:
         """Nothing is held open."""
 
     def _open(self) -> None:
+        self.info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
         self._rows = RowFolder(self.folder, self.info["dim"])
         self._vectors = FaissVectors(self.info["engine"], self.info["dim"], self._rows_embeddings)
         self._vectors.load(self.folder)

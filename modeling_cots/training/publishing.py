@@ -44,7 +44,7 @@ def build_card(
         args, state: Of the run.
         train_dataset, eval_dataset: What it was trained and measured on.
         eval_protocol: One of `PROTOCOLS`, or `None`.
-        model_name: Title; by default the Hub id of the arguments, or the name of the output folder.
+        model_name: Title; by default `repository_name`.
     """
     logs = [entry for entry in state.log_history if "eval_recall_sum" in entry]
     metrics = {name.removeprefix("eval_"): value for name, value in logs[-1].items()} if logs else None
@@ -62,8 +62,12 @@ def build_card(
     if images is not None:
         record["widget"] = record_widget_examples(model, processor, images, folder)
     save_record(record, folder)
-    model_name = model_name or args.hub_model_id or Path(args.output_dir).absolute().name
-    return build_model_card(model.config, record, model_name=model_name)
+    return build_model_card(model.config, record, model_name=model_name or repository_name(args))
+
+
+def repository_name(args: COTSTrainingArguments) -> str:
+    """The Hub id of the arguments, or else the name of the output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def prepare_push(write: Callable[[str], None], repo_id: str, **options) -> Callable[[], CommitInfo]:

@@ -39,7 +39,7 @@ from .processes import (
     set_timeout,
     use_float16_on_cpu,
 )
-from .publishing import build_card, prepare_push, push_in_background
+from .publishing import build_card, prepare_push, push_in_background, repository_name
 from .recovery import RunCheckpoints, check_loaded_weights
 from .setup import build_training_collator, check_setup, choose_image_tokens, freeze_unused_parameters
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
@@ -460,9 +460,7 @@ class COTSTrainer(Trainer):
         args = self.args
         token = args.hub_token if token is None else token
         if self.hub_model_id is None:  # else the Trainer has made the repository at its start
-            self.hub_model_id = full_repo_id(
-                args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)), token
-            )
+            self.hub_model_id = full_repo_id(repository_name(args), token)
         self._finish_current_push()
         push = prepare_push(
             self._write_repository,

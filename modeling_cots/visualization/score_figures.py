@@ -36,8 +36,9 @@ def draw_contact_sheet(rows: dict[str, list[tuple]], threshold: float):
         figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
     ):
         band_figure.suptitle(f"{band} scores", fontsize=11, x=0.01, ha="left", weight="bold")
-        for axes, triple in zip(band_figure.subplots(1, num_columns, squeeze=False)[0], row, strict=False):
-            _draw_pair(axes, *triple, is_dropped=triple[2] < threshold)  # type: ignore[misc]
+        all_axes = band_figure.subplots(1, num_columns, squeeze=False)[0]
+        for axes, (image, caption, score) in zip(all_axes, row, strict=False):
+            _draw_pair(axes, image, caption, score, is_dropped=score < threshold)
     return figure
 
 

@@ -6,12 +6,13 @@ It speaks what streaming asks for (seen with datasets 5.2): repository info, tre
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import serve
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OWNER = "some"
@@ -104,10 +105,5 @@ class _Hub(BaseHTTPRequestHandler):
 @contextmanager
 def dataset_hub(folder: Path) -> Iterator[str]:
     """Serve each sub-folder as a data set of the owner `OWNER`; gives what `HF_ENDPOINT` has to be."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serve(type("Hub", (_Hub,), {"folder": folder})) as address:
+        yield address

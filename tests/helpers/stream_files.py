@@ -3,13 +3,13 @@
 import io
 import json
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
+from loopback import serve
 from PIL import Image
 
 
@@ -64,10 +64,5 @@ class _Quiet(SimpleHTTPRequestHandler):
 @contextmanager
 def http_server(folder: Path) -> Iterator[str]:
     """The files of a folder on the loopback, while the context lasts; without range requests, as plain servers are."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serve(partial(_Quiet, directory=str(folder))) as address:
+        yield address

@@ -155,14 +155,14 @@ def sample_scene(rng: random.Random, image_size: int, *, held_out: bool) -> Scen
 
 def _sample_object(rng: random.Random, color: str, shape: str, cell: tuple[int, int], image_size: int) -> SceneObject:
     size = rng.choice(list(SIZES))
-    rgb = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLORS[color])
+    red, green, blue = (min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLORS[color])
     share, from_top, from_left = rng.uniform(*SIZES[size]), rng.random(), rng.random()
     side = int(share * (image_size // GRID))
     row, column = cell
     # Whole pixels inside the cell, so that boxes of different cells never overlap.
     top = row * image_size // GRID + int(from_top * (image_size // GRID - side + 1))
     left = column * image_size // GRID + int(from_left * (image_size // GRID - side + 1))
-    return SceneObject(color, shape, size, rgb, cell, (left, top, left + side, top + side))  # type: ignore[arg-type]
+    return SceneObject(color, shape, size, (red, green, blue), cell, (left, top, left + side, top + side))
 
 
 # Captions
