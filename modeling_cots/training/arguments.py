@@ -4,9 +4,12 @@ Defaults are those of image-text pre-training in the paper (Lu et al., CVPR 2022
 need (temperature, embedding size) is in `COTSConfig`; paths and columns belong to the scripts.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+
+DEFAULT_KEY_DRIFT = 0.1
 
 
 @dataclass
@@ -31,15 +34,33 @@ class COTSTrainingArguments(TrainingArguments):
     momentum: float = field(
         default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
     )
+    momentum_warmup: float = field(
+        default=100,
+        metadata={
+            "help": "K: in step t the momentum is at most t / (t + K), as keys must keep up with weights that move fast. "
+            "Not in the paper; 0 is its constant momentum."
+        },
+    )
     queue_size: int = field(
         default=12_800, metadata={"help": "N_Q, the number of pairs in the two paired queues (1,444 in fine-tuning)."}
     )
     batch_candidates: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "Also contrast against the momentum embeddings of the current batch, which are fresher than the "
-            "queue. Not in the paper; helps models trained from scratch."
+            "help": "Also contrast against the momentum embeddings of the current batch, which are always fresh. Not in "
+            "the paper."
         },
+    )
+    max_key_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keys of the queue are candidates while logits with them are lower than with fresh keys by less than "
+            "this, on average: 0.1 if not given, and without batch_candidates (as in the paper) inf, every key."
+        },
+    )
+    mask_equal_captions: bool = field(
+        default=True,
+        metadata={"help": "Pairs with equal captions are no negatives of each other. Not in the paper."},
     )
 
     mcl_weight: float = field(default=1.0, metadata={"help": "Weight of momentum contrastive learning."})
@@ -118,7 +139,18 @@ class COTSTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
+    def _choose_key_drift(self) -> None:
+        if self.max_key_drift is None:
+            self.max_key_drift = DEFAULT_KEY_DRIFT if self.batch_candidates else math.inf
+        if not self.max_key_drift > 0:
+            raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}: to use no queue, give 1e-9.")
+        if self.max_key_drift < math.inf and not self.batch_candidates:
+            raise ValueError(
+                "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
+            )
+
     def _check_ranges(self) -> None:
+        self._choose_key_drift()
         if self.queue_size < 1:
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
@@ -136,6 +168,7 @@ class COTSTrainingArguments(TrainingArguments):
             "cmlm_weight",
             "kl_warmup_steps",
             "lr_hold_epochs",
+            "momentum_warmup",
             "filter_num_std",
         )
         for name in not_negative:

@@ -68,7 +68,7 @@ class FilterLog:
             result: What the objective returned for it.
             inputs: Has `pair_ids` (B,) and, if known, `names` (B, 120).
         """
-        local = result.batch.local
+        local = result.local
         filtered = (result.batch.valid & ~result.keep_mask)[local]
         scores = result.scores[local].float()
         self._batches.append(

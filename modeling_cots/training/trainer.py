@@ -22,7 +22,7 @@ from ..evaluation.embedding import ExampleRetrievals, embed_pairs, find_examples
 from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
-from ..method.momentum import MomentumState
+from ..method.momentum import MomentumState, rising_momentum
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import COTSTrainingArguments
 from .checkpoints import rotate_checkpoints
@@ -206,7 +206,7 @@ class COTSTrainer(Trainer):
             self.finite_check.add(result.losses, result.logits, inputs)
             if self.filter_log is not None:
                 self.filter_log.add(self.state.global_step + 1, result, inputs)
-            self.objective.push(result.batch, result.scores)
+            self.objective.push(result)
         return (result.loss, result.model_output) if return_outputs else result.loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -280,13 +280,14 @@ class COTSTrainer(Trainer):
         self._scale_before_step = None if scaler is None else scaler.get_scale()
 
     def _update_momentum_encoders(self, args, state, control, **kwargs) -> None:
-        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta."""
+        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta, with an m that rises."""
         # A fused optimizer is called for a step with an overflow too and skips it within, which accelerate does not
         # see: momentum copy and schedule would go on alone (tests/training/test_numerics.py). A fallen scale tells.
         if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
             self.optimizer._is_overflow = True
         if not self.accelerator.optimizer_step_was_skipped:
-            self.momentum_state.encoder.update_(self.model.cots, args.momentum)
+            momentum = rising_momentum(state.global_step, args.momentum, args.momentum_warmup)
+            self.momentum_state.encoder.update_(self.model.cots, momentum)
 
     # ------------------------------------------------------------------------------------------- logging
 
