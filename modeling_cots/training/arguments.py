@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
+
 
 @dataclass
 class COTSTrainingArguments(TrainingArguments):
-    """Arguments of [`COTSTrainer`]; every field of `transformers.TrainingArguments` works as documented there.
+    """Arguments of [`COTSTrainer`]: its own, and those of `transformers.TrainingArguments`, of which some are refused.
 
+    docs/training.md lists what becomes of each. The default of `metric_for_best_model` is `eval_recall_sum`.
     Raises `ValueError` at construction for a value that no run could use, before any work is done.
     """
 
@@ -110,7 +113,11 @@ class COTSTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
+        check_numbers(self)
+        refuse_unused(self)
+        choose_measure(self)
         super().__post_init__()
+        check_base_arguments(self)
         self._check_ranges()
         self._check_base_arguments()
         if self.data_seed is None:
@@ -159,6 +166,5 @@ class COTSTrainingArguments(TrainingArguments):
                 f"lr_hold_epochs belongs to lr_scheduler_type=linear, got {self.lr_scheduler_type}: "
                 "set lr_hold_epochs to 0 to use another schedule."
             )
-        for name in ("remove_unused_columns", "ddp_broadcast_buffers", "ddp_find_unused_parameters"):
-            if getattr(self, name):
-                raise ValueError(f"{name} must stay False: COTSTrainer's batches and momentum state rely on it.")
+        if self.lr_hold_epochs > 0 and self.lr_scheduler_kwargs:
+            raise ValueError("lr_scheduler_kwargs belongs to another schedule: set lr_hold_epochs to 0 to use it.")

@@ -41,7 +41,14 @@ from .processes import (
 )
 from .publishing import build_card, prepare_push, push_in_background, repository_name
 from .recovery import RunCheckpoints, check_loaded_weights
-from .setup import build_training_collator, check_setup, choose_image_tokens, freeze_unused_parameters
+from .setup import (
+    build_training_collator,
+    check_batches,
+    check_parts,
+    check_setup,
+    choose_image_tokens,
+    freeze_unused_parameters,
+)
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
 
 logger = logging.get_logger(__name__)
@@ -92,6 +99,7 @@ class COTSTrainer(Trainer):
         **kwargs,
     ):
         check_setup(model, args, processing_class)
+        check_parts(args, kwargs)
         token_source, image_tokenizer = choose_image_tokens(
             kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
         )
@@ -178,13 +186,20 @@ class COTSTrainer(Trainer):
     def get_train_dataloader(self):
         """Batches of this process; those of a stream never end."""
         if not isinstance(self.train_dataset, StreamingPairs):
-            return super().get_train_dataloader()
+            if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+                raise ValueError("There are no images to make a batch of: the training data is empty.")
+            loader = super().get_train_dataloader()
+            check_batches(loader, self.train_dataset, self.args)
+            return loader
         self.stream_loader = build_stream_loader(self.train_dataset, self.args, self.data_collator)
         return self.stream_loader
 
     # ------------------------------------------------------------------------------------------- one training step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
             global_batch_size = len(batches[-1]["valid"]) * self.args.world_size
@@ -260,8 +275,11 @@ class COTSTrainer(Trainer):
         self._first_step_of_epoch = state.global_step
 
     def _end_epoch(self, args, state, control, **kwargs) -> None:
-        """Raises `ValueError` where a run cannot go on: the Trainer would silently begin the stream again."""
-        if state.global_step == self._first_step_of_epoch > 0 and not has_length(self.train_dataset):
+        """Raises `ValueError` where data end too early: the Trainer would begin again, or end without a step."""
+        if state.global_step == 0:
+            raise ValueError("No step was taken: the training data gave no batch.")
+        is_done = state.global_step >= state.max_steps
+        if state.global_step == self._first_step_of_epoch and not is_done and not has_length(self.train_dataset):
             raise ValueError(
                 f"The stream ended before the batch after step {state.global_step}, so the run cannot go on where it "
                 "stopped: a custom iterable data set is resumed within its first pass alone. One of `open_stream` "
