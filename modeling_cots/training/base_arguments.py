@@ -54,6 +54,7 @@ REFUSED = {
     "parallelism_config": _WHOLE,
     "remove_unused_columns": "COTSTrainer's batches rely on it",
     "ddp_broadcast_buffers": "the momentum state relies on it",
+    "ddp_static_graph": "a batch without a readable image leaves parameters without a gradient",
     "ddp_find_unused_parameters": "the parameters of unused losses are frozen instead",
 }
 # These optimizers move weights before the step is checked, or evaluate with other weights than those that they move.

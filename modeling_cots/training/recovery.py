@@ -3,6 +3,7 @@
 What makes a folder a whole checkpoint is in `checkpoints.py`; which step is refused, in `finite_check.py`.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -20,6 +22,8 @@ from .arguments import COTSTrainingArguments
 from .checkpoints import check_checkpoint, choose_checkpoint, commit_checkpoint, invalidate_checkpoint
 
 logger = logging.get_logger(__name__)
+
+LOCK_NAME = "training.lock"
 
 
 class RunCheckpoints:
@@ -37,6 +41,33 @@ class RunCheckpoints:
         self.args, self.accelerator = args, accelerator
         self.resumed_from: str | None = None
         self.saved_step: int | None = None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        Let no other run train into `output_dir` during the block; all processes of one launch are one run.
+
+        The operating system holds the lock for process 0 and takes it back when that process ends, however it ends:
+        the file that stays behind is in nobody's way. Raises `ValueError`, on every process, where another run has it.
+        """
+        folder, errors = self.args.output_dir, [None]
+        lock = FileLock(os.path.join(folder, LOCK_NAME))
+        if self.accelerator.is_main_process:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                lock.acquire(timeout=0)
+            except Timeout:
+                errors = [f"Another run is training into {folder}: wait for its end, or choose another output_dir."]
+            except OSError as error:
+                errors = [f"Nothing can be written to output_dir={folder}: {error.strerror or error}."]
+        if self.args.world_size > 1:
+            broadcast_object_list(errors)
+        if errors[0] is not None:
+            raise ValueError(errors[0])
+        try:
+            yield
+        finally:
+            lock.release()
 
     def choose(self, wanted: str | bool | None) -> str | None:
         """
@@ -88,7 +119,7 @@ class RunCheckpoints:
             args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            torch.save(args, os.path.join(folder, TRAINING_ARGS_NAME))  # again, with the limit
+            save_arguments(args, folder)  # again, with the limit
             commit_checkpoint(folder, args.world_size)
         self.saved_step = step
 
@@ -105,6 +136,13 @@ class RunCheckpoints:
 
     def _averages_file(self, folder: str) -> str:
         return os.path.join(folder, f"averages_{self.args.process_index}.safetensors")
+
+
+def save_arguments(args: COTSTrainingArguments, folder: str) -> None:
+    """Write the arguments of a run into a checkpoint, but for the token of the Hub: checkpoints are passed around."""
+    shared = copy.copy(args)
+    shared.hub_token = None
+    torch.save(shared, os.path.join(folder, TRAINING_ARGS_NAME))
 
 
 def check_loaded_weights(load_result, tied_names) -> None:

@@ -6,13 +6,11 @@ checkpoints, the refusal of a step, and the Hub.
 """
 
 import os
-import time
 
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard, run_as_future
 from transformers import Trainer, TrainerCallback, get_wsd_schedule
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
@@ -40,7 +38,7 @@ from .processes import (
     use_float16_on_cpu,
 )
 from .publishing import build_card, prepare_push, push_in_background, repository_name
-from .recovery import RunCheckpoints, check_loaded_weights
+from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
 from .setup import (
     build_training_collator,
     check_batches,
@@ -165,14 +163,15 @@ class COTSTrainer(Trainer):
             resume_from_checkpoint: A checkpoint folder; "latest" for the newest whole checkpoint of `output_dir`, or a
                 new run where there is none; `True` likewise, but there must be one.
 
-        Raises `ValueError` for a folder that is not a whole checkpoint.
+        Raises `ValueError` for a folder that is no whole checkpoint, and while another run trains into `output_dir`.
         """
-        checkpoint = self.checkpoints.choose(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        finally:
-            if self.filter_log is not None:
-                self.filter_log.write()
+        with self.checkpoints.lock():
+            checkpoint = self.checkpoints.choose(resume_from_checkpoint)
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                if self.filter_log is not None:
+                    self.filter_log.write()
 
     def end(self) -> None:
         """
@@ -261,7 +260,7 @@ class COTSTrainer(Trainer):
             self._resume_averages()
             self.checkpoints.saved_step = state.global_step
         if self.filter_log is not None:
-            restart = [time.time_ns()]
+            restart = [self.filter_log.next_restart()]
             if args.world_size > 1:
                 broadcast_object_list(restart)
             self.filter_log.start(restart[0], state.global_step)
@@ -407,7 +406,7 @@ class COTSTrainer(Trainer):
         # keep its fresh weights with no more than a warning (tests/training/test_resume.py).
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        save_arguments(self.args, output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.filter_log is not None:

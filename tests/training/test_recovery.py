@@ -3,11 +3,16 @@
 That a run which was stopped goes on exactly is in test_resume.py, test_killed_runs.py and test_distributed.py.
 """
 
+import subprocess
+import sys
+
 import pytest
 import safetensors.torch
 import torch
 
 from modeling_cots.training.checkpoints import check_checkpoint, commit_checkpoint
+from modeling_cots.training.recovery import LOCK_NAME
+from modeling_cots.training.trainer import LoopEvents
 
 
 @pytest.fixture
@@ -61,3 +66,79 @@ def test_nothing_is_resumed_from_a_damaged_checkpoint(make_trainer, checkpoint):
         (checkpoint / name).write_bytes(content)
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
     trainer.train(str(checkpoint))
+
+
+# ------------------------------------------------------------------------------------------- one run a folder
+
+
+def test_a_second_run_into_the_same_folder_is_refused(make_trainer):
+    refused = []
+
+    def train_too(*args, **kwargs) -> None:
+        with pytest.raises(ValueError, match="Another run is training into .*: wait for its end, or choose another"):
+            make_trainer(max_steps=1).train()
+        refused.append(True)
+
+    first = make_trainer(max_steps=1)
+    first.add_callback(LoopEvents(on_step_end=train_too))
+    first.train()
+    assert refused == [True]
+    make_trainer(max_steps=1).train()  # the first has ended
+
+
+def test_a_run_that_failed_leaves_the_folder_free(make_trainer):
+    def fail(*args, **kwargs) -> None:
+        raise RuntimeError("a fault of the loop")
+
+    trainer = make_trainer(max_steps=1)
+    trainer.add_callback(LoopEvents(on_step_end=fail))
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    make_trainer(max_steps=1).train()
+
+
+HOLDER = """
+import os, sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire(timeout=0)
+worker = os.fork()  # as a worker of the data loader, which outlives a killed run for a while
+if worker:
+    print(worker, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_killed_run_is_in_nobodys_way(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run" / LOCK_NAME)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match="Another run"):
+            make_trainer(max_steps=1).train()
+        holder.kill()
+        holder.wait()
+        make_trainer(max_steps=1).train()
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    (tmp_path / "run").rmdir()
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=f"Nothing can be written to output_dir={tmp_path / 'run'}: "):
+        trainer.train()
+
+
+# ------------------------------------------------------------------------------------------- what is kept secret
+
+
+def test_no_file_of_a_run_holds_the_token_of_the_hub(make_trainer, tmp_path):
+    token = "hf_" + "secret" * 6
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, hub_token=token)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run" / "model"))
+    trainer.export_model(str(tmp_path / "run" / "export"))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.name == "training_args.bin"]) == 2
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == token
