@@ -11,12 +11,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard, run_as_future
 from transformers import Trainer, TrainerCallback, get_wsd_schedule
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy, PredictionOutput, has_length
 from transformers.utils import logging
 
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
-from ..evaluation.embedding import ExampleRetrievals, embed_pairs, find_examples, measure_retrieval
+from ..evaluation.embedding import ExampleRetrievals, PairEmbeddings, embed_pairs, find_examples, measure_retrieval
 from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
@@ -349,7 +349,35 @@ class COTSTrainer(Trainer):
             for name, part in dataset.items():
                 results.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return results
-        embeds = embed_pairs(
+        embeds = self._embed(dataset)
+        metrics = measure_retrieval(embeds, self.eval_protocol)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.example_retrievals = find_examples(embeds)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """
+        The embeddings of a data set, and retrieval measured among them.
+
+        Returns a `PredictionOutput` of arrays: `predictions` are the unit-length embeddings of its N images (N, d) and C
+        captions (C, d), `label_ids` their pair ids (N,) and (C,), equal where they belong together. Images that cannot
+        be read are left out, with their captions.
+        """
+        embeds = self._embed(test_dataset)
+        protocol = self.eval_protocol if test_dataset is self.eval_dataset else None
+        measured = measure_retrieval(embeds, protocol)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(
+            predictions=(embeds.image_embeds.numpy(), embeds.text_embeds.numpy()),
+            label_ids=(embeds.image_ids.numpy(), embeds.text_ids.numpy()),
+            metrics=metrics,
+        )
+
+    def _embed(self, dataset) -> PairEmbeddings:
+        return embed_pairs(
             self.model.cots,
             dataset,
             self.processing_class,
@@ -359,12 +387,6 @@ class COTSTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             progress=not self.args.disable_tqdm,
         )
-        metrics = measure_retrieval(embeds, self.eval_protocol)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.example_retrievals = find_examples(embeds)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     # ------------------------------------------------------------------------------------------- schedule and state
 
