@@ -27,6 +27,7 @@ import run_video_retrieval
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.scripts.command_line import option_names
 from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config
 from modeling_cots.scripts.steps import parse_options
 from modeling_cots.scripts.timm_weights import timm_vit_config
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from modeling_cots import COTSTrainer
 from modeling_cots.evaluation.report import format_report
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     ModelArguments,
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from modeling_cots import COTSTrainer
 from modeling_cots.evaluation.results import check_test_set
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

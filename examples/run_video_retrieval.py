@@ -20,6 +20,7 @@ from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.data.opening import open_video_dataset
 from modeling_cots.data.video_collators import check_videos_readable
 from modeling_cots.evaluation.results import check_test_set
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     MeasuringArguments,
     ModelArguments,
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

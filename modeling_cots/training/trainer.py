@@ -169,6 +169,12 @@ class COTSTrainer(Trainer):
             checkpoint = self.checkpoints.choose(resume_from_checkpoint)
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except KeyboardInterrupt:
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"Training was stopped after step {self.state.global_step}. {self.checkpoints.how_to_go_on()}"
+                    )
+                raise
             finally:
                 if self.filter_log is not None:
                     self.filter_log.write()
@@ -361,9 +367,9 @@ class COTSTrainer(Trainer):
         """
         The embeddings of a data set, and retrieval measured among them.
 
-        Returns a `PredictionOutput` of arrays: `predictions` are the unit-length embeddings of its N images (N, d) and C
-        captions (C, d), `label_ids` their pair ids (N,) and (C,), equal where they belong together. Images that cannot
-        be read are left out, with their captions.
+        Returns a `PredictionOutput` of arrays: `predictions` are the unit-length embeddings of its N images (N, d) and
+        its C captions (C, d), `label_ids` their pair ids (N,) and (C,), equal where they belong together. Images that
+        cannot be read are left out, with their captions.
         """
         embeds = self._embed(test_dataset)
         protocol = self.eval_protocol if test_dataset is self.eval_dataset else None

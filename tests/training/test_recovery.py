@@ -3,15 +3,17 @@
 That a run which was stopped goes on exactly is in test_resume.py, test_killed_runs.py and test_distributed.py.
 """
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from modeling_cots.training.checkpoints import check_checkpoint, commit_checkpoint
-from modeling_cots.training.recovery import LOCK_NAME
+from modeling_cots.training.checkpoints import MANIFEST_NAME, check_checkpoint, commit_checkpoint, latest_checkpoint
+from modeling_cots.training.recovery import LOCK_NAME, CheckpointError
 from modeling_cots.training.trainer import LoopEvents
 
 
@@ -127,6 +129,74 @@ def test_a_folder_that_cannot_be_written_is_named(make_trainer, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=f"Nothing can be written to output_dir={tmp_path / 'run'}: "):
         trainer.train()
+
+
+def test_a_folder_that_is_removed_during_the_run_is_made_anew_with_its_lock(make_trainer, tmp_path, caplog):
+    def remove(args, state, control, **kwargs) -> None:
+        if state.global_step == 1:
+            shutil.rmtree(tmp_path / "run")
+        if state.global_step == 3:
+            with pytest.raises(ValueError, match="Another run"):
+                make_trainer(max_steps=1).train()
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=2)
+    trainer.add_callback(LoopEvents(on_step_end=remove))
+    trainer.train()
+    assert "was removed during the run, and is made anew" in caplog.text
+    assert latest_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+# ------------------------------------------------------------------------------------------- what cannot be saved
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", f"{MANIFEST_NAME}.partial"]
+)
+def test_a_full_disk_is_one_sentence_that_says_where_to_go_on(make_trainer, tmp_path, name):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2" / name).symlink_to("/dev/full")
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    message = (
+        r"checkpoint-2 could not be saved: (No space left|.* as on a full disk).*the run goes on from .*checkpoint-1\."
+    )
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train()
+
+
+def test_a_folder_that_becomes_a_file_is_one_sentence(make_trainer, tmp_path):
+    def replace(*args, **kwargs) -> None:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("a file")
+
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LoopEvents(on_step_begin=replace))
+    with pytest.raises(ValueError, match=f"Nothing can be written to output_dir={tmp_path / 'run'}: "):
+        trainer.train()
+
+
+def test_an_error_of_another_kind_stays_what_it_is(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+
+    def fail(*args) -> None:
+        raise RuntimeError("a fault of the device")
+
+    monkeypatch.setattr(trainer.momentum_state, "save", fail)
+    with pytest.raises(RuntimeError, match="^a fault of the device$"):
+        trainer.train()
+
+
+def test_a_run_that_is_interrupted_says_where_to_go_on(make_trainer, tmp_path, caplog):
+    def interrupt(args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LoopEvents(on_step_end=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert f"stopped after step 2. With resume_from_checkpoint=latest the run goes on from {tmp_path}" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- what is kept secret
