@@ -24,8 +24,9 @@ from modeling_cots import (
 )
 from modeling_cots.data.image_reading import UnreadableImageError, read_image
 from modeling_cots.hub_export import copy_card_images, rename_card
-from modeling_cots.hub_push import HubPushError, full_repo_id
+from modeling_cots.hub_push import full_repo_id
 from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import run_script
 
 KINDS = ("model", "text_encoder", "zero_shot_classifier")
 MAX_IMAGES = 500  # for the mean length of embeddings
@@ -140,7 +141,4 @@ def read_images(folder: Path) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, HubPushError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main)

@@ -4,18 +4,19 @@
     python examples/run_pretraining.py examples/configs/quickstart.yaml --num_train_epochs 2 --output_dir runs/short
     torchrun --nproc_per_node 8 examples/run_pretraining.py --dataset PHOTOS/ --output_dir runs/photos
 
-Options may stand in a YAML file; those on the command line win. Beside the script's own options below, every argument
-of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. At the end `output_dir` is a folder
-that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what resuming needs.
+Options may stand in a YAML file; those on the command line win. Beside the script's own options below, the arguments
+of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` as docs/training.md says. At the end
+`output_dir` is a folder that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what
+resuming needs.
 """
 
 from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
-from modeling_cots import COTSTrainer, COTSTrainingArguments
+from modeling_cots import COTSTrainer
 from modeling_cots.evaluation.report import format_report
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     ModelArguments,
@@ -24,6 +25,7 @@ from modeling_cots.scripts.steps import (
     describe_output,
     open_split,
     open_train_stream,
+    parse_options,
     read_config,
 )
 
@@ -34,7 +36,7 @@ class ScriptArguments(StreamArguments, ModelArguments, DataArguments):
 
 
 def main() -> None:
-    script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments)
+    script_args, args = parse_options(ScriptArguments)
     set_seed(args.seed)
 
     # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
@@ -81,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

@@ -5,10 +5,10 @@
     python examples/run_video_retrieval.py --dataset MSRVTT/ --model MODEL --train_split none --eval_split test \
         --protocol msrvtt-full --zero_shot_protocol pretrained --output_dir runs/measured
 
-Options may stand in a YAML file; those on the command line win. Beside the script's own options below, every argument
-of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. Defaults are the supplement's for
-MSR-VTT. At the end `output_dir` holds `results.json`, and the model with its card where one was trained, or the card
-of the measured model with the new numbers in it.
+Options may stand in a YAML file; those on the command line win. Beside the script's own options below, the arguments
+of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` as docs/training.md says. Defaults are
+the supplement's for MSR-VTT. At the end `output_dir` holds `results.json`, and the model with its card where one was
+trained, or the card of the measured model with the new numbers in it.
 """
 
 import os
@@ -20,13 +20,14 @@ from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.data.opening import open_video_dataset
 from modeling_cots.data.video_collators import check_videos_readable
 from modeling_cots.evaluation.results import check_test_set
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     MeasuringArguments,
     ModelArguments,
     build_parts,
     check_measuring,
     finish_retrieval,
+    parse_options,
     read_config,
 )
 
@@ -91,7 +92,7 @@ def open_split(options: ScriptArguments, split: str, args: COTSTrainingArguments
 
 
 def main() -> None:
-    script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments, defaults=DEFAULTS)
+    script_args, args = parse_options(ScriptArguments, defaults=DEFAULTS)
     set_seed(args.seed)
     zero_shot_protocol = check_measuring(script_args, args)
     trains = script_args.train_split != "none"
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

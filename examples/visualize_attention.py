@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from modeling_cots import COTSModel
 from modeling_cots.data.image_reading import read_image
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.heat_maps import draw_word_maps
 from modeling_cots.visualization.relevance import explain_pair
 
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,8 +31,9 @@ class COTSVideoDataCollator:
         horizontal_flip: Probability of flipping a video; it makes captions with "left" and "right" untrue.
 
     Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the
-    device; input_ids, attention_mask (B, L); pair_ids, caption_ids (B,) int64; valid (B,) bool. Raises `ValueError` for a
-    processor without a fixed number of frames.
+    device; input_ids, attention_mask (B, L); pair_ids, caption_ids (B,) int64; valid (B,) bool.
+
+    Raises `ValueError` for a processor without a fixed number of frames.
     """
 
     def __init__(self, processor, *, max_text_length: int, min_crop_scale: float = 1.0, horizontal_flip: float = 0.0):

@@ -1,15 +1,15 @@
 """`FreshKeys`: how many keys of the queue are fresh enough to be candidates. Not in the paper.
 
-A query is attracted by its own key and repelled by the candidates. Keys that earlier weights made lie, on average, where
-the embeddings were, and the query's own key where they are. The difference of the two means repels all queries alike,
-away from where the embeddings were: whatever movement there is grows, the next keys follow, and all embeddings run
-from the queue together. The loss falls by that and nothing is learned. While weights move fast, keys that are one step
-old are enough.
+A query is attracted by its own key and repelled by the candidates. Keys that earlier weights made lie, on average,
+where the embeddings were, and the query's own key where they are. The difference of the two means repels all queries
+alike, away from where the embeddings were: whatever movement there is grows, the next keys follow, and all embeddings
+run from the queue together. The loss falls by that and nothing is learned. While weights move fast, keys that are one
+step old are enough.
 
-So the drift of keys is measured in the unit of the loss: how much lower a query's logits are with queued keys than with
-the fresh keys of its own batch, on average over queries and keys. The newest `num_fresh` keys of the queue count. They
-become more by one batch with every batch whose drift is small, and half as many with any other, so that the paper's
-whole queue is what one comes to when keys stay fresh.
+So the drift of keys is measured in the unit of the loss: how much lower a query's logits are with queued keys than
+with the fresh keys of its own batch, on average over queries and keys. The newest `num_fresh` keys of the queue count.
+They become more by one batch with every batch whose drift is small, and half as many with any other. Where keys stay
+fresh, this comes to the paper's whole queue.
 """
 
 import torch

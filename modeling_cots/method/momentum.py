@@ -59,7 +59,7 @@ class MomentumEncoder(nn.Module):
 
 def rising_momentum(step: int, momentum: float, warmup: float) -> float:
     """
-    m of the update after `step` earlier ones: min(momentum, step / (step + warmup)); with a warm-up of 0 always `momentum`.
+    m of the update after `step` earlier ones: min(momentum, step / (step + warmup)); without a warm-up `momentum`.
 
     The copy then averages over no more than the last 1 / warmup of the run so far: weights that still move fast are
     followed closely. Not in the paper, whose m is the limit.

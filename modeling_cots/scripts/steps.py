@@ -19,6 +19,7 @@ from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
+from .command_line import parse_config_and_options
 from .factory import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
 
 
@@ -122,6 +123,23 @@ class TrainingParts:
     image_tokenizer: ImageTokenizer | None
 
 
+def parse_options(*script_types: type, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
+    """
+    The dataclasses of a script, filled, and then its `COTSTrainingArguments`: see `parse_config_and_options`.
+
+    Raises `ValueError` for what transformers leaves to scripts and these do not ask for.
+    """
+    *script_args, args = parse_config_and_options(*script_types, COTSTrainingArguments, argv=argv, defaults=defaults)
+    for name, is_set in {
+        "do_train": args.do_train,
+        "do_eval": args.do_eval and args.eval_strategy == "no",  # else it follows from the strategy
+        "do_predict": args.do_predict,
+    }.items():
+        if is_set:
+            raise ValueError(f"{name} would be ignored: train_split and eval_split say what this script does.")
+    return *script_args, args
+
+
 def read_config(options: ModelArguments) -> COTSConfig:
     """
     The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
@@ -223,6 +241,8 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+    if not trains and args.resume_from_checkpoint is not None:
+        raise ValueError("resume_from_checkpoint goes on with a training, and this run only measures: give `model`.")
     if not trains and args.push_to_hub:
         raise ValueError("push_to_hub pushes what was trained, and this run only measures: use push_to_hub.py.")
     return zero_shot_protocol

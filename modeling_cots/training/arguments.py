@@ -4,18 +4,20 @@ Defaults are those of image-text pre-training in the paper (Lu et al., CVPR 2022
 need (temperature, embedding size) is in `COTSConfig`; paths and columns belong to the scripts.
 """
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-DEFAULT_KEY_DRIFT = 0.1
+from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
+
+MAX_KEY_DRIFT = 0.1
 
 
 @dataclass
 class COTSTrainingArguments(TrainingArguments):
-    """Arguments of [`COTSTrainer`]; every field of `transformers.TrainingArguments` works as documented there.
+    """Arguments of [`COTSTrainer`]: its own, and those of `transformers.TrainingArguments`, of which some are refused.
 
+    docs/training.md lists what becomes of each. The default of `metric_for_best_model` is `eval_recall_sum`.
     Raises `ValueError` at construction for a value that no run could use, before any work is done.
     """
 
@@ -31,14 +33,17 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
 
+    # Not the Trainer's 500: a short run would end without a line that tells whether it learns.
+    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of training logs to the next."})
+
     momentum: float = field(
         default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
     )
     momentum_warmup: float = field(
         default=100,
         metadata={
-            "help": "K: in step t the momentum is at most t / (t + K), as keys must keep up with weights that move fast. "
-            "Not in the paper; 0 is its constant momentum."
+            "help": "K: in step t the momentum is at most t / (t + K), as keys must keep up with weights that move "
+            "fast. Not in the paper; 0 is its constant momentum."
         },
     )
     queue_size: int = field(
@@ -47,15 +52,15 @@ class COTSTrainingArguments(TrainingArguments):
     batch_candidates: bool = field(
         default=True,
         metadata={
-            "help": "Also contrast against the momentum embeddings of the current batch, which are always fresh. Not in "
-            "the paper."
+            "help": "Also contrast against the momentum embeddings of the current batch, which are always fresh. Not "
+            "in the paper."
         },
     )
-    max_key_drift: float | None = field(
-        default=None,
+    max_key_drift: float = field(
+        default=MAX_KEY_DRIFT,
         metadata={
-            "help": "Keys of the queue are candidates while logits with them are lower than with fresh keys by less than "
-            "this, on average: 0.1 if not given, and without batch_candidates (as in the paper) inf, every key."
+            "help": "With batch_candidates: keys of the queue are candidates while logits with them are lower than "
+            "with fresh keys by less than this, on average. Without (the paper) every key of the queue is one."
         },
     )
     mask_equal_captions: bool = field(
@@ -131,7 +136,11 @@ class COTSTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
+        check_numbers(self)
+        refuse_unused(self)
+        choose_measure(self)
         super().__post_init__()
+        check_base_arguments(self)
         self._check_ranges()
         self._check_base_arguments()
         if self.data_seed is None:
@@ -139,18 +148,13 @@ class COTSTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
-    def _choose_key_drift(self) -> None:
-        if self.max_key_drift is None:
-            self.max_key_drift = DEFAULT_KEY_DRIFT if self.batch_candidates else math.inf
+    def _check_ranges(self) -> None:
         if not self.max_key_drift > 0:
-            raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}: to use no queue, give 1e-9.")
-        if self.max_key_drift < math.inf and not self.batch_candidates:
+            raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}.")
+        if self.max_key_drift != MAX_KEY_DRIFT and not self.batch_candidates:
             raise ValueError(
                 "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
             )
-
-    def _check_ranges(self) -> None:
-        self._choose_key_drift()
         if self.queue_size < 1:
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
@@ -192,6 +196,5 @@ class COTSTrainingArguments(TrainingArguments):
                 f"lr_hold_epochs belongs to lr_scheduler_type=linear, got {self.lr_scheduler_type}: "
                 "set lr_hold_epochs to 0 to use another schedule."
             )
-        for name in ("remove_unused_columns", "ddp_broadcast_buffers", "ddp_find_unused_parameters"):
-            if getattr(self, name):
-                raise ValueError(f"{name} must stay False: COTSTrainer's batches and momentum state rely on it.")
+        if self.lr_hold_epochs > 0 and self.lr_scheduler_kwargs:
+            raise ValueError("lr_scheduler_kwargs belongs to another schedule: set lr_hold_epochs to 0 to use it.")

@@ -30,15 +30,14 @@ def loss_warnings(lines: list[dict[str, float]], max_steps: int) -> dict[str, st
         return {}
     last, warnings = lines[-1], {}
     step, contrastive = last["step"], _contrastive(last)
-    found = (
-        f"Step {step}: the two contrastive losses sum to {contrastive:.2f}, and chance is {last['chance_loss']:.2f}."
-    )
+    chance = last["chance_loss"]
+    found = f"Step {step}: the two contrastive losses sum to {contrastive:.2f}, and chance is {chance:.2f}."
     flat, at_chance = _last(lines, FLAT_FOR * max_steps), _last(lines, CHANCE_FOR * max_steps)
     if step >= FLAT_FROM * max_steps and all(_is_at_chance(line) and line["loss_kl"] < FLAT_KL for line in flat):
         warnings["flat"] = (
-            f"{found} loss_kl is {last['loss_kl']:.1e}: all pairs look alike to the model, which has collapsed and will "
-            "not come back. Start again with a smaller kl_weight (0 from scratch) or a larger kl_warmup_steps, a longer "
-            "warm-up of the learning rate, a smaller learning rate, or pre-trained encoders."
+            f"{found} loss_kl is {last['loss_kl']:.1e}: all pairs look alike to the model, which has collapsed and "
+            "will not come back. Start again with a smaller kl_weight (0 from scratch) or a larger kl_warmup_steps, a "
+            "longer warm-up of the learning rate, a smaller learning rate, or pre-trained encoders."
         )
     elif step >= CHANCE_FROM * max_steps and all(_is_at_chance(line) for line in at_chance):
         warnings["chance"] = (
@@ -95,7 +94,7 @@ def is_recall_chance(metrics: dict[str, float], num_images: int, num_captions: i
 
 
 def recall_warning(
-    metrics: dict[str, float], num_images: int, line: dict[str, float] | None, *, is_early: bool
+    metrics: dict[str, float], num_images: int, line: dict[str, float] | None, *, is_early: bool = False
 ) -> str:
     """
     The sentences for recall at chance, with what to do.
@@ -112,8 +111,8 @@ def recall_warning(
         return (
             f"{start}, while the contrastive losses, {_contrastive(line):.2f}, are far below chance, "
             f"{line['chance_loss']:.2f}. The model tells training pairs apart by something that held-out pairs do not "
-            "share: keys of earlier steps (set batch_candidates, a smaller max_key_drift and queue_size), a text or an "
-            "image that gives the pair away, or too few pairs for so many steps."
+            "share: keys of earlier steps (set batch_candidates, a smaller max_key_drift and queue_size), a text or "
+            "an image that gives the pair away, or too few pairs for so many steps."
         )
     if is_early:
         return f"{start} after a tenth of the run. If that stays, stop: {_WHAT_TO_DO}"

@@ -27,9 +27,9 @@ class TrainingLog:
         """
         Note the objective of one batch.
 
-        Losses are reported as means over batches and processes, counts as sums over the global batches (they are equal
-        on every process), and of the filter's threshold and of the queue (its fill, and the number and the drift of its
-        fresh keys) the last value.
+        Losses are reported as means over batches and processes, and counts as sums over the global batches (they are
+        equal on every process). Of the filter's threshold and of the queue (its fill, the number and the drift of its
+        fresh keys) the last value is reported.
         """
         valid, is_real = result.batch.valid, result.batch.pair_ids >= 0
         counts = {

@@ -64,8 +64,9 @@ class COTSObjective:
     """
     L = w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM of one batch.
 
-    A call changes nothing. After it, `push` writes the batch into the queues and takes note of the keys' drift; the momentum encoders move once per
-    optimizer step, of which several batches may be part, and so after the optimizer, in `COTSTrainer`.
+    A call changes nothing. After it, `push` writes the batch into the queues and notes the keys' drift. The momentum
+    encoders move once per optimizer step, of which several batches may be part, and so after the optimizer, in
+    `COTSTrainer`.
 
     Args:
         model ([`COTSForPreTraining`]): The online model, not wrapped for several processes.
@@ -201,7 +202,7 @@ class COTSObjective:
         temperature = self.config.temperature
         logits_i2t = queue_logits(image_embeds, pairs.text_embeds, candidates.text_embeds, excluded, temperature)
         logits_t2i = queue_logits(text_embeds, pairs.image_embeds, candidates.image_embeds, excluded, temperature)
-        if math.isinf(self.args.max_key_drift):
+        if not self.args.batch_candidates:
             return (logits_i2t, logits_t2i), torch.full_like(logits_i2t[0, 0], math.nan)
         is_stale = ~self.queue.fresh_keys.is_fresh(self.queue.age)
         drift = self.drift((logits_i2t, logits_t2i), ~excluded, len(batch.valid))
@@ -212,7 +213,7 @@ class COTSObjective:
         self, logits: tuple[torch.Tensor, torch.Tensor], is_negative: torch.Tensor, batch_size: int
     ) -> torch.Tensor:
         """
-        The larger of both directions' mean drift over the global batch (`fresh_keys.py`), (); NaN for nothing to compare.
+        The larger mean drift of both directions over the global batch (`fresh_keys.py`), (); NaN without any.
 
         Args:
             logits: Of the B local pairs with all candidates, (B, 1 + N_Q + G) each.

@@ -254,6 +254,22 @@ def test_evaluates_by_retrieval(make_trainer):
     assert trainer.example_retrievals.wanted == [0, 4, 9] and trainer.example_retrievals.num_images == 10
 
 
+def test_predicts_the_embeddings_that_it_evaluates(make_trainer):
+    scenes = BrokenScenes("validation", 10, 32, broken={3})
+    trainer = make_trainer(eval_dataset=scenes)
+    predicted = trainer.predict(scenes)
+    (image_embeds, text_embeds), (image_ids, text_ids) = predicted.predictions, predicted.label_ids
+    assert image_ids.tolist() == [pair_id for pair_id in range(10) if pair_id != 3]
+    assert image_embeds.shape == (9, 16) and text_embeds.shape == (45, 16) and len(text_ids) == 45
+    best = (text_embeds @ image_embeds.T).argmax(axis=1)
+    recall = 100 * (image_ids[best] == text_ids).mean()
+    assert predicted.metrics["test_t2i_recall_at_1"] == pytest.approx(recall)
+    evaluated = trainer.evaluate()
+    assert predicted.metrics == {
+        name.replace("eval_", "test_"): evaluated[name] for name in evaluated if name != "epoch"
+    }
+
+
 def test_learns_fixed_pairs(make_trainer):
     """16 pairs, seen 80 times, everything switched on: the pairs are found again and the tokens are predicted."""
     scenes = ScenesDataset("train", 16, 32)
