@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from .image_reading import UnreadableImageError
+from ..image_reading_cots import UnreadableImageError
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 
 MAX_VOCAB_SIZE = 2**16
