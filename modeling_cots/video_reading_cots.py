@@ -168,8 +168,7 @@ def _to_array(frames: Iterator) -> np.ndarray:
     """(T, H, W, 3) uint8, upright, at the size of the first frame: a stream may change its size midway."""
     arrays, size = [], {}
     for frame in frames:
-        if not size:
-            _check_frame(frame)  # a stream may claim another size than its frames have
+        _check_frame(frame)  # a stream may claim another size than its frames have
         size = size or {"width": frame.width, "height": frame.height}
         arrays.append(np.rot90(frame.to_ndarray(format="rgb24", **size), k=round(frame.rotation / 90)))
     return np.stack(arrays)
