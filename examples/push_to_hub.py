@@ -22,9 +22,9 @@ from modeling_cots import (
     export_zero_shot_classifier,
     push_folder,
 )
-from modeling_cots.data.image_reading import UnreadableImageError, read_image
 from modeling_cots.hub_export import copy_card_images, rename_card
 from modeling_cots.hub_push import full_repo_id
+from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 from modeling_cots.scripts.command_line import parse_config_and_options
 from modeling_cots.scripts.error_boundary import run_script
 

@@ -37,6 +37,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 48,
     "per_device_eval_batch_size": 16,
     "lr_hold_epochs": 1,
+    "max_grad_norm": 0,
     "queue_size": 1444,
     "cmvm_weight": 0,
     "cmlm_weight": 0,

@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel
-from modeling_cots.data.image_reading import read_image
+from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.heat_maps import draw_word_maps
 from modeling_cots.visualization.relevance import explain_pair

@@ -13,7 +13,8 @@ from transformers import DataCollatorForLanguageModeling
 from transformers.models.flava.image_processing_flava import FlavaMaskingGenerator
 from transformers.utils import logging
 
-from .image_reading import UnreadableImageError, read_image
+from ..image_reading_cots import UnreadableImageError, read_image
+from ..processing_cots import TOKENIZER_LOCK
 from .image_token_cache import TokenSource
 from .items import caption_ids, encode_names, sample_randomness
 from .skip_report import SkipReport
@@ -212,11 +213,12 @@ def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, 
     """input_ids, attention_mask, special_tokens_mask of C captions: (C, L), padded to the longest of them."""
     # Half a surrogate pair, which JSON can escape, is no Unicode text: tokenizers fail at it.
     captions = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
-    return tokenizer(
-        captions,
-        padding=True,
-        truncation=True,
-        max_length=max_text_length,
-        return_special_tokens_mask=True,
-        return_tensors="pt",
-    )
+    with TOKENIZER_LOCK:
+        return tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=max_text_length,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )

@@ -16,13 +16,12 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerBase,
-    ViTImageProcessor,
 )
-from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig
 from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
+from ..image_processing_cots import COTSImageProcessor
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
@@ -180,9 +179,7 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     if vision_model is not None and not _is_timm(vision_model):
         given = AutoImageProcessor.from_pretrained(vision_model)
         normalization = {"image_mean": given.image_mean, "image_std": given.image_std}
-    image_processor = ViTImageProcessor(
-        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalization
-    )
+    image_processor = COTSImageProcessor(size=size, **normalization)
     video_processor = COTSVideoProcessor(
         size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
     )

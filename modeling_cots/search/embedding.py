@@ -102,7 +102,7 @@ def model_identity(model, processor) -> str:
             tensor = tensor.to(torch.bfloat16)
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     images = json.loads(processor.image_processor.to_json_string())
-    for name in ("image_processor_type", "processor_class", "transformers_version", "_processor_class"):
+    for name in ("auto_map", "image_processor_type", "processor_class", "transformers_version", "_processor_class"):
         images.pop(name, None)
     digest.update(json.dumps(images, sort_keys=True).encode())
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
 
 MAX_KEY_DRIFT = 0.1
+# Adam as the supplement says it, with the decay in the gradient; transformers' `OptimizerNames` lacks it.
+ADAM = "adam"
 
 
 @dataclass
@@ -23,7 +25,14 @@ class COTSTrainingArguments(TrainingArguments):
 
     # Supplement: "learning rate 5e-5", "weight decay 0.02".
     learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate."})
-    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of AdamW."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of the optimizer."})
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={
+            "help": "An optimizer of transformers; or `adam`, torch's Adam, which adds the weight decay to the "
+            "gradient (AdamW shrinks the weights directly)."
+        },
+    )
     num_train_epochs: float = field(default=10.0, metadata={"help": "Number of passes over the images."})
     lr_hold_epochs: float = field(
         default=5.0,
@@ -139,8 +148,13 @@ class COTSTrainingArguments(TrainingArguments):
         check_numbers(self)
         refuse_unused(self)
         choose_measure(self)
+        is_adam = self.optim == ADAM
+        if is_adam:
+            self.optim = TrainingArguments.default_optim  # a name that the base class accepts
         super().__post_init__()
         check_base_arguments(self)
+        if is_adam:
+            self.optim = ADAM
         self._check_ranges()
         self._check_base_arguments()
         if self.data_seed is None:

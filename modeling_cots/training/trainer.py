@@ -24,7 +24,7 @@ from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.momentum import MomentumState, rising_momentum
 from ..modeling_cots_pretraining import COTSForPreTraining
-from .arguments import COTSTrainingArguments
+from .arguments import ADAM, COTSTrainingArguments
 from .checkpoints import rotate_checkpoints
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
@@ -437,6 +437,14 @@ class COTSTrainer(Trainer):
         )
 
     # ------------------------------------------------------------------------------------------- schedule and state
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As the base class; `adam` is torch's Adam, with the arguments of AdamW."""
+        if args.optim != ADAM:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """
