@@ -20,6 +20,7 @@ from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     ModelArguments,
+    OutcomeArguments,
     StreamArguments,
     build_parts,
     describe_output,
@@ -27,11 +28,12 @@ from modeling_cots.scripts.steps import (
     open_train_stream,
     parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 
 @dataclass
-class ScriptArguments(StreamArguments, ModelArguments, DataArguments):
+class ScriptArguments(StreamArguments, ModelArguments, OutcomeArguments, DataArguments):
     """Paths and columns; the data set comes first, as it alone has no default."""
 
 
@@ -80,6 +82,7 @@ def main() -> None:
             print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
         print(f"\n{describe_output(args.output_dir)}")
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
     ModelArguments,
+    OutcomeArguments,
     build_parts,
     check_measuring,
     finish_retrieval,
     open_split,
     parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 # Their sources stand in examples/configs/flickr30k.yaml.
@@ -37,7 +39,7 @@ DEFAULTS = {"lr_hold_epochs": 1, "queue_size": 4096, "cmvm_weight": 0, "cmlm_wei
 
 
 @dataclass
-class ScriptArguments(ModelArguments, MeasuringArguments, DataArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, OutcomeArguments, DataArguments):
     """The data set comes first, as it alone has no default."""
 
 
@@ -78,6 +80,7 @@ def main() -> None:
     trained_on = f"{train_dataset.name} {script_args.train_split}" if trains else None
     finish_retrieval(trainer, script_args, zero_shot_protocol, trained_on=trained_on)
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from modeling_cots.scripts.steps import (
     finish_retrieval,
     parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 # Their sources stand in examples/configs/msrvtt.yaml.
@@ -70,7 +71,7 @@ class VideoArguments:
 
 
 @dataclass
-class ScriptArguments(ModelArguments, MeasuringArguments, VideoArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, OutcomeArguments, VideoArguments):
     """The data set comes first, as it alone has no default."""
 
 
@@ -137,6 +138,7 @@ def main() -> None:
         num_frames=script_args.num_frames,
     )
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -19,18 +20,27 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null timestamp seq map value".split()}
 
 
-def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = None, defaults: dict | None = None):
+def parse_config_and_options(
+    *dataclass_types: type,
+    argv: list[str] | None = None,
+    defaults: dict | None = None,
+    choose_defaults: Callable[[argparse.Namespace], dict] | None = None,
+):
     """
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
     The first argument may be a YAML file of options. Options on the command line override the file, and both override
-    `defaults`, which replace those of the dataclasses. Raises `ValueError` for a missing or broken file, and for an
-    option in the file that is unknown, stands there twice, or has a value of another type.
+    `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so far, which
+    override `defaults`.
+
+    Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there twice,
+    or has a value of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {name: kind for dataclass_type in dataclass_types for name, kind in _kinds_of(dataclass_type).items()}
     parser = HfArgumentParser(dataclass_types)
     parser.set_defaults(**(defaults or {}))
+    options: dict[str, yaml.Node] = {}
     if argv and not argv[0].startswith("-"):
         path = Path(argv.pop(0))
         options = _read_options(path)
@@ -44,6 +54,9 @@ def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = No
                 raise ValueError(f"{path}, line {node.start_mark.line + 1}: {name} {error}.") from None
     for action in parser._actions:  # an option that the file gives is not required on the command line
         action.required = action.required and parser.get_default(action.dest) in (None, dataclasses.MISSING)
+    if choose_defaults is not None:
+        chosen = choose_defaults(parser.parse_known_args(argv)[0])
+        parser.set_defaults(**{name: value for name, value in chosen.items() if name not in options})
     return parser.parse_args_into_dataclasses(argv)
 
 

@@ -49,10 +49,10 @@ class COTSTrainingArguments(TrainingArguments):
         default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
     )
     momentum_warmup: float = field(
-        default=100,
+        default=0,
         metadata={
-            "help": "K: in step t the momentum is at most t / (t + K), as keys must keep up with weights that move "
-            "fast. Not in the paper; 0 is its constant momentum."
+            "help": "K: in step t the momentum is at most t / (t + K), so that the keys of encoders trained from "
+            "scratch keep up. Not in the paper; 0 is its constant momentum."
         },
     )
     queue_size: int = field(
@@ -135,6 +135,9 @@ class COTSTrainingArguments(TrainingArguments):
             "enough for the minutes that the first steps take; needs a C++ compiler and Triton."
         },
     )
+
+    # Set by the training scripts and told by the card; "" where nobody said.
+    starting_point: str = field(default="", init=False)
 
     # What this trainer needs of the base class, see `COTSTrainer`.
     logging_nan_inf_filter: bool = field(
