@@ -24,6 +24,7 @@ from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     MeasuringArguments,
     ModelArguments,
+    OutcomeArguments,
     build_parts,
     check_measuring,
     finish_retrieval,

@@ -30,11 +30,11 @@ def parse_config_and_options(
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
     The first argument may be a YAML file of options. Options on the command line override the file, and both override
-    `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so far, which
-    override `defaults`.
+    `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so
+    far, and these override `defaults`.
 
-    Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there twice,
-    or has a value of another type.
+    Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there
+    twice, or has a value of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {name: kind for dataclass_type in dataclass_types for name, kind in _kinds_of(dataclass_type).items()}
