@@ -30,6 +30,7 @@ from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, COTSTrainer
 from modeling_cots.data.opening import open_dataset
+from modeling_cots.image_reading_cots import read_image
 
 SEEDS = 0, 1, 2
 START, END = "<!-- what any_data.py writes -->", "<!-- end of what any_data.py writes -->"
@@ -111,7 +112,7 @@ def run(dataset: str, task: Task, arm: str, seed: int, folder: Path) -> COTSMode
 
 @torch.no_grad()
 def embed(model: COTSModel, processor, dataset) -> torch.Tensor:
-    images = [dataset[index]["image"] for index in range(len(dataset))]
+    images = [read_image(dataset[index]["image"]) for index in range(len(dataset))]
     parts = [images[first : first + 200] for first in range(0, len(images), 200)]
     return torch.cat([model.encode_image(**processor(images=part, return_tensors="pt")) for part in parts])
 
@@ -213,7 +214,8 @@ def table_rows(results: list[dict]) -> Iterator[str]:
             continue
         scores = " | ".join(f"{statistics.mean(s):.1f} ({min(s):.1f} to {max(s):.1f})" for s in (peer, ours))
         ratio = statistics.mean(ours) / statistics.mean(peer)
-        yield f"| {task.title} | {runs[0]['steps']} x {task.batch_size} | {runs[0]['measure']} | {scores} | {ratio:.2f} |"
+        length = f"{runs[0]['steps']} x {task.batch_size}"
+        yield f"| {task.title} | {length} | {runs[0]['measure']} | {scores} | {ratio:.2f} |"
 
 
 def write_table(results: list[dict], page: Path) -> None:
