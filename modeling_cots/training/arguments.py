@@ -113,8 +113,8 @@ class COTSTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
-        check_numbers(self)
         refuse_unused(self)
+        check_numbers(self)
         choose_measure(self)
         super().__post_init__()
         check_base_arguments(self)
