@@ -132,17 +132,18 @@ def _convert(action: argparse.Action, kinds: set, node: yaml.Node):
 
 
 def _convert_word(action: argparse.Action, node: yaml.Node):
-    is_switch = action.choices is None and action.type not in _KINDS
+    kind: typing.Any = action.type  # argparse allows names of registered types too, which no dataclass gives
+    is_switch = action.choices is None and kind not in _KINDS
     if action.choices is not None:
         wanted = f"must be one of {', '.join(map(str, action.choices))}"
     else:
-        wanted = f"must be {_KINDS.get(action.type, 'true or false')}"
+        wanted = f"must be {_KINDS.get(kind, 'true or false')}"
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{wanted}, got {'a list' if isinstance(node, yaml.SequenceNode) else 'a mapping'}")
     # YAML's two other words for true and false, which the command line does not know.
     word = {"on": "yes", "off": "no"}.get(node.value.lower(), node.value) if is_switch else node.value
     try:
-        value = word if action.type is None else action.type(word)
+        value = kind(word)
         is_one = action.choices is None or value in action.choices
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         is_one = False

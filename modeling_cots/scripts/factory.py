@@ -7,6 +7,7 @@ that do not fit are refused, with both sizes.
 from collections import Counter
 from collections.abc import Iterable
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
@@ -43,12 +44,20 @@ def build_config(
     """The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders."""
     if model is not None:
         return COTSConfig.from_pretrained(model)
-    config = COTSConfig() if model_config is None else COTSConfig.from_json_file(model_config)
+    config = COTSConfig() if model_config is None else _read_config(model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model)
     if vision_model is not None and not _is_timm(vision_model):
         config.vision_config = AutoConfig.from_pretrained(vision_model)
     return config
+
+
+def _read_config(path: str) -> COTSConfig:
+    try:
+        return COTSConfig.from_json_file(path)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no JSON file of COTSConfig fields: {reason}") from error
 
 
 def _is_timm(vision_model: str) -> bool:

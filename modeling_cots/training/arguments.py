@@ -148,8 +148,8 @@ class COTSTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
-        check_numbers(self)
         refuse_unused(self)
+        check_numbers(self)
         choose_measure(self)
         is_adam = self.optim == ADAM
         if is_adam:

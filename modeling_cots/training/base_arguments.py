@@ -62,19 +62,6 @@ REFUSED_OPTIMIZERS = ("lomo", "adalomo", "schedule_free_", "layerwise")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
-def check_numbers(args: TrainingArguments) -> None:
-    """Raise `ValueError` where a field that is a number holds something else, or is infinite or NaN."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if value is None and field.default is None:
-            continue
-        if field.type is int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-            raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if (field.type is float and not is_number) or (is_number and not math.isfinite(value)):
-            raise ValueError(f"{field.name} must be a finite number, got {value!r}.")
-
-
 def refuse_unused(args: TrainingArguments) -> None:
     """Raise `ValueError` for an argument that training would ignore, before the base class has looked at any."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -86,6 +73,19 @@ def refuse_unused(args: TrainingArguments) -> None:
         raise ValueError(
             f"train_sampling_strategy must be random or sequential, got {args.train_sampling_strategy!r}: {_LENGTHS}."
         )
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Raise `ValueError` where a field that is a number holds something else, or is infinite or NaN."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value is None and field.default is None:
+            continue
+        if field.type is int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if (field.type is float and not is_number) or (is_number and not math.isfinite(value)):
+            raise ValueError(f"{field.name} must be a finite number, got {value!r}.")
 
 
 def choose_measure(args: TrainingArguments) -> None:
