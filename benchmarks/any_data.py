@@ -6,12 +6,12 @@
     python benchmarks/any_data.py --json benchmarks/any_data.json --table docs/results.md    # the table alone
 
 Every run is examples/run_pretraining.py with a data set, a small `--model_config`, steps, batch size and seed, and no
-other option. The peer is the same script with another loss: COTSModel's own, which contrasts the pairs of a batch, with
-gradients through both sides. It has the same encoders, learning rate, schedule, batches and steps. The plain peer is
-what one writes without much thought: it differs by a constant learning rate and the usual initializer_range of 0.02.
-`--npm` is a folder of node_modules
-and `--flickr8k` one with train.parquet and test.parquet; sets whose source is not given are left out. Runs that stand
-in the JSON are not run again.
+other option. The peer is the same script with another loss: COTSModel's own, which contrasts the pairs of a batch,
+with gradients through both sides. It has the same encoders, learning rate, schedule, batches and steps. The plain peer
+is what one writes without much thought: it differs by a constant learning rate and an initializer_range of 0.02.
+
+`--npm` is a folder of node_modules and `--flickr8k` one with train.parquet and test.parquet; sets whose source is not
+given are left out. Runs that stand in the JSON are not run again.
 """
 
 import argparse
