@@ -46,7 +46,7 @@ class FreshKeys(nn.Module):
         """Whether a key counts, by the number of pairs that were pushed after it; (N_Q,) bool."""
         return age < self.num_fresh
 
-    def is_measured(self, age: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def is_measured(self, age: torch.Tensor, batch_size: torch.Tensor | int) -> torch.Tensor:
         """The keys whose drift decides: those that count and one batch more, (N_Q,) bool."""
         return age < self.num_fresh + batch_size
 

@@ -206,7 +206,8 @@ class COTSObjective:
         if not self.args.batch_candidates:
             return (logits_i2t, logits_t2i), torch.full_like(logits_i2t[0, 0], math.nan)
         is_stale = ~self.queue.fresh_keys.is_fresh(self.queue.age)
-        drift = self.drift((logits_i2t, logits_t2i), ~excluded, len(batch.valid))
+        is_negative = ~excluded & pairs.valid.unsqueeze(1)
+        drift = self.drift((logits_i2t, logits_t2i), is_negative, batch.valid.sum())
         return (_leave_out(logits_i2t, is_stale), _leave_out(logits_t2i, is_stale)), drift
 
     def with_gradient(self, batch: GlobalBatch, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> GlobalBatch:
@@ -226,15 +227,15 @@ class COTSObjective:
 
     @torch.no_grad()
     def drift(
-        self, logits: tuple[torch.Tensor, torch.Tensor], is_negative: torch.Tensor, batch_size: int
+        self, logits: tuple[torch.Tensor, torch.Tensor], is_negative: torch.Tensor, batch_size: torch.Tensor
     ) -> torch.Tensor:
         """
         The larger mean drift of both directions over the global batch (`fresh_keys.py`), (); NaN without any.
 
         Args:
             logits: Of the B local pairs with all candidates, (B, 1 + N_Q + G) each.
-            is_negative: (B, N_Q + G) bool.
-            batch_size: G.
+            is_negative: (B, N_Q + G) bool; of a pair that could not be read, nothing is.
+            batch_size: (), readable pairs of the global batch.
         """
         size = self.queue.size
         measured = is_negative[:, :size] & self.queue.fresh_keys.is_measured(self.queue.age, batch_size)

@@ -171,6 +171,16 @@ def test_candidates_are_fresh_keys_of_other_images_and_captions(make_trainer, ma
     assert result.key_drift.item() == pytest.approx(max(drifts), rel=1e-4)
 
 
+def test_pairs_that_could_not_be_read_have_no_part_in_the_drift(make_trainer):
+    trainer = make_trainer(cmvm_weight=0, cmlm_weight=0)
+    fill_queue(trainer)
+    model = trainer.model.eval()
+    whole, fewer = batch_of(trainer, range(6)), batch_of(trainer, range(4))
+    whole["valid"][4:] = False
+    drifts = [trainer.objective(model, batch, 0).key_drift.item() for batch in (whole, fewer)]
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
+
+
 def test_the_queue_takes_the_batch_after_the_losses(make_trainer):
     trainer = make_trainer()
     batch = batch_of(trainer, range(8))
