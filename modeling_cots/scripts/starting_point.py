@@ -4,13 +4,14 @@ The paper starts from pre-trained encoders, and so do the defaults of `COTSTrain
 move fast and mean nothing at first. What these defaults are worth: docs/results.md, "Any data".
 """
 
+import json
 import math
+from pathlib import Path
 
 from ..configuration_cots import COTSConfig
 
 FROM_SCRATCH = {
-    "learning_rate": 1e-3,  # a rate of fine-tuning would take days
-    "warmup_steps": 0.05,  # of all steps
+    "warmup_steps": 0.1,  # of all steps
     "lr_hold_epochs": 0.0,  # linear decay right after the warm-up
     "queue_size": 1_024,  # what is older than that is stale for most of the run
     "kl_weight": 0.0,  # flat distributions are its cheapest solution; it is logged all the same
@@ -21,14 +22,33 @@ FROM_SCRATCH = {
 }
 
 
+PAPER_WIDTH = 768
+RATE_TIMES_WIDTH = 0.06  # wide encoders are trained at a smaller learning rate
+
+
 def is_from_scratch(options) -> bool:
     """Whether neither encoder is pre-trained. `options` has `model`, `text_model`, `vision_model`, `None` or not."""
     return options.model is None and options.text_model is None and options.vision_model is None
 
 
 def starting_defaults(options) -> dict[str, float | bool]:
-    """The defaults of training options that fit what the training starts from."""
-    return dict(FROM_SCRATCH) if is_from_scratch(options) else {}
+    """The defaults of training options that fit what training starts from; `options` has `model_config` as well."""
+    if not is_from_scratch(options):
+        return {}
+    given = {} if options.model_config is None else read_json(options.model_config)
+    widths = [given.get(name, {}).get("hidden_size", PAPER_WIDTH) for name in ("text_config", "vision_config")]
+    return {"learning_rate": RATE_TIMES_WIDTH / max(widths), **FROM_SCRATCH}
+
+
+def read_json(path: str) -> dict:
+    """The object in a file of a configuration. Raises `ValueError` where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_config: {path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"model_config: {path} must hold the fields of a COTSConfig in braces.")
+    return content
 
 
 def name_start(options) -> str:
@@ -63,7 +83,7 @@ def describe_start(options, chosen: dict) -> str:
 
 
 def _format(value: float | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else f"{value:.3g}"
 
 
 def set_initializer_range(config: COTSConfig, given: dict) -> None:

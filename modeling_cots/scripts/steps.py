@@ -1,6 +1,5 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -23,7 +22,14 @@ from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
 from .command_line import option_names, parse_config_and_options
 from .factory import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
-from .starting_point import describe_start, is_from_scratch, name_start, set_initializer_range, starting_defaults
+from .starting_point import (
+    describe_start,
+    is_from_scratch,
+    name_start,
+    read_json,
+    set_initializer_range,
+    starting_defaults,
+)
 
 
 @dataclass
@@ -182,13 +188,8 @@ def read_config(options: ModelArguments) -> COTSConfig:
                 raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
     config = build_config(options.model, options.model_config, options.text_model, options.vision_model)
     if is_from_scratch(options):
-        set_initializer_range(config, {} if options.model_config is None else _read_json(options.model_config))
+        set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
     return config
-
-
-def _read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:

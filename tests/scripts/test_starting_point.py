@@ -77,7 +77,11 @@ def test_fresh_encoders_start_at_a_deviation_for_their_width(tmp_path):
     path = tmp_path / "sizes.json"
     content = {"text_config": {**sizes, "initializer_range": 0.5}, "vision_config": {**sizes, "hidden_size": 16}}
     path.write_text(json.dumps(content), encoding="utf-8")
-    config = read_config(parse(tmp_path, "--model_config", str(path))[0])
+    options, args = parse(tmp_path, "--model_config", str(path))
+    assert args.learning_rate == pytest.approx(0.06 / 64), "of the wider encoder"
+    config = read_config(options)
     assert (config.text_config.initializer_range, config.vision_config.initializer_range) == (0.5, 0.25)
-    config = read_config(parse(tmp_path)[0])
+    options, args = parse(tmp_path)
+    assert args.learning_rate == pytest.approx(0.06 / 768)
+    config = read_config(options)
     assert config.text_config.initializer_range == pytest.approx(1 / math.sqrt(768))
