@@ -23,6 +23,7 @@ from modeling_cots import (
     push_folder,
 )
 from modeling_cots.data.image_reading import UnreadableImageError, read_image
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.hub_export import copy_card_images, rename_card
 from modeling_cots.hub_push import HubPushError, full_repo_id
 from modeling_cots.scripts.command_line import parse_config_and_options
@@ -34,6 +35,7 @@ MAX_IMAGES = 500  # for the mean length of embeddings
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": "A trained folder, a `checkpoint-*` of one, or a Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     kind: str = field(
         default="model",
         metadata={
@@ -66,7 +68,9 @@ def main() -> None:
 
     # 1. The model and its processor.
     try:
-        model, processor = COTSModel.from_pretrained(args.model), COTSProcessor.from_pretrained(args.model)
+        version = {"revision": args.model_revision or "main"}
+        model = COTSModel.from_pretrained(args.model, **version)
+        processor = COTSProcessor.from_pretrained(args.model, **version)
     except (OSError, ValueError) as error:
         raise ValueError(f"No COTS model with its processor can be loaded from {args.model}: {error}") from error
     repo_id = None if args.repo_id is None else full_repo_id(args.repo_id)
@@ -109,6 +113,7 @@ def main() -> None:
 
 def check(args: ScriptArguments) -> None:
     """Raise `ValueError` for options that do not go together, before anything is loaded."""
+    check_revision("model", args.model, args.model_revision)
     if args.kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {args.kind!r}.")
     if args.repo_id is None and args.output_dir is None:

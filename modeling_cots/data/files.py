@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
+from .revisions import refuse_version
 from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
@@ -22,7 +23,9 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 COMMON_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 
 
-def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
+def load_rows(
+    dataset: str, split: str, dataset_config: str | None = None, revision: str | None = None
+) -> tuple[datasets.Dataset, Path | None]:
     """
     Open one split, memory-mapped, with images still encoded.
 
@@ -33,6 +36,8 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
         dataset: A file (.parquet, .tar, .jsonl, .json, .csv), a glob of such files, a folder of them, a folder of
             images with metadata.jsonl or metadata.csv (in it, or in one sub-folder for each split), or a Hub id.
         split: Its name, with a slice if wanted ("train[:1000]").
+        dataset_config: The configuration of a Hub id, or of a folder whose README.md lists configurations.
+        revision: Branch, tag or commit of a Hub id.
 
     Returns the rows, and the folder that image paths in them are relative to, which is `None` for the Hub.
 
@@ -41,9 +46,11 @@ def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
     files = find_files(dataset, split)
     if files is None:
         path = Path(dataset).expanduser()
-        return (
-            (_load_repository(str(path), split), path) if path.is_dir() else (_load_repository(dataset, split), None)
-        )
+        if path.is_dir():
+            refuse_version(dataset, revision=revision)
+            return _load_repository(str(path), split, dataset_config, None), path
+        return _load_repository(dataset, split, dataset_config, revision), None
+    refuse_version(dataset, dataset_config, revision)
     folders = {file.parent for file in files}
     return _load_files(files, split), folders.pop() if len(folders) == 1 else None
 
@@ -111,17 +118,30 @@ def _is_empty(file: Path) -> bool:
     return file.stat().st_size == 0 or (file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0)
 
 
-def _load_repository(dataset: str, split: str) -> datasets.Dataset:
+def _load_repository(dataset: str, split: str, dataset_config: str | None, revision: str | None) -> datasets.Dataset:
     try:
-        available = datasets.get_dataset_split_names(dataset)
+        available = datasets.get_dataset_split_names(dataset, dataset_config, revision=revision)
     except Exception as error:  # not found, gated, offline, several configurations, ...
-        what = (
-            "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
-        )
-        raise ValueError(f"{dataset!r}: this {what} cannot be opened: {error}") from error
+        raise unopened_repository(dataset, dataset_config, revision, error) from error
     if _base(split) not in available:
         raise _missing_split(dataset, split, available)
-    return datasets.load_dataset(dataset, split=split)
+    return datasets.load_dataset(dataset, dataset_config, split=split, revision=revision)
+
+
+def unopened_repository(
+    dataset: str, dataset_config: str | None, revision: str | None, error: Exception
+) -> ValueError:
+    """The error for a repository that `datasets` cannot open; it names the configurations where one must be chosen."""
+    try:
+        names = datasets.get_dataset_config_names(dataset, revision=revision)
+    except Exception:  # the repository itself is the problem
+        names = []
+    if dataset_config not in names and (len(names) > 1 or (names and dataset_config is not None)):
+        got = "none is given" if dataset_config is None else f"got {dataset_config!r}"
+        return ValueError(f"{dataset!r} has the configurations {', '.join(names)}: name one as dataset_config; {got}.")
+    what = "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
+    at = "" if revision is None else f" at the revision {revision!r}"
+    return ValueError(f"{dataset!r}: this {what} cannot be opened{at}: {error}")
 
 
 def _files_in_folder(folder: Path, split: str) -> list[Path]:

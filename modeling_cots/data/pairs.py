@@ -20,6 +20,7 @@ from .columns import check_any_exists, check_inside, drop_uncaptioned, find_colu
 from .files import is_inside, load_rows
 from .items import EpochSeeds
 from .karpathy import is_karpathy, load_karpathy
+from .revisions import refuse_version
 from .rows import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -42,6 +43,8 @@ def open_pairs(
     caption_column: str | None = None,
     seed: int = 0,
     keep_uncaptioned: bool = False,
+    dataset_config: str | None = None,
+    revision: str | None = None,
 ) -> "PairDataset":
     """
     Open a split of image-caption pairs, grouped by image.
@@ -63,16 +66,18 @@ def open_pairs(
             caption, captions, text, txt, json.
         seed: Seed of the random draws for each item in training.
         keep_uncaptioned: Keep images without captions, and need no column of captions; for indexing images.
+        dataset_config, revision: Configuration and version of a Hub id, see `load_rows`.
 
     Raises `ValueError` for a data set, split or column that does not exist, an empty data set, captions that are no
     strings, a column without images, image paths that leave the folder, and a folder in which no image exists.
     """
     if is_karpathy(dataset):
+        refuse_version(dataset, dataset_config, revision)
         rows, root = load_karpathy(dataset, split, image_folder)
     elif image_folder is not None:
         raise ValueError(f"image_folder is for Karpathy's form (dataset_flickr30k.json, ...), not for {dataset!r}.")
     else:
-        rows, root = load_rows(dataset, split)
+        rows, root = load_rows(dataset, split, dataset_config, revision)
     if len(rows) == 0:
         raise ValueError(f"The split {split!r} of {dataset!r} is empty.")
     if "file_name" in rows.column_names and "image" not in rows.column_names:

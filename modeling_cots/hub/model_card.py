@@ -139,9 +139,9 @@ def eval_results(
     ]
 
 
-def load_card(model: str) -> ModelCard:
+def load_card(model: str, revision: str | None = None) -> ModelCard:
     """The card of a checkpoint, a folder or a Hub id; an empty one where it has none."""
-    path = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
+    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {os.path.basename(os.path.normpath(model))}\n")
     return ModelCard.load(path)
@@ -162,7 +162,9 @@ def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> 
     card.data.model_name = card.data.model_name or model_name
 
 
-def write_card_of_measured(output_dir: str, model: str, results: dict, modality: str = "image") -> None:
+def write_card_of_measured(
+    output_dir: str, model: str, results: dict, modality: str = "image", revision: str | None = None
+) -> None:
     """Write a copy of the card of a checkpoint that was only measured, with the results added.
 
     Args:
@@ -170,8 +172,9 @@ def write_card_of_measured(output_dir: str, model: str, results: dict, modality:
         model: The checkpoint, a folder or a Hub id.
         results: What `write_results` returned, with `measured_on` and `zero_shot_protocol` among its facts.
         modality: What the captions describe, an "image" or a "video".
+        revision: Branch, tag or commit of a Hub id.
     """
-    card = load_card(model)
+    card = load_card(model, revision)
     measured = eval_results(
         results["metrics"],
         results["measured_on"],

@@ -16,6 +16,7 @@ import os
 import sys
 
 from ..data.opening import open_dataset
+from ..data.revisions import check_revision, refuse_version
 from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
 from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder
@@ -42,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("index", help="the index")
     add.add_argument("data", help="as for `index`")
     for command in (index, add):
+        command.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
+        command.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
         command.add_argument("--split", default="train", help="split of a data set (train)")
         command.add_argument("--image_column", help="column of the images; found if not given")
         command.add_argument("--caption_column", help="column of the captions; found if not given")
@@ -71,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
     for command in (add, query):
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
+    for command in (index, add, query):
+        command.add_argument(
+            "--revision",
+            "--model_revision",
+            help="branch, tag or commit of a model on the Hub; by default the commit that the index was made with",
+        )
     return parser
 
 
@@ -88,9 +97,11 @@ def main(argv: list[str] | None = None) -> None:
 def run_index(args: argparse.Namespace) -> None:
     """Make the index, or continue it."""
     dataset, source = open_images(args)
-    model, processor = load_model(args.model)
     state = process_state()
-    if state.is_main_process and not store_exists(args.index):
+    is_new = not store_exists(args.index)
+    state.wait_for_everyone()  # no process makes the index before all have looked
+    model, processor = load_model(*((args.model, args.revision) if is_new else model_of(args)))
+    if state.is_main_process and is_new:
         SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
     state.wait_for_everyone()
     index = SearchIndex(args.index, model, processor)
@@ -145,11 +156,17 @@ def run_rebuild(args: argparse.Namespace) -> None:
 def open_images(args: argparse.Namespace):
     """The data set that `data` names, and the `source` that its entries get."""
     if as_image_folder(args.data) is not None:
+        refuse_version(args.data, args.dataset_config, args.dataset_revision)
         dataset = ImageFolder(args.data)
         return dataset, dataset.name
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    dataset = open_dataset(args.data, args.split, **columns, keep_uncaptioned=True)
+    version = {"dataset_config": args.dataset_config, "revision": args.dataset_revision}
+    dataset = open_dataset(args.data, args.split, **columns, **version, keep_uncaptioned=True)
     place = os.path.realpath(args.data) if os.path.exists(args.data) else args.data
+    # Rows of another configuration or revision have the same numbers, and are other images.
+    place += "".join(
+        f"{mark}{value}" for mark, value in ((":", args.dataset_config), ("@", args.dataset_revision)) if value
+    )
     return dataset, f"{place}[{args.split}]"
 
 
@@ -170,18 +187,28 @@ def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespac
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
     """The index with its model, loaded from the index's own record or from `--model`."""
+    return SearchIndex(args.index, *load_model(*model_of(args)))
+
+
+def model_of(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Where the index's model is, and at which revision: as the options say, or else as the index has recorded."""
     store = open_store(args.index)
-    name = args.model or store.info["model"]
+    recorded, commit = store.info["model"], store.info.get("model_commit")
     store.close()
-    return SearchIndex(args.index, *load_model(name))
+    name = args.model or recorded
+    return name, args.revision or (commit if name == recorded else None)
 
 
-def load_model(name: str):
-    """Load model and processor, the model onto this process's device."""
+def load_model(name: str, revision: str | None = None):
+    """Load model and processor of one revision, the model onto this process's device."""
+    check_revision("model", name, revision)
     try:
-        model, processor = COTSModel.from_pretrained(name), COTSProcessor.from_pretrained(name)
+        model = COTSModel.from_pretrained(name, revision=revision or "main")
+        commit = getattr(model.config, "_commit_hash", None)  # another one may have been pushed in between
+        processor = COTSProcessor.from_pretrained(name, revision=commit or "main")
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no COTS model in {name!r}; name one with --model. ({error})") from error
+        at = "" if revision is None else f" at the revision {revision!r}"
+        raise ValueError(f"There is no COTS model in {name!r}{at}; name one with --model. ({error})") from error
     return model.to(process_state().device), processor
 
 

@@ -44,7 +44,8 @@ class SearchIndex:
             raise ValueError(
                 f"The index {os.fspath(index)!r} was made with the model {self.store.info['model']!r} "
                 f"({self.store.info['model_identity'][:12]}); this is another one, or one with another processor "
-                f"({identity[:12]}): its embeddings cannot be compared with the stored ones."
+                f"({identity[:12]}): its embeddings cannot be compared with the stored ones. If the model has changed "
+                "on the Hub, name the commit that the index was made with by --revision."
             )
 
     @classmethod
@@ -65,6 +66,8 @@ class SearchIndex:
         info = {
             "format": FORMAT,
             "model": os.path.abspath(name) if os.path.isdir(name) else name,
+            # The commit of a Hub id, by which `cots-search` loads the same weights whatever is pushed later.
+            "model_commit": getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
             "model_identity": model_identity(model, processor),
             "dim": model.config.projection_dim,
         }

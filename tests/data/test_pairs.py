@@ -141,8 +141,10 @@ def test_a_repository_with_a_card_is_read_as_the_card_says(tmp_path):
 def test_a_hub_data_set_is_opened_by_its_id(tmp_path, monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
     hub = datasets.Dataset.from_dict({"image": embedded(), "caption": CAPTIONS}, features=features)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: {"some/pairs": ["train"]}[name])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("some/pairs", "train"): hub}[name, split])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, *_, **__: {"some/pairs": ["train"]}[name])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *_, split, **__: {("some/pairs", "train"): hub}[name, split]
+    )
     check_pairs(open_pairs("some/pairs", "train"))
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         open_pairs("some/pairs", "test")

@@ -100,10 +100,11 @@ def test_an_empty_shard_among_others_does_no_harm(tmp_path):
 
 
 def test_an_id_that_cannot_be_fetched_is_refused(monkeypatch):
-    def refuse(name):
+    def refuse(*args, **options):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", refuse)
     with pytest.raises(ValueError, match="'some/pairs': this path does not exist, .* cannot be opened: no network"):
         open_pairs("some/pairs", "train")
 

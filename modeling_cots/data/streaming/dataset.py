@@ -209,6 +209,8 @@ def open_stream(
     caption_column: str | None = None,
     shuffle_buffer: int = 1000,
     seed: int = 0,
+    dataset_config: str | None = None,
+    revision: str | None = None,
 ) -> StreamingPairs:
     """
     Open a stream of pairs, which has no length.
@@ -220,12 +222,13 @@ def open_stream(
             name the files of the split, whatever it is called.
         image_column, caption_column: See `read_row`.
         shuffle_buffer, seed: See [`StreamingPairs`].
+        dataset_config, revision: Configuration and version of a Hub id, see `load_rows`.
 
     Raises `ValueError` for data that does not exist, cannot be streamed, or gives no pair.
     """
     if "[" in split:
         raise ValueError(f"A stream has no length to cut {split!r} from; give the name of the split alone.")
-    shards = open_shards(dataset, split, image_column, caption_column)
+    shards = open_shards(dataset, split, image_column, caption_column, dataset_config, revision)
     pairs = StreamingPairs(shards, image_column, caption_column, shuffle_buffer=shuffle_buffer, seed=seed)
     pairs.first_item()
     pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else display_name(dataset)

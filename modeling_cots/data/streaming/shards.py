@@ -11,7 +11,8 @@ import fsspec
 import pyarrow.parquet as pq
 from aiohttp import ClientTimeout
 
-from ..files import find_files
+from ..files import find_files, unopened_repository
+from ..revisions import refuse_version
 from ..rows import wanted_columns
 from ..skip_report import StreamReport
 from .names import display_name, expand_braces, expand_urls, is_url
@@ -92,7 +93,12 @@ class RowShards:
 
 
 def open_shards(
-    dataset: str, split: str, image_column: str | None, caption_column: str | None
+    dataset: str,
+    split: str,
+    image_column: str | None,
+    caption_column: str | None,
+    dataset_config: str | None = None,
+    revision: str | None = None,
 ) -> FileShards | RowShards:
     """
     Find the shards of a split, see `open_stream`.
@@ -103,7 +109,8 @@ def open_shards(
     columns = wanted_columns(image_column, caption_column)
     names = _find_names(dataset, split)
     if names is None:
-        return _open_repository(dataset, split, columns)
+        return _open_repository(dataset, split, columns, dataset_config, revision)
+    refuse_version(display_name(dataset), dataset_config, revision)
     suffixes = {Path(display_name(name)).suffix for name in names}
     if suffixes not in ({".tar"}, {".parquet"}):
         raise ValueError(
@@ -126,12 +133,16 @@ def _find_names(dataset: str, split: str) -> list[str] | None:
     return [os.path.abspath(file.expanduser()) for file in files]
 
 
-def _open_repository(dataset: str, split: str, columns: set[str]) -> FileShards | RowShards:
+def _open_repository(
+    dataset: str, split: str, columns: set[str], dataset_config: str | None, revision: str | None
+) -> FileShards | RowShards:
     """The shards of a repository: a Hub id, or a folder with a data set card."""
+    if os.path.isdir(dataset):
+        refuse_version(dataset, revision=revision)
     try:
-        builder = datasets.load_dataset_builder(dataset)
+        builder = datasets.load_dataset_builder(dataset, dataset_config, revision=revision)
     except Exception as error:  # not found, gated, offline, several configurations, ...
-        raise ValueError(f"{dataset!r} cannot be opened as a data set of the Hub: {error}") from error
+        raise unopened_repository(dataset, dataset_config, revision, error) from error
     files = {str(name): list(map(str, found)) for name, found in (builder.config.data_files or {}).items()}
     if split not in files:
         raise ValueError(f"{dataset!r} has no split {split!r}; it has {', '.join(sorted(files)) or 'none'}.")

@@ -279,7 +279,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch):
         ("bucket3://x/a.tar", "Protocol not known"),
         ("memory://nothing/*.tar", "No file matches"),
         ("", "Name a data set"),
-        ("some/pairs", "cannot be opened as a data set of the Hub"),
+        ("some/pairs", "as a data set of the Hub it cannot be opened"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_stream(dataset, "train")
