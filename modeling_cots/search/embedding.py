@@ -7,9 +7,11 @@ hash of the name is the entry's id. By these ids a second run continues where th
 import hashlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from transformers.utils import logging
 
 from ..data.image_reading import UnreadableImageError, read_image
 from ..data.skip_report import and_more
-from .rows import FIXED_COLUMNS, fixed_features
+from .conditions import MAX_INTEGER, MIN_INTEGER
+from .rows import RESERVED_COLUMNS, fixed_features, free_name
 
 logger = logging.get_logger(__name__)
 
@@ -162,8 +165,17 @@ class _WithMetadata(Dataset):
 
 
 def _plain(value):
-    """Return numbers, strings and booleans unchanged; dates as ISO text, which sorts in the same order."""
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    """
+    A value that every vector store holds alike, of the kind that conditions compare.
+
+    Dates become ISO text, which sorts in the same order, decimals floats, and integers beyond 64 bits the nearest
+    float. Numbers that are not finite count as missing.
+    """
+    if isinstance(value, Decimal) or (isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER):
+        value = float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def make_thumbnail(image, side: int) -> dict | None:
@@ -231,10 +243,18 @@ def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa
         **{name: pa.array(values, schema.field(name).type) for name, values in fixed.items()},
         "embedding": embedding,
     }
-    for name in sorted({name for row in batch["metadata"] for name in row}):
-        stored = f"{name}_" if name in FIXED_COLUMNS else name
-        columns[stored] = pa.array([row.get(name) for row in batch["metadata"]])
+    names_of_metadata = {name for row in batch["metadata"] for name in row}
+    for name in sorted(names_of_metadata):
+        stored = free_name(name, {*RESERVED_COLUMNS, *names_of_metadata}) if name in RESERVED_COLUMNS else name
+        columns[stored] = _metadata_array([row.get(name) for row in batch["metadata"]])
     return pa.table(columns)
+
+
+def _metadata_array(values: list) -> pa.Array:
+    """Values as an Arrow array; beside floats, integers become floats, too, also where these have to be rounded."""
+    if any(isinstance(value, float) for value in values):
+        values = [float(value) if isinstance(value, int) else value for value in values]
+    return pa.array(values)
 
 
 def as_image_folder(dataset: str) -> Path | None:

@@ -17,7 +17,7 @@ from ..data.atomic_write import atomic_write
 from .conditions import Condition, matching_rows
 from .faiss_vectors import FaissVectors
 from .index_types import FAISS, check_index_type
-from .rows import RowFolder
+from .rows import RowFolder, as_hit
 
 INFO, LOCK = "index.json", "writer.lock"
 
@@ -98,7 +98,7 @@ class FaissStore:
         """The best entries for each query; see `VectorStore`. Raises `ValueError` while a first run is unfinished."""
         allowed = self._rows.is_alive
         if where:
-            allowed = allowed & matching_rows(self._rows.filterable(), where)
+            allowed = allowed & matching_rows(self._rows.filterable(), where, allowed)
         if not allowed.any():
             return [[] for _ in queries]
         if len(self._vectors) < len(self._rows):
@@ -108,14 +108,13 @@ class FaissStore:
         for row_scores, row_positions in zip(scores, positions, strict=True):
             found = row_positions >= 0
             rows = self._rows.take(row_positions[found])
-            results.append(
-                [{**row, "score": float(score)} for row, score in zip(rows, row_scores[found], strict=True)]
-            )
+            results.append([as_hit(row, float(score)) for row, score in zip(rows, row_scores[found], strict=True)])
         return results
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
-        return self._rows.row_ids[self._rows.is_alive & matching_rows(self._rows.filterable(), where)]
+        alive = self._rows.is_alive
+        return self._rows.row_ids[alive & matching_rows(self._rows.filterable(), where, alive)]
 
     def delete(self, row_ids: np.ndarray) -> int:
         """Remove entries from all results; returns how many of these ids were in the index."""

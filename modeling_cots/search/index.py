@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from ..data.image_reading import read_image
 from .conditions import Condition, as_conditions
 from .embedding import THUMBNAIL_SIDE, Embedder, entry_names, model_identity, row_ids_of
+from .rows import join_tables
 from .stores import create_store, open_store
 
 FORMAT = 1
@@ -121,7 +121,7 @@ class SearchIndex:
             for part in parts:
                 tables = list(embedder.tables(dataset, part, names, source, bar))
                 if tables:
-                    self.store.add(pa.concat_tables(tables, promote_options="permissive"))
+                    self.store.add(join_tables(tables))
         embedder.report_skipped()
         self._finish(state)
         return len(self.store) - num_before

@@ -15,9 +15,20 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from .conditions import Condition, milvus_expression, missing_column
+from .conditions import (
+    TEXT,
+    Condition,
+    Kind,
+    as_kind,
+    kind_of_type,
+    kind_of_value,
+    milvus_column,
+    milvus_expression,
+    missing_column,
+    shown,
+)
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
-from .rows import FIXED_COLUMNS
+from .rows import FIXED_COLUMNS, as_hit
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 DEFAULT_COLLECTION = "cots"
@@ -26,6 +37,8 @@ MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
 MAX_INFO = 4_096  # characters of the description
+TEXT_FIELDS = ("name", "source")  # the fields of the collection that conditions may name
+METADATA = "$meta"  # the dynamic field, which has the metadata as its keys
 
 _open_clients: Counter[str] = Counter()
 
@@ -93,6 +106,7 @@ class MilvusStore:
         self.info = self._read_info(uri)
         self._client.load_collection(self.collection)
         self._columns: list[str] | None = None
+        self._kinds: dict[str, Kind] = {}
 
     @classmethod
     def exists(cls, index: str) -> bool:
@@ -140,7 +154,7 @@ class MilvusStore:
         if self._columns is None:
             rows = self._client.query(self.collection, filter="", output_fields=["*"], limit=ROWS_PER_CALL)
             names = {name for row in rows for name in row}
-            self._columns = ["name", "source", *sorted(names - set(FIXED_COLUMNS))]
+            self._columns = [*TEXT_FIELDS, *sorted(names - set(FIXED_COLUMNS))]
         return self._columns
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
@@ -157,6 +171,7 @@ class MilvusStore:
     def add(self, rows: pa.Table) -> None:
         """Write entries; one with the same id is replaced."""
         names = [name for name in rows.column_names if name not in FIXED_COLUMNS]
+        self._check_metadata(rows, names)
         self._columns = None
         for start in range(0, len(rows), ROWS_PER_CALL):
             entities = [_entity(row, names) for row in rows.slice(start, ROWS_PER_CALL).to_pylist()]
@@ -173,25 +188,22 @@ class MilvusStore:
         """The best entries for each query; see `VectorStore`."""
         if len(queries) == 0 or top == 0:
             return [[] for _ in queries]
-        self._check_columns(where)
-        # All fields but the vectors: "*", which also names the dynamic fields, would send these too.
+        # All fields but the vectors, which "*" would send, too.
         fields = [name for name in FIXED_COLUMNS if name != "embedding"]
-        extra = [name for name in self.columns if name not in fields]
         found = self._client.search(
             self.collection,
             data=list(np.ascontiguousarray(queries, dtype=np.float32)),
-            filter=milvus_expression(where),
+            filter=self._filter(where),
             limit=top,
-            output_fields=[*fields, *extra],
+            output_fields=[*fields, METADATA],
             search_params={"metric_type": "IP", "params": self._search_params(top)},
         )
-        return [[{**_row(hit["entity"]), "score": float(hit["distance"])} for hit in hits] for hits in found]
+        return [[as_hit(_row(hit["entity"]), float(hit["distance"])) for hit in hits] for hits in found]
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
-        self._check_columns(where)
         pages = self._client.query_iterator(
-            self.collection, filter=milvus_expression(where), output_fields=["row_id"], batch_size=ROWS_PER_CALL
+            self.collection, filter=self._filter(where), output_fields=["row_id"], batch_size=ROWS_PER_CALL
         )
         ids: list[int] = []
         while page := pages.next():
@@ -204,6 +216,7 @@ class MilvusStore:
         present = row_ids[self.has(row_ids)]
         for start in range(0, len(present), ROWS_PER_CALL):
             self._client.delete(self.collection, ids=present[start : start + ROWS_PER_CALL].tolist())
+        self._columns, self._kinds = None, {}
         return len(present)
 
     def rebuild(self, index_type: str) -> None:
@@ -226,13 +239,40 @@ class MilvusStore:
             raise ValueError(f"The collection {self.collection!r} at {uri!r} was not made by `cots-search index`.")
         return json.loads(text)
 
-    def _check_columns(self, where: list[Condition]) -> None:
+    def _filter(self, where: list[Condition]) -> str:
+        """The filter for Milvus. Raises `ValueError` for a missing column and for a value of another kind."""
+        bound = []
         for condition in where:
-            # Later entries may have a column that the first thousand lack.
-            if condition.column not in self.columns and not self._client.query(
-                self.collection, filter=f"{condition.column} is not null", output_fields=["row_id"], limit=1
-            ):
+            kind = self._kind_of(condition.column)
+            if kind is None:
                 raise missing_column(condition.column, self.columns)
+            bound.append(as_kind(condition, kind))
+        return milvus_expression(bound, TEXT_FIELDS)
+
+    def _kind_of(self, column: str) -> Kind | None:
+        """What a column holds, by one entry that has it; `None` if there is none."""
+        if column not in self._kinds:
+            is_field = column in TEXT_FIELDS
+            rows = self._client.query(
+                self.collection,
+                filter="" if is_field else f"exists {milvus_column(column)}",
+                output_fields=[METADATA],
+                limit=1,
+            )
+            if not rows:  # later there may be one
+                return None
+            self._kinds[column] = TEXT if is_field else kind_of_value(rows[0][column])
+        return self._kinds[column]
+
+    def _check_metadata(self, rows: pa.Table, names: list[str]) -> None:
+        """Raise `ValueError` if a column holds another kind of values than the same column here, as FAISS does."""
+        for name in names:
+            present, new = self._kind_of(name), kind_of_type(rows[name].type)
+            if rows[name].null_count < len(rows) and present not in (None, new):
+                raise ValueError(
+                    f"The metadata {shown(name)} holds {present.plural} in this index and {new.plural} in the new "
+                    "entries: rename one of them, or keep an index for each."
+                )
 
     def _search_params(self, top: int) -> dict:
         params = INDEX_TYPES[self.info["engine"]].milvus.search_params

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from ..data.atomic_write import PARTIAL_SUFFIX, atomic_write
 # Every entry has these columns; any other column of a table is metadata.
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
 STATE, DELETED, METADATA = "state.json", "deleted.parquet", "metadata"
+# Names that a column of metadata cannot have: "" stands for no metadata here, the others are those of Milvus.
+RESERVED_COLUMNS = (*FIXED_COLUMNS, "", "$meta", "_seq", "_partition")
 
 
 def fixed_features(dim: int) -> datasets.Features:
@@ -38,6 +40,33 @@ def fixed_features(dim: int) -> datasets.Features:
             "embedding": datasets.List(datasets.Value("float32"), length=dim),
         }
     )
+
+
+def as_hit(row: dict, score: float) -> dict:
+    """An entry that was found, with its cosine as `score`; the data's own column of that name is then `score_`."""
+    if "score" in row:
+        row = {**row, free_name("score", row): row["score"]}
+    return {**row, "score": score}
+
+
+def join_tables(tables: list[pa.Table]) -> pa.Table:
+    """One table of all rows and columns; a column of integers in one and of floats in another table becomes floats."""
+    floats = {field.name for table in tables for field in table.schema if pa.types.is_floating(field.type)}
+    rounded = []
+    for table in tables:
+        for place, field in enumerate(table.schema):
+            # Arrow itself refuses integers that a float has to round.
+            if field.name in floats and pa.types.is_integer(field.type):
+                table = table.set_column(place, field.name, table[field.name].cast(pa.float64(), safe=False))
+        rounded.append(table)
+    return pa.concat_tables(rounded, promote_options="permissive")
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name with as many underscores at its end as make it free."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 class RowFolder:
@@ -181,7 +210,7 @@ class RowFolder:
                 with pa.memory_map(str(self.folder / entry["filename"])) as source:
                     num_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
                 tables.append(pa.table({"": pa.nulls(num_rows)}))
-        joined = pa.concat_tables(tables, promote_options="permissive")
+        joined = join_tables(tables)
         return joined.drop_columns([""]) if "" in joined.column_names else joined
 
 

@@ -1,7 +1,10 @@
 """Images become entries: folders, stable names, the model's identity."""
 
 import copy
+import datetime
+import math
 import os
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -17,6 +20,23 @@ from modeling_cots.search.embedding import (
     model_identity,
     row_ids_of,
 )
+from modeling_cots.search.rows import join_tables
+
+ODD_METADATA = [  # of the items 3, 1 and 4, and 2 and 5
+    {"hash": 2**53 + 1, "price": math.inf},
+    {
+        "captions": 1,
+        "captions_": 2,
+        "": 3,
+        "$meta": 4,
+        "_seq": 5,
+        "score": 0.4,
+        "price": Decimal("9.5"),
+        "day": datetime.date(2020, 2, 1),
+        "hash": 2**63,
+    },
+    {"hash": math.nan, "price": 10**20},
+]
 
 
 @pytest.fixture
@@ -84,7 +104,7 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
             return {**item, "image": b"no image"} if index == 2 else item
 
         def metadata(self, index):
-            return {"number": index, "name": "taken", "date": None}
+            return {"number": index, "name": "taken", "date": None, **ODD_METADATA[index % 3]}
 
     model, scenes = COTSModel(tiny_config), Data("train", 6, 32)
     embedder = Embedder(model, tiny_processor, batch_size=2, num_workers=num_workers, thumbnail_side=16)
@@ -97,9 +117,14 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
 
     progress, names = Progress(), [f"n{index}" for index in range(6)]
     tables = list(embedder.tables(scenes, np.array([1, 2, 3, 5]), names, "s", progress))
-    rows = [row for table in tables for row in table.to_pylist()]
+    rows = join_tables(tables).to_pylist()
     assert [row["name"] for row in rows] == ["n1", "n3", "n5"] and progress.total == 4
     assert [row["number"] for row in rows] == [1, 3, 5] and rows[0]["name_"] == "taken"
+    # What stores keep for themselves gets another name, and what they do not hold alike another form.
+    expected = {"captions__": 1, "captions_": 2, "_": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
+    assert {name: rows[0][name] for name in expected} == expected
+    assert [row["price"] for row in rows] == [9.5, None, 1e20] and rows[0]["day"] == "2020-02-01"
+    assert [row["hash"] for row in rows] == [2.0**63, 2.0**53, None]
     assert rows[1]["captions"] == scenes[3]["captions"]
     pixels = tiny_processor.image_processor([scenes[5]["image"]], return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(rows[2]["embedding"], model.encode_image(pixels)[0].detach().numpy(), atol=1e-5)
