@@ -30,6 +30,13 @@ class COTSProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, video_processor, **kwargs)
         forget_calls(self.tokenizer)
 
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """As transformers documents it. Raises `ValueError` for an empty list."""
+        for name, values in (("images", images), ("text", text), ("videos", videos)):
+            if isinstance(values, list | tuple) and len(values) == 0:
+                raise ValueError(f"`{name}` is empty: give at least one, or leave it out.")
+        return super().__call__(images, text, videos, audio, **kwargs)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         Save all parts; the tokenizer without the truncation and padding of its last call.

@@ -1,6 +1,7 @@
 """What data sets of images and of videos share: finding columns, checking paths, dropping items without a caption."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,12 +10,15 @@ import datasets
 from transformers.utils import logging
 
 from .files import is_inside
+from .messages import shown
 from .rows import first_available
 from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
 
 MAX_NAMES = 10  # in one warning
+MAX_PATH = 4_096  # the longest path of Linux
+ENCODED = ("data:", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how data URLs, JPEG, PNG, GIF and WebP begin in base64
 Item = TypeVar("Item")
 
 
@@ -53,10 +57,17 @@ def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> di
     Raises `ValueError` for a path that leaves the folder.
     """
     folder = os.path.join(os.path.abspath(Path(root)), "")
+    paths = list(paths)
+    for path in paths:
+        if len(path) > MAX_PATH or path.startswith(ENCODED):
+            raise ValueError(
+                f"The {kind}s are encoded in a text ({shown(path)}), which is no path: decode them, for example by "
+                "base64.b64decode, and store them as bytes in a column of a parquet file."
+            )
     files = {path: os.path.abspath(os.path.join(folder, path)) for path in paths}
     for path, file in files.items():
         if not is_inside(file, folder, follow_links=False):
-            raise ValueError(f"The {kind} path {path!r} leads out of {folder!r}; it must stay inside.")
+            raise ValueError(f"The {kind} path {shown(path)} leads out of {folder!r}; it must stay inside.")
     return files
 
 
@@ -64,7 +75,18 @@ def check_any_exists(files: dict[str, str], root: str | os.PathLike, kind: str) 
     """Raise `ValueError` where none of the files of `check_inside` exists. Single missing ones are no error."""
     if files and not any(os.path.exists(file) for file in files.values()):
         first, folder = next(iter(files)), os.path.join(os.path.abspath(Path(root)), "")
-        raise ValueError(f"None of the {len(files)} {kind}s exists: {first!r}, for one, is not in {folder!r}.")
+        raise ValueError(
+            f"None of the {len(files)} {kind}s exists: {shown(first)}, for one, is not in {folder!r}; {_cure(first)}."
+        )
+
+
+def _cure(path: str) -> str:
+    """What to do about a path that leads nowhere."""
+    if re.match(r"\w\w+:/", path):  # of https://host, normalizing a path leaves one bar
+        return "download what the addresses name, for example by img2dataset, and open its folder"
+    if "\\" in path:
+        return "write / in place of \\"
+    return "move the files there, or mend their paths, which are relative to that folder"
 
 
 def drop_uncaptioned(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
+import yaml
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
+from .messages import MAX_TEXT, shorten
 from .revisions import refuse_version
 from .skip_report import and_more
 
@@ -19,7 +21,10 @@ MAX_FILES = 3  # named in a message
 
 # In a folder the first of these suffixes that occurs decides.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # what `datasets` writes into a folder that only it reads
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+OTHER_SEPARATORS = (";", "\t", "|")
+MAX_HEADER = 10_000  # characters
 COMMON_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 
 
@@ -82,6 +87,11 @@ def find_files(dataset: str, split: str) -> list[Path] | None:
         files = [path]
         _warn_if_unsplit(dataset, files, split)
     elif path.is_dir():
+        if any((path / name).is_file() for name in SAVED_TO_DISK):
+            raise ValueError(
+                f"{dataset!r} was written by `save_to_disk`: write the data set by `to_parquet` instead, and name the "
+                "folder of these files."
+            )
         if _has_dataset_card(path):
             return None
         files = _files_in_folder(path, split)
@@ -99,6 +109,9 @@ def _load_files(files: list[Path], split: str) -> datasets.Dataset:
     if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
         raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {and_more(files, MAX_FILES)}.")
     builder = BUILDERS[suffixes.pop()]
+    if builder == "csv":
+        for file in files:
+            _check_separator(file)
     # pandas would read the captions "null" and "nan" as missing.
     options = {"keep_default_na": False} if builder == "csv" else {}
     try:
@@ -112,6 +125,18 @@ def _load_files(files: list[Path], split: str) -> datasets.Dataset:
         if "corresponds to no data" in str(cause):  # datasets' words for no rows, as in a csv file of a header alone
             return datasets.Dataset.from_dict({})
         raise ValueError(f"{and_more(files, MAX_FILES)} cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+def _check_separator(file: Path) -> None:
+    """Raise `ValueError` for a csv file whose header has another separator than commas."""
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        header = lines.readline(MAX_HEADER)
+    found = [separator for separator in OTHER_SEPARATORS if separator in header]
+    if found and "," not in header:
+        raise ValueError(
+            f"The columns of {file} are separated by {found[0]!r}: write the file again with commas, for example by "
+            f"pandas.read_csv({file.name!r}, sep={found[0]!r}).to_csv({file.name!r}, index=False)."
+        )
 
 
 def _is_empty(file: Path) -> bool:
@@ -141,7 +166,8 @@ def unopened_repository(
         return ValueError(f"{dataset!r} has the configurations {', '.join(names)}: name one as dataset_config; {got}.")
     what = "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
     at = "" if revision is None else f" at the revision {revision!r}"
-    return ValueError(f"{dataset!r}: this {what} cannot be opened{at}: {error}")
+    reason = shorten(" ".join(str(error).split()), 2 * MAX_TEXT)
+    return ValueError(f"{dataset!r}: this {what} cannot be opened{at}: {reason}")
 
 
 def _files_in_folder(folder: Path, split: str) -> list[Path]:
@@ -226,7 +252,21 @@ def _base(split: str) -> str:
 def _has_dataset_card(folder: Path) -> bool:
     """Whether a folder is a Hub repository: its card then says which files belong to which split."""
     card = folder / "README.md"
-    return card.is_file() and "configs" in (metadata_load(card) or {})
+    try:
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise broken_card(card, error) from error
+
+
+def broken_card(card: str | os.PathLike, error: Exception) -> ValueError:
+    """The error for a README.md whose head is no YAML: one sentence, which says where."""
+    mark = getattr(error, "problem_mark", None)
+    place = "" if mark is None else f" in line {mark.line + 2}"  # the first line is ---
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return ValueError(
+        f"The YAML between the first two lines of --- in {os.fspath(card)} cannot be read{place} ({shorten(problem)}):"
+        " mend it, or leave it out."
+    )
 
 
 def _is_hub_id(name: str) -> bool:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image
 
+from .messages import shorten
+
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last is 32 bits wide, but holds 16-bit PGM and TIFF
 UPRIGHT = {  # by the value of EXIF's orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -119,7 +121,7 @@ def _as_unreadable():
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImageError(f"{type(error).__name__}: {shorten(str(error))}") from error
 
 
 def _as_file(source):

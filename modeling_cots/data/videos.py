@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
 from .files import load_rows
 from .items import EpochSeeds
+from .messages import shown
 from .msrvtt import is_msrvtt, load_msrvtt
 from .rows import list_captions
 
@@ -150,11 +151,11 @@ def _group_captions(
     for number, row in enumerate(rows.select_columns([video_column, caption_column])):
         path, captions = row[video_column], row[caption_column]
         if not isinstance(path, str) or not path:
-            raise ValueError(f"The column {video_column!r} must hold paths; row {number} holds {path!r}.")
+            raise ValueError(f"The column {video_column!r} must hold paths; row {number} holds {shown(path)}.")
         try:
             grouped.setdefault(os.path.normpath(path), []).extend(list_captions(captions))
         except TypeError:
             raise ValueError(
-                f"Captions must be strings or lists of strings; {caption_column!r} holds {captions!r}."
+                f"Captions must be strings or lists of strings; {caption_column!r} holds {shown(captions)}."
             ) from None
     return grouped

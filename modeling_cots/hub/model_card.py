@@ -4,9 +4,11 @@ import os
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
+from ..data.files import broken_card
 from ..evaluation.recall_table import RecallRow, recall_rows, rename_metrics
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
@@ -144,7 +146,10 @@ def load_card(model: str, revision: str | None = None) -> ModelCard:
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {os.path.basename(os.path.normpath(model))}\n")
-    return ModelCard.load(path)
+    try:
+        return ModelCard.load(path)
+    except (yaml.YAMLError, ValueError) as error:
+        raise broken_card(path, error) from error
 
 
 def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> None:

@@ -12,14 +12,17 @@ MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.
 """
 
 import argparse
+import json
 import os
+import shlex
 import sys
 
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision, refuse_version
+from ..data.skip_report import and_more
 from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
-from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder
+from .embedding import MAX_REPORTED, THUMBNAIL_SIDE, ImageFolder, as_image_folder, row_ids_of
 from .index import SearchIndex, delete_entries, process_state
 from .index_types import INDEX_TYPES
 from .page import results_page
@@ -128,6 +131,13 @@ def run_query(args: argparse.Namespace) -> None:
         print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}")
     if not hits:
         print("Nothing fits.")
+    if gone := [hit for hit in hits if os.path.isabs(hit["name"]) and not os.path.exists(hit["name"])]:
+        print(
+            f"{len(gone)} of these images are no longer at their paths: if {gone[0]['source']} has moved, index the "
+            f"folder at its new place, and remove the old entries by cots-search delete {args.index} --where "
+            f"{shlex.quote(_condition_on_source(gone[0]['source']))}",
+            file=sys.stderr,
+        )
     if args.html:
         asked = " and ".join(([f"“{args.text}”"] if args.text else []) + ([f"{args.image}"] if args.image else []))
         note = f"{len(hits)} of {len(index):,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
@@ -140,9 +150,21 @@ def run_query(args: argparse.Namespace) -> None:
 def run_delete(args: argparse.Namespace) -> None:
     """Remove images from the index; this needs no model."""
     store = open_store(args.index)
-    names = [os.path.realpath(name) if os.path.exists(name) else name for name in args.names]
+    # A path may be relative; it also counts where the file itself is gone.
+    names = [name if store.has(row_ids_of([name]))[0] else os.path.realpath(name) for name in args.names]
+    unknown = [name for name, is_there in zip(args.names, store.has(row_ids_of(names)), strict=True) if not is_there]
     print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
     store.close()
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(names)} names are not in the index ({and_more(unknown, MAX_REPORTED)}): give the "
+            "names as `cots-search query` prints them."
+        )
+
+
+def _condition_on_source(source: str) -> str:
+    """The condition that all entries of a source satisfy."""
+    return f"source == {json.dumps(source, ensure_ascii=False)}"
 
 
 def run_rebuild(args: argparse.Namespace) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.messages import shown
+
 COMPARISONS = {
     "==": pc.equal,
     "!=": pc.not_equal,
@@ -28,7 +30,6 @@ COMPARISONS = {
 OPERATORS = (*COMPARISONS, "in")
 UNORDERED = ("==", "!=", "in")  # what booleans can be compared by
 MAX_LENGTH = 10_000  # characters of a condition
-MAX_SHOWN = 80  # characters of a value in a message
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1  # what Arrow and Milvus hold
 # A column is in quotes, or is all before the first operator; `in` is an operator only before a list.
 QUOTED = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(==|!=|<=|>=|<|>|=|in(?=\s*[\[(]))""", re.DOTALL)
@@ -103,15 +104,6 @@ def _is_scalar(value) -> bool:
 def _is_encodable(text: str) -> bool:
     """Whether a text has no halves of characters, which stand for undecodable bytes and which no store holds."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def shown(value) -> str:
-    """A value as a message shows it: of a long one the beginning."""
-    if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN:  # Python refuses to write out the longest
-        return "an integer of more than a hundred digits"
-    text = repr(value[:MAX_SHOWN] if isinstance(value, str | list | tuple) else value)
-    is_whole = len(text) <= MAX_SHOWN + 2 and text == repr(value)
-    return text if is_whole else f"{text[:MAX_SHOWN]}..."
 
 
 def parse_condition(text: str) -> Condition:

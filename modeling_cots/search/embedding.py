@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -17,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.image_reading import UnreadableImageError, read_image
+from ..data.messages import shown
 from ..data.skip_report import and_more
 from .conditions import MAX_INTEGER, MIN_INTEGER
 from .rows import RESERVED_COLUMNS, fixed_features, free_name
@@ -30,6 +33,7 @@ logger = logging.get_logger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
 MAX_REPORTED = 10
+PATH_STARTS = ("/", "./", "../", "~/", "data:image/")  # of a query that names a file and is no text
 
 
 class ImageFolder(Dataset):
@@ -66,6 +70,20 @@ class ImageFolder(Dataset):
     def names(self) -> list[str]:
         """All paths, without opening a file."""
         return self.paths
+
+
+def check_text(text: str) -> None:
+    """Raise `ValueError` for an empty query, and for the name of an image, which would be searched for as words."""
+    if not text.strip():
+        raise ValueError("The text to search for is empty.")
+    words = text.strip()
+    is_image = os.path.splitext(words)[1].lower() in Image.registered_extensions()
+    if is_image or words.startswith(PATH_STARTS) or re.match(r"[A-Za-z]:\\|\w+://", words):
+        state = "which is a file" if os.path.isfile(words) else "which looks like a file that is not there"
+        raise ValueError(
+            f"The text to search for is {shown(text)}, {state}: to find images like an image, give it as `image` "
+            "(--image on the command line)."
+        )
 
 
 def entry_names(dataset, source: str) -> list[str]:

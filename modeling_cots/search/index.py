@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.image_reading import read_image
 from .conditions import Condition, as_conditions
-from .embedding import THUMBNAIL_SIDE, Embedder, entry_names, model_identity, row_ids_of
+from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, model_identity, row_ids_of
 from .rows import join_tables
 from .stores import create_store, open_store
 
@@ -156,12 +156,13 @@ class SearchIndex:
             image_weight: w, used where both are given: the query is (1 - w) text + w image, at unit length, so that
                 images are ranked by the weighted mean of their similarities with text and image.
 
-        Raises `ValueError` without text and image, for an unreadable image, and for a weight outside 0 to 1.
+        Raises `ValueError` without text and image, for a text that is a path, for an unreadable image, and for a
+        weight outside 0 to 1.
         """
         if text is None and image is None:
             raise ValueError("Search for a text, an image or both: got neither.")
-        if text is not None and not text.strip():
-            raise ValueError("The text to search for is empty.")
+        if text is not None:
+            check_text(text)
         if not 0 <= image_weight <= 1:
             raise ValueError(f"`image_weight` lies between 0 (the text alone) and 1; got {image_weight}.")
         parts = []

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
+from ..data.messages import shown
 from .conditions import (
     TEXT,
     Condition,
@@ -25,7 +26,6 @@ from .conditions import (
     milvus_column,
     milvus_expression,
     missing_column,
-    shown,
 )
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
 from .rows import FIXED_COLUMNS, as_hit

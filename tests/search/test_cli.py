@@ -1,6 +1,8 @@
 """`cots-search` from the first image to the page, in this process."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -74,6 +76,53 @@ def test_index_query_add_delete_rebuild(folder, capsys):
 def test_says_what_is_wrong_in_one_line(folder, command, message):
     with pytest.raises(SystemExit, match=message):
         main(command.split())
+
+
+def test_a_path_is_never_taken_for_a_text(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    capsys.readouterr()
+    for text, state in [
+        ("photos/train-00004.png", "which is a file"),
+        ("photos/trian-00004.png", "which looks like a file that is not there"),
+        ("dog.JPG", "which looks like a file"),
+        ("my dog.webp", "which looks like a file"),
+        ("/photos/dog", "which looks like a file"),
+        ("./dog", "which looks like a file"),
+        ("~/dog", "which looks like a file"),
+        ("C:\\photos\\dog", "which looks like a file"),
+        ("https://host/dog", "which looks like a file"),
+        ("data:image/png;base64," + "A" * 100_000, "which looks like a file"),
+    ]:
+        with pytest.raises(SystemExit, match=state) as caught:
+            main(["query", "IDX", text])
+        assert "--image" in str(caught.value) and len(str(caught.value)) < 500
+    for text in ("a black/white cat", "red. green", "10:30", "and/or"):
+        main(["query", "IDX", text])
+    with pytest.raises(SystemExit, match="No such file"):
+        main("query IDX --image photos/trian-00004.png".split())
+
+
+def test_a_folder_that_has_moved(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    main("query IDX dog --top 2".split())
+    assert capsys.readouterr().err.count("no longer") == 0
+    (folder / "photos").rename(folder / "old 'photos'")
+    main("query IDX dog --top 2 --html out.html".split())
+    said = capsys.readouterr().err
+    assert "2 of these images are no longer at their paths" in said and "index the folder at its new place" in said
+    (command,) = re.findall("cots-search (delete .*)", said)
+    main(shlex.split(command))
+    assert "Deleted 6 images; 0 are left." in capsys.readouterr().out
+
+
+def test_deletes_by_a_path_whose_file_is_gone_and_names_what_is_not_there(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    (folder / "photos" / "train-00004.png").unlink()
+    main("delete IDX photos/train-00004.png".split())
+    assert "Deleted 1 images; 5 are left." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1 of 2 names are not in the index .photos/trian-1.png.: give the names"):
+        main("delete IDX photos/train-00001.png photos/trian-1.png".split())
+    assert "Deleted 1 images; 4 are left." in capsys.readouterr().out
 
 
 def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processor):
