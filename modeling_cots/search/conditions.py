@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.messages import shown
+from ..data.skip_report import and_more
 
 COMPARISONS = {
     "==": pc.equal,
@@ -30,6 +31,7 @@ COMPARISONS = {
 OPERATORS = (*COMPARISONS, "in")
 UNORDERED = ("==", "!=", "in")  # what booleans can be compared by
 MAX_LENGTH = 10_000  # characters of a condition
+MAX_COLUMNS = 30  # named in a message
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1  # what Arrow and Milvus hold
 # A column is in quotes, or is all before the first operator; `in` is an operator only before a list.
 QUOTED = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(==|!=|<=|>=|<|>|=|in(?=\s*[\[(]))""", re.DOTALL)
@@ -249,7 +251,8 @@ def _compare_integers(column: pa.ChunkedArray, condition: Condition):
 
 def missing_column(column: str, available: Sequence[str]) -> ValueError:
     """The error for a condition on a column that no entry has."""
-    return ValueError(f"There is no metadata {shown(column)} to filter by; there is {', '.join(available) or 'none'}.")
+    there = and_more(available, MAX_COLUMNS) or "none"
+    return ValueError(f"There is no metadata {shown(column)} to filter by; there is {there}.")
 
 
 def milvus_expression(conditions: Sequence[Condition], fields: Sequence[str] = ()) -> str:
