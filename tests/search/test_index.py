@@ -62,7 +62,7 @@ def test_finds_by_text_image_and_both(index, model, tiny_processor):
         image_embed = model.encode_image(pixels)[0].numpy()
     np.testing.assert_allclose(index.embed_query("a red circle"), text_embed, atol=1e-6)
     # A query by text and image ranks by the weighted mean of the two similarities.
-    stored = index.store._rows.embeddings(slice(0, 30))
+    stored = index.store._newest().rows.embeddings(slice(0, 30))
     mean = 0.75 * stored @ text_embed + 0.25 * stored @ image_embed
     found = index.search("a red circle", image, image_weight=0.25, top=30)
     assert [hit["name"] for hit in found] == [f"scenes: row {row}" for row in np.argsort(-mean)]
@@ -141,7 +141,7 @@ def test_processes_share_the_images(model, tiny_processor, tmp_path):
     assert [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)] == ["added 70 of 70"] * 2
     assert len(list((tmp_path / "index").glob("data-*-*.arrow"))) == 9  # parts of eight, none written twice
     index = SearchIndex(tmp_path / "index", model, tiny_processor)
-    assert len(index) == 70 and len(set(index.store._rows.row_ids.tolist())) == 70
+    assert len(index) == 70 and len(set(index.store._newest().rows.row_ids.tolist())) == 70
     for number in (0, 35, 69):
         found = index.search(image=ScenesDataset("train", 70, 32)[number]["image"], top=1)
         assert found[0]["name"] == f"scenes: scene {number}"
