@@ -144,10 +144,11 @@ class SearchIndex:
     def _check_model(self) -> None:
         """Raise `ValueError` unless the index was made with this model; others may have made it anew."""
         info = self.store.info
-        if info["format"] != FORMAT:
+        if info.get("format") != FORMAT:
             raise ValueError(
                 f"The index {self._name!r} was made by another version of modeling_cots (its format is "
-                f"{info['format']}, and {FORMAT} here): make a new one with `cots-search index`."
+                f"{info.get('format')}, and {FORMAT} here): make a new one, under another name, with "
+                "`cots-search index`."
             )
         if info["model_identity"] != self._identity:
             raise ValueError(

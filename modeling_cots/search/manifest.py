@@ -113,8 +113,8 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
         raise DamagedIndexError(_damaged(path, "is damaged")) from None
     if checksum is None and content.get("format") == 1:
         raise ValueError(
-            f"The index {str(folder)!r} was made by an older version, whose files have no checksums: make a new one "
-            "with `cots-search index`."
+            f"The index {str(folder)!r} was made by an older version, whose files have no checksums: make a new one, "
+            "under another name, with `cots-search index`."
         )
     if checksum != _checksum_of({"layout": layout, **content}):
         raise DamagedIndexError(_damaged(path, "is damaged"))

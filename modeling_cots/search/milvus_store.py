@@ -29,8 +29,8 @@ MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
 MAX_INFO = 4_096  # characters of the description
+METADATA = "$meta"  # the dynamic field, which has the metadata as its keys
 
-DYNAMIC_FIELDS = "$meta"  # all metadata of an entry
 
 _open_clients: Counter[str] = Counter()
 
@@ -102,9 +102,13 @@ class MilvusStore:
         self._client = connect(uri)
         try:
             self._open()
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
+            raise ValueError(
+                f"The collection {self.collection!r} at {uri!r} cannot be opened: {_redact(str(error))}"
+            ) from None
 
     @classmethod
     def exists(cls, index: str) -> bool:
@@ -162,7 +166,7 @@ class MilvusStore:
     @property
     def columns(self) -> list[str]:
         """The columns that conditions may name, collected from a thousand entries."""
-        rows = self._client.query(self.collection, filter="", output_fields=[DYNAMIC_FIELDS], limit=ROWS_PER_CALL)
+        rows = self._client.query(self.collection, filter="", output_fields=[METADATA], limit=ROWS_PER_CALL)
         names = {name for row in rows for name in row}
         return ["name", "source", *sorted(names - set(FIXED_COLUMNS))]
 
@@ -196,7 +200,7 @@ class MilvusStore:
             return [[] for _ in queries]
         self._check_columns(where)
         # All fields but the vectors.
-        fields = [*(name for name in FIXED_COLUMNS if name != "embedding"), DYNAMIC_FIELDS]
+        fields = [*(name for name in FIXED_COLUMNS if name != "embedding"), METADATA]
         found = self._client.search(
             self.collection,
             data=list(np.ascontiguousarray(queries, dtype=np.float32)),

@@ -71,6 +71,12 @@ def test_identity_is_that_of_weights_and_processing(tiny_config, tiny_processor,
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [0.1, 0.1, 0.1]
     assert model_identity(loaded, other) != identity
+    for change in ({"num_attention_heads": 1}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}):
+        config = copy.deepcopy(loaded.config)
+        for name, value in change.items():
+            setattr(config.vision_config, name, value)
+        assert model_identity(COTSModel.from_pretrained(tmp_path, config=config), processor) != identity
+    assert model_identity(COTSModel.from_pretrained(tmp_path, attn_implementation="eager"), processor) == identity
     with torch.no_grad():
         loaded.text_projection.bias[3] += 0.01
     assert model_identity(loaded, processor) != identity

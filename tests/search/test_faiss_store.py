@@ -1,12 +1,19 @@
 """The local store: one writer, recovery after a crash, and a folder that `datasets` alone can search."""
 
+import itertools
 import os
+import shutil
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
+from forks import ClientError, server_with_package
 from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
 
 pytest.importorskip("faiss")
@@ -15,6 +22,9 @@ from modeling_cots.search.conditions import as_conditions
 from modeling_cots.search.embedding import row_ids_of
 from modeling_cots.search.faiss_store import FaissStore
 from modeling_cots.search.rows import write_part
+from modeling_cots.search.stores import store_exists
+
+VECTORS = make_vectors(25)
 
 
 def test_plain_datasets_searches_the_folder(tmp_path):
@@ -146,10 +156,75 @@ def test_threads_share_a_store_that_is_written_to(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         found = [(number % 30, pool.submit(look, number % 30)) for number in range(300)]
-        for number in range(30, 60):
+        for number in range(30, 40):
             fill(store, make_rows(vectors[number : number + 1], first=number, year=[1]))
         store.rebuild("hnsw")
         assert all(call.result() == [f"pic{number}"] for number, call in found)
+
+
+def act(folder: str, action: str) -> None:
+    if action == "create":
+        FaissStore.create(folder, INFO, "exact")
+    elif action == "add":
+        store = FaissStore(folder)
+        with store.adding():  # as `SearchIndex` does: what a killed run has added is not added again
+            rows = make_rows(VECTORS, year=[3] * 25)
+            store.add(rows.filter(pa.array(~store.has(row_ids_of(rows["name"].to_pylist())))))
+    elif action == "delete":
+        FaissStore(folder).delete(row_ids_of(["pic3"]))
+    else:
+        FaissStore(folder).rebuild(action)
+
+
+def act_and_be_killed(folder: str, action: str, moment: int) -> None:
+    """In a process: kill itself when it opens, renames, makes or removes a file of the index for the n-th time."""
+    moments = itertools.count()
+
+    def hook(event: str, args: tuple) -> None:
+        is_moment = event in ("open", "os.rename", "os.remove", "os.mkdir") and str(args[0]).startswith(folder)
+        if is_moment and next(moments) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    act(folder, action)
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("action", ["create", "add", "delete", "hnsw"])
+def test_after_a_kill_the_next_command_works(tmp_path, action, step):
+    (tmp_path / "whole").mkdir()
+    if action != "create":
+        store = FaissStore.create(tmp_path / "whole", INFO, "exact")
+        fill(store, make_rows(VECTORS[:20], year=[3] * 20))
+        store.delete(row_ids_of(["pic1", "pic2"]))
+    for moment in itertools.count(start=2, step=step):
+        folder = str(tmp_path / str(moment))
+        shutil.copytree(tmp_path / "whole", folder)
+        try:
+            server_with_package().start(act_and_be_killed, folder, action, moment).result()
+            break  # it has no such moment
+        except ClientError as error:
+            assert "died" in str(error)
+        if action == "create" and not store_exists(folder):
+            act(folder, "create")
+        check_after_kill(folder, action)
+    assert moment > (3 if action == "create" else 20)
+
+
+def check_after_kill(folder: str, action: str) -> None:
+    store = FaissStore(folder)
+    if action != "create":
+        # The two deleted ones come back with the others that are added.
+        assert len(store) in {"add": (18, 25), "delete": (18, 17)}.get(action, (18,))
+        assert names(store.search(VECTORS[7:8], 1, as_conditions("year == 3"))[0]) == ["pic7"]
+        act(folder, action)
+    store.rebuild("exact")
+    act(folder, "add")
+    for number in range(25):
+        assert names(FaissStore(folder).search(VECTORS[number : number + 1], 30, [])[0])[0] == f"pic{number}"
+    assert len(store) == 25
+    listed = {*store._newest().manifest.files, "index.json", "state.json", "dataset_info.json", "writer.lock"}
+    assert {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()} == listed
 
 
 def test_rebuilding_frees_what_was_deleted(tmp_path):

@@ -188,14 +188,14 @@ def interleave(place: str, steps: list) -> None:
         store.close()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(STEPS, min_size=2, max_size=12))
 def test_two_handles_of_a_folder_answer_as_one(tmp_path_factory, steps):
     pytest.importorskip("faiss")
     interleave(str(tmp_path_factory.mktemp("two") / "index"), steps)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.lists(STEPS, min_size=2, max_size=8))
 def test_two_handles_of_a_collection_answer_as_one(tmp_path_factory, steps):
     pytest.importorskip("milvus_lite")
