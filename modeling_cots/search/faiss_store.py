@@ -22,6 +22,7 @@ from .conditions import Condition, matching_rows
 from .faiss_vectors import FaissVectors
 from .index_types import FAISS, INDEX_TYPES, check_index_type
 from .manifest import (
+    EIGHT_DIGITS,
     MANIFEST,
     Manifest,
     MissingFileError,
@@ -31,11 +32,28 @@ from .manifest import (
     parse_manifest,
     read_manifest,
 )
-from .rows import METADATA, Rows, describe_for_datasets, unify_metadata, unlisted_parts, write_deleted, write_part
+from .rows import (
+    DATASETS_FILES,
+    METADATA,
+    Rows,
+    describe_for_datasets,
+    unify_metadata,
+    unlisted_parts,
+    write_deleted,
+    write_part,
+)
 
 LOCK = "writer.lock"
 # What a writer may remove; it never touches any other file of the folder.
-OWN_FILES = ("data-*.arrow", f"{METADATA}/data-*.parquet", "deleted-*.parquet", "vectors-*.faiss", "thresholds-*.npy")
+OWN_FILES = (
+    f"data-{EIGHT_DIGITS}-*.arrow",
+    f"{METADATA}/data-{EIGHT_DIGITS}-*.parquet",
+    f"deleted-{EIGHT_DIGITS}.parquet",
+    f"vectors-{EIGHT_DIGITS}.faiss",
+    f"thresholds-{EIGHT_DIGITS}.npy",
+    MANIFEST,
+    *DATASETS_FILES,
+)
 
 
 class Generation:
@@ -294,9 +312,9 @@ class FaissStore:
         """Remove the files of older generations and of killed writers, as the only writer."""
         manifest = parse_manifest(read_manifest(self.folder), self.folder)
         unlisted = unlisted_parts(self.folder, manifest)
-        kept = {*manifest.files, *(name for part in unlisted for name in part.files)}
-        for pattern in (*OWN_FILES, f"*{PARTIAL_SUFFIX}", f"{METADATA}/*{PARTIAL_SUFFIX}"):
-            for path in self.folder.glob(pattern):
+        kept = {MANIFEST, *DATASETS_FILES, *manifest.files, *(name for part in unlisted for name in part.files)}
+        for pattern in OWN_FILES:
+            for path in (*self.folder.glob(pattern), *self.folder.glob(pattern + PARTIAL_SUFFIX)):
                 if path.relative_to(self.folder).as_posix() not in kept:
                     path.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from ..data.atomic_write import atomic_write
 
 MANIFEST = "index.json"
+EIGHT_DIGITS = "[0-9]" * 8  # a generation in the name of a file, for `glob`
 LAYOUT = 2  # of the folder; 1 had no manifest
 
 
@@ -127,7 +128,7 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
 
 def holds_rows(folder: Path) -> bool:
     """Whether a folder has parts of an index, with or without a manifest."""
-    return folder.is_dir() and any(folder.glob("data-*.arrow"))
+    return folder.is_dir() and any(folder.glob(f"data-{EIGHT_DIGITS}-*.arrow"))
 
 
 def describe_file(path: Path) -> tuple[int, int]:

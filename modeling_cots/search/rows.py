@@ -34,6 +34,7 @@ from .manifest import (
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
 LOOKED_AT = ("row_id", "name", "source")  # these stand in both files of a part
 METADATA = "metadata"
+DATASETS_FILES = ("state.json", "dataset_info.json")
 ARROW_FILE = b"cots.arrow_file"  # bytes and CRC-32 of the other file of a part, in the parquet file
 
 
@@ -184,12 +185,12 @@ class Rows:
         """Rows as dictionaries, with metadata and without embeddings."""
         columns = [name for name in FIXED_COLUMNS if name != "embedding"]
         parts, rows = list(self.parts.values()), []
+        # Row by row, because `Table.take` would copy and join the chunks of all columns.
         for position, number in zip(positions, self._part_numbers(positions), strict=True):
-            # Row by row, because `Table.take` would copy and join the chunks of all columns.
-            row = parts[number].table.select(columns).slice(int(position - self._starts[number]), 1)
-            rows.append(row.to_pylist()[0])
-        extra = self.filterable.take(pa.array(positions)).to_pylist()
-        return [{**more, **row} for row, more in zip(rows, extra, strict=True)]
+            entry = parts[number].table.select(columns).slice(int(position - self._starts[number]), 1)
+            metadata = self.filterable.slice(int(position), 1)
+            rows.append({**metadata.to_pylist()[0], **entry.to_pylist()[0]})
+        return rows
 
     def living_tables(self, rows_per_table: int = 4096) -> Iterator[pa.Table]:
         """All rows that are not deleted, as tables with their metadata, to write them again."""
@@ -246,6 +247,6 @@ def describe_for_datasets(folder: Path, manifest: Manifest) -> None:
         "_split": None,
     }
     info = {"features": fixed_features(manifest.info["dim"]).to_dict()}
-    for name, content in (("state.json", state), ("dataset_info.json", info)):
+    for name, content in zip(DATASETS_FILES, (state, info), strict=True):
         with atomic_write(folder / name) as partial:
             partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

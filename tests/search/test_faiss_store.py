@@ -241,6 +241,20 @@ def test_rebuilding_frees_what_was_deleted(tmp_path):
     assert not list((tmp_path / "index").glob("deleted-*"))
 
 
+def test_foreign_files_stay(tmp_path):
+    store = FaissStore.create(tmp_path / "index", INFO, "exact")
+    fill(store, make_rows(make_vectors(5)))
+    foreign = ["data-00000-of-00001.arrow", "notes.partial", "deleted-.parquet", "metadata/data-train.parquet"]
+    for name in foreign:
+        (tmp_path / "index" / name).write_text("foreign")
+    store.rebuild("hnsw")
+    assert all((tmp_path / "index" / name).read_text() == "foreign" for name in foreign)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / foreign[0]).write_text("foreign")
+    with pytest.raises(ValueError, match="not an empty folder: name a new folder"):
+        FaissStore.create(tmp_path / "dataset", INFO, "exact")
+
+
 def test_nothing_is_pickled(tmp_path):
     fill(FaissStore.create(tmp_path / "index", INFO, "exact"), make_rows(make_vectors(5), year=[1] * 5))
     suffixes = {path.suffix for path in (tmp_path / "index").rglob("*") if path.is_file()}
