@@ -151,6 +151,27 @@ def test_other_versions_are_refused(tmp_path, monkeypatch):
         FaissStore(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"generation": ', '"generation": 1'),
+        ('"dim": 16', '"dim": 17'),
+        ('"model": "m"', '"model": "n"'),
+        ('"engine": "binary"', '"engine": "exact"'),
+        ('"num_vectors": 130', '"num_vectors": 100'),
+        ('"deleted": "deleted-', '"deleted": null, "x": "'),
+        ('"checksum": ', '"checksum": 1'),
+    ],
+)
+def test_no_value_of_the_manifest_changes_unnoticed(whole, tmp_path, written, instead):
+    shutil.copytree(whole, tmp_path / "index")
+    content = (whole / "index.json").read_text()
+    (tmp_path / "index" / "index.json").write_text(content.replace(written, instead))
+    assert written in content
+    with pytest.raises(DamagedIndexError, match=r"index.json' is damaged: restore it from a copy"):
+        FaissStore(tmp_path / "index")
+
+
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
     manifest = Manifest(3, INFO, (("data-1", 4),), "d", "v", None, 4, {"d": (1, 2), "v": (3, 4)})
     manifest.write(tmp_path)
