@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import closing
 
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision, refuse_version
@@ -107,25 +108,29 @@ def run_index(args: argparse.Namespace) -> None:
     if state.is_main_process and is_new:
         SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
     state.wait_for_everyone()
-    index = SearchIndex(args.index, model, processor)
-    if args.engine not in (None, index.store.info["engine"]):
-        raise ValueError(
-            f"{args.index!r} has the index type {index.store.info['engine']!r}: change it with `cots-search rebuild "
-            f"{args.index} --engine {args.engine}`."
-        )
-    add_images(index, dataset, source, args)
+    with SearchIndex(args.index, model, processor) as index:
+        if args.engine not in (None, engine := index.store.info["engine"]):
+            raise ValueError(
+                f"{args.index!r} has the index type {engine!r}: change it with `cots-search rebuild {args.index} "
+                f"--engine {args.engine}`."
+            )
+        add_images(index, dataset, source, args)
+    process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
 def run_add(args: argparse.Namespace) -> None:
     """Embed more images into an existing index."""
     dataset, source = open_images(args)
-    add_images(open_index(args), dataset, source, args)
+    with open_index(args) as index:
+        add_images(index, dataset, source, args)
+    process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
 def run_query(args: argparse.Namespace) -> None:
     """Print the images found, and write the page."""
-    index = open_index(args)
-    hits = index.search(args.text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
+    with open_index(args) as index:
+        hits = index.search(args.text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
+        num_images = len(index)
     for place, hit in enumerate(hits, start=1):
         caption = f'  "{hit["captions"][0]}"' if hit["captions"] else ""
         print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}")
@@ -140,21 +145,20 @@ def run_query(args: argparse.Namespace) -> None:
         )
     if args.html:
         asked = " and ".join(([f"“{args.text}”"] if args.text else []) + ([f"{args.image}"] if args.image else []))
-        note = f"{len(hits)} of {len(index):,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
+        note = f"{len(hits)} of {num_images:,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
         with open(args.html, "w", encoding="utf-8") as file:
             file.write(results_page(f"Images for {asked}", hits, note))
         print(f"The page is in {args.html}.")
-    index.close()
 
 
 def run_delete(args: argparse.Namespace) -> None:
     """Remove images from the index; this needs no model."""
-    store = open_store(args.index)
-    # A path may be relative; it also counts where the file itself is gone.
-    names = [name if store.has(row_ids_of([name]))[0] else os.path.realpath(name) for name in args.names]
-    unknown = [name for name, is_there in zip(args.names, store.has(row_ids_of(names)), strict=True) if not is_there]
-    print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
-    store.close()
+    with closing(open_store(args.index)) as store:
+        # A path may be relative; it also counts where the file itself is gone.
+        names = [name if store.has(row_ids_of([name]))[0] else os.path.realpath(name) for name in args.names]
+        is_there = store.has(row_ids_of(names))
+        print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
+    unknown = [name for name, known in zip(args.names, is_there, strict=True) if not known]
     if unknown:
         raise ValueError(
             f"{len(unknown)} of {len(names)} names are not in the index ({and_more(unknown, MAX_REPORTED)}): give the "
@@ -169,10 +173,9 @@ def _condition_on_source(source: str) -> str:
 
 def run_rebuild(args: argparse.Namespace) -> None:
     """Change the index type; this needs no model."""
-    store = open_store(args.index)
-    store.rebuild(args.engine or store.info["engine"])
-    print(f"{args.index} has the index type {store.info['engine']!r} and {len(store):,} images.")
-    store.close()
+    with closing(open_store(args.index)) as store:
+        store.rebuild(args.engine or store.info["engine"])
+        print(f"{args.index} has the index type {store.info['engine']!r} and {len(store):,} images.")
 
 
 def open_images(args: argparse.Namespace):
@@ -203,8 +206,6 @@ def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespac
     )
     if process_state().is_main_process:
         print(f"Added {num_added:,} images; {args.index} has {len(index):,}.")
-    index.close()
-    process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
@@ -214,11 +215,10 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
 
 def model_of(args: argparse.Namespace) -> tuple[str, str | None]:
     """Where the index's model is, and at which revision: as the options say, or else as the index has recorded."""
-    store = open_store(args.index)
-    recorded, commit = store.info["model"], store.info.get("model_commit")
-    store.close()
-    name = args.model or recorded
-    return name, args.revision or (commit if name == recorded else None)
+    with closing(open_store(args.index)) as store:
+        info = store.info
+    name = args.model or info["model"]
+    return name, args.revision or (info.get("model_commit") if name == info["model"] else None)
 
 
 def load_model(name: str, revision: str | None = None):

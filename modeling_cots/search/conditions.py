@@ -255,6 +255,14 @@ def missing_column(column: str, available: Sequence[str]) -> ValueError:
     return ValueError(f"There is no metadata {shown(column)} to filter by; there is {there}.")
 
 
+def mixed_kinds(column: str, present: Kind, new: Kind) -> ValueError:
+    """The error for new entries whose column holds another kind of values than the same column of the index."""
+    return ValueError(
+        f"The metadata {shown(column)} holds {present.plural} in this index and {new.plural} in the new entries: "
+        "rename one of them, or keep an index for each."
+    )
+
+
 def milvus_expression(conditions: Sequence[Condition], fields: Sequence[str] = ()) -> str:
     """
     The conditions, whose values are of their columns' kinds, as a Milvus filter.

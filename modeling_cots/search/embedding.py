@@ -34,6 +34,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
 MAX_REPORTED = 10
 PATH_STARTS = ("/", "./", "../", "~/", "data:image/")  # of a query that names a file and is no text
+# How a configuration was saved and loaded, which changes no embedding.
+CONFIG_BOOKKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 class ImageFolder(Dataset):
@@ -112,11 +114,13 @@ def row_ids_of(names: list[str]) -> np.ndarray:
 
 def model_identity(model, processor) -> str:
     """
-    A digest of the weights, of the image processor's settings and of the tokenizer.
+    A digest of the configuration, of the weights, of the image processor's settings and of the tokenizer.
 
-    Weights are rounded to bfloat16 first, so that a model has the same identity in float32 and in bfloat16.
+    Weights are rounded to bfloat16 first, so that a model has the same identity in float32 and in bfloat16. Of the
+    configuration, the values count that differ from their defaults: a later transformers may have more values.
     """
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(_configuration(model.config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if tensor.is_floating_point():
@@ -132,6 +136,24 @@ def model_identity(model, processor) -> str:
         rules["truncation"] = rules["padding"] = None  # these depend on the tokenizer's last call
         digest.update(json.dumps(rules, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+_UNKNOWN = object()
+
+
+def _configuration(config) -> dict:
+    """The model type, and the values of a configuration, and of those inside it, that differ from their defaults."""
+    try:
+        defaults = type(config)().to_dict()
+    except (TypeError, ValueError):  # a class without defaults
+        defaults = {}
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in CONFIG_BOOKKEEPING and not name.startswith("_") and value != defaults.get(name, _UNKNOWN)
+    }
+    inner = {name: _configuration(getattr(config, name)) for name in config.sub_configs}
+    return {**values, **inner, "model_type": config.model_type}
 
 
 class _Collator:

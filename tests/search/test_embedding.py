@@ -91,6 +91,12 @@ def test_identity_is_that_of_weights_and_processing(tiny_config, tiny_processor,
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [0.1, 0.1, 0.1]
     assert model_identity(loaded, other) != identity
+    for change in ({"num_attention_heads": 1}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}):
+        config = copy.deepcopy(loaded.config)
+        for name, value in change.items():
+            setattr(config.vision_config, name, value)
+        assert model_identity(COTSModel.from_pretrained(tmp_path, config=config), processor) != identity
+    assert model_identity(COTSModel.from_pretrained(tmp_path, attn_implementation="eager"), processor) == identity
     with torch.no_grad():
         loaded.text_projection.bias[3] += 0.01
     assert model_identity(loaded, processor) != identity
@@ -121,7 +127,7 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
     assert [row["name"] for row in rows] == ["n1", "n3", "n5"] and progress.total == 4
     assert [row["number"] for row in rows] == [1, 3, 5] and rows[0]["name_"] == "taken"
     # What stores keep for themselves gets another name, and what they do not hold alike another form.
-    expected = {"captions__": 1, "captions_": 2, "_": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
+    expected = {"captions__": 1, "captions_": 2, "": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
     assert {name: rows[0][name] for name in expected} == expected
     assert [row["price"] for row in rows] == [9.5, None, 1e20] and rows[0]["day"] == "2020-02-01"
     assert [row["hash"] for row in rows] == [2.0**63, 2.0**53, None]

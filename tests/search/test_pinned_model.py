@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from modeling_cots import COTSModel, COTSProcessor
 from modeling_cots.search.cli import main
+from modeling_cots.search.manifest import parse_manifest, read_manifest
 
 pytest.importorskip("faiss")
 pytest_plugins = ["hub_fixtures"]
@@ -49,12 +51,10 @@ def cots_search(folder: str, *words: str) -> str:
     return said.getvalue()
 
 
-def forget_commit(index: str) -> None:
-    """The index as the version before this one made it."""
-    path = Path(index, "index.json")
-    info = json.loads(path.read_text())
-    del info["model_commit"]
-    path.write_text(json.dumps(info))
+def forget_commit(index: Path) -> None:
+    """As `SearchIndex.create` with a `model_name` makes an index from a model that was loaded elsewhere."""
+    manifest = parse_manifest(read_manifest(index), index)
+    replace(manifest, info={**manifest.info, "model_commit": None}).write(index)
 
 
 # --- tests
@@ -91,7 +91,7 @@ def test_an_index_that_knows_no_commit_says_how_to_name_it(hub, folder):
     repo_id, source = hub.new_repo_id(), str(folder / "model")
     first = hub.run(push, source, repo_id)
     hub.run(cots_search, str(folder), "index", "photos", "--model", repo_id, "--index", "IDX")
-    assert json.loads((folder / "IDX" / "index.json").read_text())["model_commit"] == first
+    assert json.loads((folder / "IDX" / "index.json").read_text())["info"]["model_commit"] == first
     forget_commit(folder / "IDX")
     assert hub.run(cots_search, str(folder), "query", "IDX", "red").count("png") == 4
     hub.run(push, source, repo_id, 0.1)
@@ -108,7 +108,7 @@ def test_a_branch_with_a_slash_and_a_revision_that_is_not_there(hub, folder):
         cots_search, str(folder), "index", "photos", "--model", repo_id, "--revision", "feature/x", "--index", "IDX"
     )
     assert "IDX has 4" in said
-    assert json.loads((folder / "IDX" / "index.json").read_text())["model_commit"] == branch
+    assert json.loads((folder / "IDX" / "index.json").read_text())["info"]["model_commit"] == branch
     said = hub.run(cots_search, str(folder), "query", "IDX", "red", "--revision", "v9")
     assert said.startswith("cots-search: There is no COTS model in") and "at the revision 'v9'" in said
 

@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
 
 from modeling_cots.search.conditions import Condition, as_conditions
@@ -70,6 +72,7 @@ def test_add_search_delete(filled):
 
 # Names as data sets have them: words of Milvus' filters, signs, what Milvus and we ourselves use.
 ODD_NAMES = [
+    "",
     "in",
     "and",
     "exists",
@@ -252,6 +255,92 @@ def test_an_empty_index_finds_nothing(place_and_index_type):
             INFO,
             "magic",
         )
+
+
+HANDLES = st.integers(0, 1)
+NUMBERS = st.lists(st.integers(0, 19), min_size=1, max_size=6, unique=True)
+STEPS = st.one_of(
+    st.tuples(st.just("add"), HANDLES, NUMBERS),
+    st.tuples(st.just("add"), HANDLES, NUMBERS),
+    st.tuples(st.just("delete"), HANDLES, NUMBERS),
+    st.tuples(st.just("delete the year"), HANDLES, st.integers(0, 2)),
+    st.tuples(st.just("rebuild"), HANDLES, st.sampled_from(["exact", "hnsw"])),
+    st.tuples(st.just("open anew"), HANDLES, st.none()),
+    st.tuples(st.just("look"), HANDLES, st.integers(0, 19)),
+)
+POOL = make_vectors(20, seed=3)
+
+
+class Twin:
+    """What an index with one handle holds: numbers of entries, each with the step that added it."""
+
+    def __init__(self):
+        self.entries, self.engine = {}, "exact"
+
+    def check(self, store, query: int) -> None:
+        assert len(store) == len(self.entries) and store.info["engine"] == self.engine
+        order = [number for number in np.argsort(-(POOL @ POOL[query])) if number in self.entries]
+        (found,) = store.search(POOL[query : query + 1], 20, [])
+        assert [(hit["name"], hit["year"], hit["step"]) for hit in found] == [
+            (f"pic{number}", number % 3, self.entries[number]) for number in order
+        ]
+
+
+def take_step(store, twin: Twin, kind: str, value, number_of_step: int) -> None:
+    """One step of a handle, which answers as the twin does."""
+    if kind == "add":
+        new = [number for number in value if number not in twin.entries]
+        with store.adding():
+            missing = ~store.has(row_ids_of([f"pic{number}" for number in value]))
+            assert np.array(value)[missing].tolist() == new
+            for number in new:
+                step = {"year": [number % 3], "step": [number_of_step]}
+                store.add(make_rows(POOL[number : number + 1], first=number, **step))
+        twin.entries.update(dict.fromkeys(new, number_of_step))
+    elif kind == "rebuild":
+        store.rebuild(value)
+        twin.engine = value
+    elif kind.startswith("delete"):
+        gone = [number for number in twin.entries if number in np.atleast_1d(value)]
+        ids = row_ids_of([f"pic{number}" for number in np.atleast_1d(value)])
+        if kind == "delete the year":
+            gone = [number for number in twin.entries if number % 3 == value]
+            ids = store.find(as_conditions(f"year == {value}")) if twin.entries else ids[:0]
+        assert store.delete(ids) == len(gone)
+        for number in gone:
+            del twin.entries[number]
+    elif kind == "look":
+        twin.check(store, value)
+
+
+def interleave(place: str, steps: list) -> None:
+    """Take the steps with two handles of one index; then both, and a third, must answer as one handle would."""
+    twin, first = Twin(), create_store(place, INFO, "exact")
+    stores = [first, open_store(place)]
+    for number_of_step, (kind, handle, value) in enumerate(steps):
+        if kind == "open anew":
+            stores[handle].close()
+            stores[handle] = open_store(place)
+        else:
+            take_step(stores[handle], twin, kind, value, number_of_step)
+    stores.append(open_store(place))
+    for store in stores:
+        twin.check(store, 7)
+        store.close()
+
+
+@settings(max_examples=15)
+@given(st.lists(STEPS, min_size=2, max_size=12))
+def test_two_handles_of_a_folder_answer_as_one(tmp_path_factory, steps):
+    pytest.importorskip("faiss")
+    interleave(str(tmp_path_factory.mktemp("two") / "index"), steps)
+
+
+@settings(max_examples=4)
+@given(st.lists(STEPS, min_size=2, max_size=8))
+def test_two_handles_of_a_collection_answer_as_one(tmp_path_factory, steps):
+    pytest.importorskip("milvus_lite")
+    interleave(str(tmp_path_factory.mktemp("two") / "index.db"), steps)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "nowhere.db"])
