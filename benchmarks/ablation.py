@@ -29,11 +29,11 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
-from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.pixel_normalization import PixelNormalizer
 from modeling_cots.evaluation.pair_scores import score_pairs
 from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
+from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.cost import flop_counter
 from modeling_cots.scripts.factory import (
     build_config,

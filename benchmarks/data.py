@@ -29,7 +29,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ImageTokenizer
 from modeling_cots.data.image_augmentation import ImageTransform
-from modeling_cots.data.image_reading import read_image
+from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.factory import build_processor, train_tokenizer
 
 MEAN = [0.5] * 3

@@ -189,8 +189,8 @@ class Step:
     def contrast(self) -> torch.Tensor:
         objective, size = self.trainer.objective, self.sizes.batch
         query = torch.zeros(size, self.config.projection_dim, device=self.device, requires_grad=True)
-        gathered = objective.gather(query.detach(), query.detach(), self.batch)
-        logits = objective.contrast(query, query, gathered)
+        gathered, local = objective.gather(query.detach(), query.detach(), self.batch)
+        logits, _ = objective.contrast(query, query, gathered, local)
         return sum(objective.contrastive_losses(*logits, gathered.valid, size).values())
 
     def patch_head(self) -> Callable[[], torch.Tensor]:

@@ -21,10 +21,11 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
-from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.evaluation.embedding import PairEmbeddings, embed_pairs
+from modeling_cots.image_reading_cots import UnreadableImageError, read_image
+from modeling_cots.processing_cots import TOKENIZER_LOCK
 from modeling_cots.visualization.heat_maps import overlay
 from modeling_cots.visualization.relevance import explain_pair, find_words
 
@@ -132,8 +133,17 @@ def find_texts(collection: Collection, image: Image.Image) -> list[tuple[str, fl
 
 def words_of(collection: Collection, caption: str) -> list[str]:
     """The words of a caption that the model reads, each once."""
-    tokens = collection.processor.tokenizer(caption, truncation=True, return_offsets_mapping=True)
+    with TOKENIZER_LOCK:
+        tokens = collection.processor.tokenizer(caption, truncation=True, return_offsets_mapping=True)
     return list(dict.fromkeys(word.text for word in find_words(caption, tokens["offset_mapping"])))
+
+
+def open_upload(path: str) -> Image.Image:
+    """An image that a visitor brought, as the model was trained to see it."""
+    try:
+        return read_image(path)
+    except UnreadableImageError as error:
+        raise gr.Error(f"This image cannot be read. {error}", print_exception=False) from error
 
 
 class Page:
@@ -162,11 +172,11 @@ class Page:
         """The found image that was clicked on."""
         return self.collection.image(ids[event.index])
 
-    def describe(self, image: Image.Image | None):
-        """The texts that fit an image best, as choices; no text is chosen yet."""
-        if image is None:
+    def describe(self, path: str | None):
+        """The texts that fit the image in a file best, as choices; no text is chosen yet."""
+        if path is None:
             return gr.update(choices=[], value=None), None
-        texts = find_texts(self.collection, image)
+        texts = find_texts(self.collection, open_upload(path))
         return gr.update(choices=[(f"{text} ({score:.2f})", text) for text, score in texts], value=None), None
 
     def list_words(self, caption: str):
@@ -174,13 +184,15 @@ class Page:
         caption = (caption or "").strip()[:MAX_TEXT]
         return gr.update(choices=words_of(self.collection, caption) if caption else [], value=None), None
 
-    def show_word(self, image: Image.Image | None, caption: str, word: str | None):
-        """A heat map of where in the image the model finds the word."""
-        if image is None or not word:
+    def show_word(self, path: str | None, caption: str, word: str | None):
+        """A heat map of where in the image in a file the model finds the word."""
+        if path is None or not word:
             return None
+        image = open_upload(path)
         relevance = explain_pair(
             self.collection.model, self.collection.processor, image, caption.strip()[:MAX_TEXT], [word]
         )
+        image.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
         return gr.update(
             value=overlay(image, relevance.word_maps[0]),
             label=f"Where the model finds “{word}”",
@@ -234,7 +246,8 @@ def build_image() -> tuple[gr.Image, gr.Radio]:
     gr.Markdown("## 2. From an image to texts\nClick on an image above, or bring your own.")
     image = gr.Image(
         label="Image",
-        type="pil",
+        type="filepath",
+        image_mode=None,  # the file as it is: Gradio would clip 16 bits a pixel
         format="png",  # without loss, so that the model is given exactly this image
         sources=["upload", "clipboard"],
         height=SHOWN_SIDE + 40,

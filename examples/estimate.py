@@ -25,9 +25,11 @@ import run_retrieval
 import run_video_retrieval
 
 from modeling_cots import COTSTrainingArguments
-from modeling_cots.scripts.command_line import option_names, parse_config_and_options
+from modeling_cots.scripts.command_line import option_names
 from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config
+from modeling_cots.scripts.steps import parse_options
 from modeling_cots.scripts.timm_weights import timm_vit_config
 
 SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
@@ -91,12 +93,8 @@ def main() -> None:
     # The run is for another machine, so that the arguments are not checked against this one.
     argv = [*sys.argv[1:], "--use_cpu", "true"]
     script = script_of(argv)
-    script_args, estimate_args, args = parse_config_and_options(
-        script.ScriptArguments,
-        EstimateArguments,
-        COTSTrainingArguments,
-        argv=argv,
-        defaults=getattr(script, "DEFAULTS", None),
+    script_args, estimate_args, args = parse_options(
+        script.ScriptArguments, EstimateArguments, argv=argv, defaults=getattr(script, "DEFAULTS", None)
     )
 
     # 1. Count.
@@ -135,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

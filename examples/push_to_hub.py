@@ -22,11 +22,12 @@ from modeling_cots import (
     export_zero_shot_classifier,
     push_folder,
 )
-from modeling_cots.data.image_reading import UnreadableImageError, read_image
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.hub_export import copy_card_images, rename_card
-from modeling_cots.hub_push import HubPushError, full_repo_id
+from modeling_cots.hub_push import full_repo_id
+from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import run_script
 
 KINDS = ("model", "text_encoder", "zero_shot_classifier")
 MAX_IMAGES = 500  # for the mean length of embeddings
@@ -145,7 +146,4 @@ def read_images(folder: Path) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, HubPushError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main)

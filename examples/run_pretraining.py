@@ -4,38 +4,42 @@
     python examples/run_pretraining.py examples/configs/quickstart.yaml --num_train_epochs 2 --output_dir runs/short
     torchrun --nproc_per_node 8 examples/run_pretraining.py --dataset PHOTOS/ --output_dir runs/photos
 
-Options may stand in a YAML file; those on the command line win. Beside the script's own options below, every argument
-of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. At the end `output_dir` is a folder
-that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what resuming needs.
+Options may stand in a YAML file; those on the command line win. Beside the script's own options below, the arguments
+of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` as docs/training.md says. At the end
+`output_dir` is a folder that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what
+resuming needs.
 """
 
 from dataclasses import dataclass
 
 from transformers import set_seed
 
-from modeling_cots import COTSTrainer, COTSTrainingArguments
+from modeling_cots import COTSTrainer
 from modeling_cots.evaluation.report import format_report
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     ModelArguments,
+    OutcomeArguments,
     StreamArguments,
     build_parts,
     describe_output,
     held_out_options,
     open_split,
     open_train_stream,
+    parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 
 @dataclass
-class ScriptArguments(StreamArguments, ModelArguments, DataArguments):
+class ScriptArguments(StreamArguments, ModelArguments, OutcomeArguments, DataArguments):
     """Paths and columns; the data set comes first, as it alone has no default."""
 
 
 def main() -> None:
-    script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments)
+    script_args, args = parse_options(ScriptArguments)
     set_seed(args.seed)
 
     # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
@@ -78,7 +82,8 @@ def main() -> None:
             print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
         print(f"\n{describe_output(args.output_dir)}")
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

@@ -7,28 +7,31 @@
         --zero_shot_protocol none --output_dir runs/measured
 
 `dataset` is Flickr30k or COCO in Karpathy's JSON form, or whatever pre-training takes. Options may stand in a YAML
-file; those on the command line win. Beside the script's own options below, every argument of `COTSTrainingArguments`,
-and so of transformers' `TrainingArguments`, works. The token losses are off unless their weights are given. At the end
-`output_dir` holds `results.json`, and the model with its card where one was trained, or the card of the measured model
-with the new numbers in it.
+file; those on the command line win. Beside the script's own options below, the arguments of `COTSTrainingArguments`
+work, and those of transformers' `TrainingArguments` as docs/training.md says. The token losses are off unless their
+weights are given. At the end `output_dir` holds `results.json`, and the model with its card where one was trained, or
+the card of the measured model with the new numbers in it.
 """
 
 from dataclasses import dataclass
 
 from transformers import set_seed
 
-from modeling_cots import COTSTrainer, COTSTrainingArguments
+from modeling_cots import COTSTrainer
 from modeling_cots.evaluation.results import check_test_set
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
     ModelArguments,
+    OutcomeArguments,
     build_parts,
     check_measuring,
     finish_retrieval,
     open_split,
+    parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 # Their sources stand in examples/configs/flickr30k.yaml.
@@ -36,12 +39,12 @@ DEFAULTS = {"lr_hold_epochs": 1, "queue_size": 4096, "cmvm_weight": 0, "cmlm_wei
 
 
 @dataclass
-class ScriptArguments(ModelArguments, MeasuringArguments, DataArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, OutcomeArguments, DataArguments):
     """The data set comes first, as it alone has no default."""
 
 
 def main() -> None:
-    script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments, defaults=DEFAULTS)
+    script_args, args = parse_options(ScriptArguments, defaults=DEFAULTS)
     set_seed(args.seed)
     zero_shot_protocol = check_measuring(script_args, args)
     trains = script_args.train_split != "none"
@@ -77,7 +80,8 @@ def main() -> None:
     trained_on = f"{train_dataset.name} {script_args.train_split}" if trains else None
     finish_retrieval(trainer, script_args, zero_shot_protocol, trained_on=trained_on)
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

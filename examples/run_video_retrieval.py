@@ -5,10 +5,10 @@
     python examples/run_video_retrieval.py --dataset MSRVTT/ --model MODEL --train_split none --eval_split test \
         --protocol msrvtt-full --zero_shot_protocol pretrained --output_dir runs/measured
 
-Options may stand in a YAML file; those on the command line win. Beside the script's own options below, every argument
-of `COTSTrainingArguments`, and so of transformers' `TrainingArguments`, works. Defaults are the supplement's for
-MSR-VTT. At the end `output_dir` holds `results.json`, and the model with its card where one was trained, or the card
-of the measured model with the new numbers in it.
+Options may stand in a YAML file; those on the command line win. Beside the script's own options below, the arguments
+of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` as docs/training.md says. Defaults are
+the supplement's for MSR-VTT. At the end `output_dir` holds `results.json`, and the model with its card where one was
+trained, or the card of the measured model with the new numbers in it.
 """
 
 import os
@@ -20,14 +20,17 @@ from modeling_cots import COTSTrainer, COTSTrainingArguments
 from modeling_cots.data.opening import open_video_dataset
 from modeling_cots.data.video_collators import check_videos_readable
 from modeling_cots.evaluation.results import check_test_set
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
 from modeling_cots.scripts.steps import (
     MeasuringArguments,
     ModelArguments,
+    OutcomeArguments,
     build_parts,
     check_measuring,
     finish_retrieval,
+    parse_options,
     read_config,
+    tell_whether_learned,
 )
 
 # Their sources stand in examples/configs/msrvtt.yaml.
@@ -36,6 +39,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 48,
     "per_device_eval_batch_size": 16,
     "lr_hold_epochs": 1,
+    "max_grad_norm": 0,
     "queue_size": 1444,
     "cmvm_weight": 0,
     "cmlm_weight": 0,
@@ -68,7 +72,7 @@ class VideoArguments:
 
 
 @dataclass
-class ScriptArguments(ModelArguments, MeasuringArguments, VideoArguments):
+class ScriptArguments(ModelArguments, MeasuringArguments, OutcomeArguments, VideoArguments):
     """The data set comes first, as it alone has no default."""
 
 
@@ -91,7 +95,7 @@ def open_split(options: ScriptArguments, split: str, args: COTSTrainingArguments
 
 
 def main() -> None:
-    script_args, args = parse_config_and_options(ScriptArguments, COTSTrainingArguments, defaults=DEFAULTS)
+    script_args, args = parse_options(ScriptArguments, defaults=DEFAULTS)
     set_seed(args.seed)
     zero_shot_protocol = check_measuring(script_args, args)
     trains = script_args.train_split != "none"
@@ -135,7 +139,8 @@ def main() -> None:
         num_frames=script_args.num_frames,
     )
     trainer.end()
+    tell_whether_learned(trainer, script_args.strict)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on=GO_ON_TRAINING)

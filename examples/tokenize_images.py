@@ -17,6 +17,7 @@ import torch
 from modeling_cots.data.image_token_writing import TokenWriter
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import MAIN, build_config, build_image_tokenizer
 
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, go_on="Run the same command again: it writes what is missing.")

@@ -12,8 +12,9 @@ import argparse
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel
-from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.revisions import check_revision
+from modeling_cots.image_reading_cots import read_image
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.heat_maps import draw_word_maps
 from modeling_cots.visualization.relevance import explain_pair
 
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

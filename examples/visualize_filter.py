@@ -13,9 +13,10 @@ import os
 from accelerate import Accelerator
 from transformers import AutoProcessor
 
-from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.evaluation.pair_scores import PairScores, load_scoring_model, score_pairs, write_scores
+from modeling_cots.image_reading_cots import read_image
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.figures import new_figure
 from modeling_cots.visualization.score_figures import band_positions, draw_contact_sheet, draw_histogram
 
@@ -93,4 +94,4 @@ def pairs_of_bands(dataset, pairs: PairScores) -> dict[str, list[tuple]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

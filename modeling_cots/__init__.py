@@ -1,13 +1,15 @@
 """COTS: collaborative two-stream vision-language pre-training for cross-modal retrieval (Lu et al., CVPR 2022).
 
-Importing this package makes `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoVideoProcessor` know COTS, and
-`pipeline` the task `image-text-retrieval`. Everything that training needs is imported when it is first used.
+Importing this package makes the Auto classes of transformers know COTS, and `pipeline` the task
+`image-text-retrieval`. Two tasks of transformers then read the images of COTS models as training does. Everything that
+training needs is imported when it is first used.
 """
 
 import importlib
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -16,18 +18,22 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_cots import COTSConfig
+from .image_processing_cots import COTSImageProcessor
 from .modeling_cots import COTSModel, COTSOutput, COTSPreTrainedModel
 from .modeling_cots_pretraining import COTSForPreTraining, COTSForPreTrainingOutput
-from .pipeline_cots import TASK, ImageTextRetrievalPipeline, RetrievalIndex
+from .pipeline_cots import STOCK_PIPELINES, TASK, ImageTextRetrievalPipeline, RetrievalIndex
 from .processing_cots import COTSProcessor
 from .video_processing_cots import COTSVideoProcessor
 
 AutoConfig.register(COTSConfig.model_type, COTSConfig)
 AutoModel.register(COTSConfig, COTSModel)
 AutoModelForZeroShotImageClassification.register(COTSConfig, COTSModel)
+AutoImageProcessor.register(COTSConfig, image_processor_classes={"torchvision": COTSImageProcessor})
 AutoProcessor.register(COTSConfig, COTSProcessor)
 AutoVideoProcessor.register(COTSConfig, COTSVideoProcessor)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=ImageTextRetrievalPipeline, pt_model=AutoModel)
+for _task, _pipeline in STOCK_PIPELINES.items():  # these are those of transformers for every model that is not COTS
+    PIPELINE_REGISTRY.supported_tasks[_task]["impl"] = _pipeline
 COTSConfig.pipelines_are_registered = True
 
 __version__ = "0.2.0.dev0"  # the only place that says it; pyproject.toml reads it here
@@ -57,6 +63,7 @@ __all__ = [
     "COTSConfig",
     "COTSForPreTraining",
     "COTSForPreTrainingOutput",
+    "COTSImageProcessor",
     "COTSModel",
     "COTSOutput",
     "COTSPreTrainedModel",

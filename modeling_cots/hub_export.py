@@ -20,14 +20,16 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .encoders_cots import check_vocabulary
+from .image_processing_cots import COTSImageProcessor
 from .pipeline_cots import CUSTOM_PIPELINES
-from .processing_cots import PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
+from .processing_cots import IMAGE_PROCESSOR_CODE, PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
 
 AUTO_MAP = {
     "AutoConfig": "configuration_cots.COTSConfig",
     "AutoModel": "modeling_cots.COTSModel",
     "AutoModelForZeroShotImageClassification": "modeling_cots.COTSModel",
     **PROCESSOR_CODE,
+    **IMAGE_PROCESSOR_CODE,
     **VIDEO_PROCESSOR_CODE,
 }
 # The code files that transformers loads from a repository. Files that these import are copied as well.
@@ -35,6 +37,7 @@ CODE_FILES = (
     "configuration_cots.py",
     "modeling_cots.py",
     "processing_cots.py",
+    "image_processing_cots.py",
     "video_processing_cots.py",
     "pipeline_cots.py",
 )
@@ -191,9 +194,11 @@ def _name_model_code(folder: Path) -> None:
 
 
 def _name_processor_code(folder: Path) -> None:
-    """Tell the Auto classes, in `processor_config.json`, where the code of our two processors is."""
+    """Tell the Auto classes, in `processor_config.json`, where the code of our processors is."""
     config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     config["auto_map"] = PROCESSOR_CODE
+    if config["image_processor"]["image_processor_type"] == COTSImageProcessor.__name__:
+        config["image_processor"]["auto_map"] = IMAGE_PROCESSOR_CODE
     if config.get("video_processor") is not None:
         config["video_processor"]["auto_map"] = VIDEO_PROCESSOR_CODE
     write_json(folder / "processor_config.json", config)

@@ -3,6 +3,8 @@
 The package registers the task; a model repository carries this file and names it in `custom_pipelines` of its
 `config.json`. Candidates are embedded once (`build_index`). A query then costs one encoder pass and one product. Not
 here: indexes on disk and indexes larger than the memory of one machine (the package's `search`).
+
+Two pipelines of transformers are here as well, which read the images of a COTS model as its training did.
 """
 
 import os
@@ -11,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Pipeline
-from transformers.image_utils import is_pil_image, load_image
+from transformers import ImageFeatureExtractionPipeline, Pipeline, ZeroShotImageClassificationPipeline
+from transformers.image_utils import is_pil_image
 from transformers.utils import logging
+
+from .image_reading_cots import UnreadableImageError, fetch_image, read_image
+from .processing_cots import TOKENIZER_LOCK
 
 logger = logging.get_logger(__name__)
 
@@ -169,19 +174,16 @@ class ImageTextRetrievalPipeline(Pipeline):
     def _read_image(self, source: Any, timeout: float) -> dict[str, torch.Tensor]:
         if isinstance(source, str) and source.lower().endswith(IMAGE_ENDINGS) and _is_missing(source):
             raise ValueError(f"There is no image {source!r}.")
-        try:
-            image = load_image(source, timeout=timeout)
-        except Exception as error:  # decoders and clients raise anything
-            name = source[:200] if isinstance(source, str) else type(source).__name__
-            raise ValueError(f"The image {name!r} cannot be read: {type(error).__name__}: {error}"[:500]) from error
+        image = _load(source, timeout)
         return {"pixel_values": self.image_processor(images=[image], return_tensors="pt")["pixel_values"]}
 
     def _tokenize(self, text: str) -> dict[str, list[int]]:
         limit = min(self.tokenizer.model_max_length, self.model.max_text_length or self.tokenizer.model_max_length)
-        tokens = self.tokenizer(text, verbose=False)
-        if len(tokens["input_ids"]) > limit:
-            logger.warning_once(f"A text of {len(tokens['input_ids'])} tokens is cut to the first {limit}.")
-            tokens = self.tokenizer(text, truncation=True, max_length=limit)
+        with TOKENIZER_LOCK:
+            tokens = self.tokenizer(text, verbose=False)
+            if len(tokens["input_ids"]) > limit:
+                logger.warning_once(f"A text of {len(tokens['input_ids'])} tokens is cut to the first {limit}.")
+                tokens = self.tokenizer(text, truncation=True, max_length=limit)
         return {name: list(values) for name, values in tokens.items()}
 
     def _forward(self, model_inputs: dict) -> dict[str, torch.Tensor]:
@@ -206,6 +208,45 @@ class ImageTextRetrievalPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+
+
+class COTSZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    """transformers' `zero-shot-image-classification`; images of a COTS model are read as its training did."""
+
+    def preprocess(self, image, *args, timeout: float | None = None, **kwargs):
+        if not _is_cots(self.model):
+            return super().preprocess(image, *args, timeout=timeout, **kwargs)
+        image = _load(image, timeout)
+        with TOKENIZER_LOCK:
+            return super().preprocess(image, *args, **kwargs)
+
+
+class COTSImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
+    """transformers' `image-feature-extraction`; images of a COTS model are read as its training did."""
+
+    def preprocess(self, image, timeout: float | None = None, **kwargs):
+        image = _load(image, timeout) if _is_cots(self.model) else image
+        return super().preprocess(image, timeout=timeout, **kwargs)
+
+
+# What these replace would clip 16 bits a pixel before the image processor sees them (tests/test_image_doors.py).
+STOCK_PIPELINES = {
+    "zero-shot-image-classification": COTSZeroShotImageClassificationPipeline,
+    "image-feature-extraction": COTSImageFeatureExtractionPipeline,
+}
+
+
+def _is_cots(model) -> bool:
+    return model.config.model_type == "cots"
+
+
+def _load(source: Any, timeout: float | None):
+    """The image of a query. Raises `ValueError` where it cannot be read."""
+    try:
+        return fetch_image(source, timeout) if isinstance(source, str) else read_image(source)
+    except UnreadableImageError as error:
+        name = source[:200] if isinstance(source, str) else type(source).__name__
+        raise ValueError(f"The image {name!r} cannot be read: {error}"[:500]) from error
 
 
 def _image_or_text(query: Any) -> tuple[str, Any]:
@@ -244,4 +285,10 @@ def _names_an_image(text: str) -> bool:
     return (is_one_word and text.lower().endswith(IMAGE_ENDINGS)) or (len(text) < 1000 and os.path.isfile(text))
 
 
-__all__ = ["ImageTextRetrievalPipeline", "RetrievalIndex"]
+__all__ = [
+    "STOCK_PIPELINES",
+    "COTSImageFeatureExtractionPipeline",
+    "COTSZeroShotImageClassificationPipeline",
+    "ImageTextRetrievalPipeline",
+    "RetrievalIndex",
+]

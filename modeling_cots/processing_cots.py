@@ -4,21 +4,32 @@ It combines the image processor and the tokenizer of transformers with our video
 calls. Random augmentation is not here: it belongs to training (`data/image_augmentation.py`).
 """
 
+from transformers import ViTImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-# The `auto_map` of a repository: the file and class of the processor, and of the video processor in it.
+from .image_processing_cots import COTSImageProcessor
+from .image_reading_cots import fork_safe_lock
+
+# The `auto_map` of a repository: the file and class of the processor, and of the image and video processor in it.
 PROCESSOR_CODE = {"AutoProcessor": "processing_cots.COTSProcessor"}
+IMAGE_PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_cots.COTSImageProcessor"}
 VIDEO_PROCESSOR_CODE = {"AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor"}
 # Arguments of a call that a tokenizer keeps in `init_kwargs`.
 LEFT_BY_CALLS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+# A fast tokenizer keeps the truncation and padding of a call in itself, where a call of another thread changes them.
+# Whoever calls a tokenizer with either holds this lock; one for all tokenizers, so that processors can be pickled.
+TOKENIZER_LOCK = fork_safe_lock()
 
 
 class COTSProcessor(ProcessorMixin):
     """
     Turns images, texts and videos into the inputs of [`COTSModel`].
 
+    It may be called from several threads at once.
+
     Args:
-        image_processor: Resizes to the model's image size and normalizes; `pixel_values` (B, 3, H, W).
+        image_processor ([`COTSImageProcessor`]): Resizes to the model's image size and normalizes; `pixel_values`
+            (B, 3, H, W). A `ViTImageProcessor`, as models of version 0.1 have, is replaced by one of equal settings.
         tokenizer: `input_ids`, `attention_mask` (B, L).
         video_processor ([`COTSVideoProcessor`]): Samples and resizes frames; `pixel_values_videos` (B, T, 3, H, W).
 
@@ -27,15 +38,27 @@ class COTSProcessor(ProcessorMixin):
     ```"""
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, **kwargs):
+        if type(image_processor) is ViTImageProcessor:
+            image_processor = COTSImageProcessor.from_dict(image_processor.to_dict())
         super().__init__(image_processor, tokenizer, video_processor, **kwargs)
         forget_calls(self.tokenizer)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As transformers documents it. Raises `ValueError` for an empty list."""
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        """
+        As the base class does: texts with the tokenizer, images and videos with the processors of these.
+
+        Raises `ValueError` for an empty list.
+        """
         for name, values in (("images", images), ("text", text), ("videos", videos)):
             if isinstance(values, list | tuple) and len(values) == 0:
                 raise ValueError(f"`{name}` is empty: give at least one, or leave it out.")
-        return super().__call__(images, text, videos, audio, **kwargs)
+        if text is None:
+            return super().__call__(images=images, videos=videos, **kwargs)
+        with TOKENIZER_LOCK:
+            inputs = super().__call__(text=text, **kwargs)
+        if images is not None or videos is not None:
+            inputs.update(super().__call__(images=images, videos=videos, **kwargs))
+        return inputs
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
@@ -56,6 +79,9 @@ class COTSProcessor(ProcessorMixin):
         To push model and processor together, call `COTSModel.push_to_hub`.
         """
         parts = [(self, PROCESSOR_CODE)]
+        # By its name: a repository's code is loaded once more for each part.
+        if type(self.image_processor).__name__ == COTSImageProcessor.__name__:
+            parts.append((self.image_processor, IMAGE_PROCESSOR_CODE))
         if getattr(self, "video_processor", None) is not None:
             parts.append((self.video_processor, VIDEO_PROCESSOR_CODE))
         for part, code in parts:
@@ -75,11 +101,12 @@ def forget_calls(tokenizer) -> None:
     that call instead of at `model_max_length` (tests/test_processing_cots.py).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    for name in LEFT_BY_CALLS:
-        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
+    with TOKENIZER_LOCK:
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        for name in LEFT_BY_CALLS:
+            getattr(tokenizer, "init_kwargs", {}).pop(name, None)
 
 
-__all__ = ["PROCESSOR_CODE", "VIDEO_PROCESSOR_CODE", "COTSProcessor"]
+__all__ = ["IMAGE_PROCESSOR_CODE", "PROCESSOR_CODE", "TOKENIZER_LOCK", "VIDEO_PROCESSOR_CODE", "COTSProcessor"]

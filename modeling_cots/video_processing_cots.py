@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import is_av_available
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from .image_processing_cots import check_resized
 from .video_reading_cots import read_video
 
 
@@ -82,6 +83,11 @@ class COTSVideoProcessor(BaseVideoProcessor):
             return np.arange(total)
         offsets = torch.rand(num_frames).double().numpy() if random_frames else 0.5
         return ((np.arange(num_frames) + offsets) * total / num_frames).astype(int)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, *args, **kwargs) -> torch.Tensor:
+        """Resize frames (..., height, width). Raises `ValueError` for frames that are too long."""
+        check_resized(image, size)
+        return super().resize(image, size, *args, **kwargs)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode files with `read_video` where PyAV is installed; URLs are left to the base class."""

@@ -14,6 +14,8 @@ import numpy as np
 from transformers.utils import is_av_available, requires_backends
 from transformers.video_utils import VideoMetadata
 
+from .image_reading_cots import MAX_IMAGE_SIDE
+
 # Containers that can seek to the key frame before a given time; others are decoded from their start.
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
 # Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
@@ -57,7 +59,7 @@ def read_video(
     Returns frames (T, H, W, 3), uint8 RGB, and their `VideoMetadata`, as transformers' decoders do.
 
     Raises [`UnreadableVideoError`] for a file of which no frame can be decoded, and for frames of more than
-    `MAX_FRAME_PIXELS`.
+    `MAX_FRAME_PIXELS`, or with a side of more than `MAX_IMAGE_SIDE`.
     """
     requires_backends(read_video, ["av"])
     with _opened(path) as container:
@@ -99,10 +101,15 @@ def _image_stream(container):
     for stream in container.streams.video:
         if stream.disposition & Disposition.attached_pic:  # the cover of a music file
             continue
-        if stream.width * stream.height > MAX_FRAME_PIXELS:
-            raise UnreadableVideoError(f"Its frames have {stream.width} x {stream.height} pixels, above the limit.")
+        _check_frame(stream)
         return stream
     raise UnreadableVideoError("The file has no video stream.")
+
+
+def _check_frame(frame) -> None:
+    """Refuse a stream or a frame that is too large, or so long that resizing it would fill the memory."""
+    if frame.width * frame.height > MAX_FRAME_PIXELS or max(frame.width, frame.height) > MAX_IMAGE_SIDE:
+        raise UnreadableVideoError(f"Its frames have {frame.width} x {frame.height} pixels, above the limit.")
 
 
 def _frame_times(container, stream) -> FrameTimes:
@@ -161,6 +168,7 @@ def _to_array(frames: Iterator) -> np.ndarray:
     """(T, H, W, 3) uint8, upright, at the size of the first frame: a stream may change its size midway."""
     arrays, size = [], {}
     for frame in frames:
+        _check_frame(frame)  # a stream may claim another size than its frames have
         size = size or {"width": frame.width, "height": frame.height}
         arrays.append(np.rot90(frame.to_ndarray(format="rgb24", **size), k=round(frame.rotation / 90)))
     return np.stack(arrays)

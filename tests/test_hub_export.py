@@ -42,7 +42,8 @@ FILES = {
     "1_Normalize/config.json",
 }
 # What may be imported by a repository's files: with transformers, torch and torchvision installed, all are there.
-ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+# httpx: huggingface_hub itself needs it.
+ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "httpx"}
 
 
 @pytest.fixture
@@ -218,7 +219,12 @@ def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder
     """Also what was loaded so is exported again, with its code: the same repository."""
     expected = embed(model.cots, tiny_processor)
     torch.save(tiny_processor(images=draw_images(), return_tensors="pt")["pixel_values"], tmp_path / "pixels.pt")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(torch.arange(0, 60_000, 1_000).to(torch.uint16).view(6, 10).numpy())
+    deep.save(tmp_path / "deep.png", exif=exif)
     code = f"""
+    from PIL import Image
     from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
     from importlib import import_module
 
@@ -237,7 +243,8 @@ def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder
         answer["half"] = [half.encode_image(pixels.bfloat16()).tolist(), half.encode_text(**texts).tolist()]
     answer["options"] = [str(half.dtype), half.text_model.config._attn_implementation, half.device.type]
     config = AutoConfig.from_pretrained(folder, **trust)
-    parts = (config, model, processor, processor.video_processor)
+    parts = (config, model, processor, processor.image_processor, processor.video_processor)
+    answer["deep"] = processor(images=[Image.open({str(tmp_path / "deep.png")!r})])["pixel_values"][0].tolist()
     answer["modules"] = [type(part).__module__ for part in parts]
     hub_export = import_module(type(model).__module__.rpartition(".")[0] + ".hub_export")
     hub_export.export_repository(model, processor, {str(tmp_path / "again")!r})
@@ -248,6 +255,7 @@ def test_loads_as_remote_code_where_the_package_cannot_be_imported(model, folder
     answer = run_without_package(code, tmp_path)
     assert all(name.startswith("transformers_modules.cots_hyphen_tiny_hyphen_v1_dot_0.") for name in answer["modules"])
     assert answer["options"] == ["torch.bfloat16", "eager", "cpu"]
+    assert answer["deep"] == tiny_processor(images=[Image.open(tmp_path / "deep.png")])["pixel_values"][0].tolist()
     for name, tolerance in (("model", 1e-5), ("zero-shot", 1e-5), ("half", 0.05)):
         for found, wanted in zip(answer[name], expected, strict=True):
             torch.testing.assert_close(torch.tensor(found), wanted, atol=tolerance, rtol=0)

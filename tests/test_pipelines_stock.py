@@ -1,5 +1,6 @@
 """transformers' own pipelines on our checkpoints: the numbers of `encode_image` and `encode_text`, for every input."""
 
+import numpy as np
 import pytest
 import torch
 from hub_network import Answer, Network, Server
@@ -8,6 +9,7 @@ from PIL import Image
 from transformers import (
     FeatureExtractionPipeline,
     ImageFeatureExtractionPipeline,
+    ViTImageProcessor,
     ZeroShotImageClassificationPipeline,
     pipeline,
 )
@@ -69,10 +71,20 @@ def text_embeds(model, processor, texts) -> torch.Tensor:
 def load(folder):
     def load(task):
         loaded = pipeline(task, model=str(folder))
-        assert type(loaded) is TASKS[task] and type(loaded.model) is COTSModel
+        assert isinstance(loaded, TASKS[task]) and type(loaded.model) is COTSModel
         return loaded
 
     return load
+
+
+def test_a_model_of_another_kind_is_served_as_without_the_package(model):
+    """Its images are read by transformers, which clips 16 bits a pixel."""
+    vision, settings = model.vision_model, ViTImageProcessor(size={"height": 32, "width": 32}, do_convert_rgb=True)
+    deep = Image.fromarray(np.full((40, 30), 40_000, dtype=np.uint16))
+    options = {"model": vision, "image_processor": settings}
+    found = pipeline("image-feature-extraction", **options)(deep)
+    assert found == ImageFeatureExtractionPipeline(**options)(deep)
+    assert found == pipeline("image-feature-extraction", **options)(Image.new("RGB", (30, 40), "white"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_imports
 from video_files import numbers_of, write_audio, write_video
 
 from modeling_cots import video_reading_cots
+from modeling_cots.image_reading_cots import MAX_IMAGE_SIDE
 from modeling_cots.video_reading_cots import UnreadableVideoError, read_video
 
 FORMS = [
@@ -259,6 +260,25 @@ def test_frames_beyond_any_camera_are_refused_before_they_are_decoded(tmp_path, 
     assert not num_decoded
     monkeypatch.setattr(video_reading_cots, "MAX_FRAME_PIXELS", 48 * 64)
     assert len(read_video(path)[0]) == 3
+
+
+@pytest.mark.parametrize("size", [(MAX_IMAGE_SIDE + 1, 16), (16, MAX_IMAGE_SIDE + 1)])
+def test_thin_frames_are_refused_before_they_are_decoded(tmp_path, num_decoded, size):
+    """Few pixels, of which a resize to 384 x 384 would first make 384 x 65,536, for each of 16 frames."""
+    path = write_video(tmp_path / "a.mkv", [0], codec="ffv1", size=size)
+    with pytest.raises(UnreadableVideoError, match=f"{size[1]} x {size[0]} pixels, above the limit"):
+        read_video(path)
+    assert not num_decoded
+
+
+def test_frames_are_measured_too_where_the_file_claims_another_size(tmp_path, monkeypatch):
+    parts = [tmp_path / "one.ts", tmp_path / "two.ts"]
+    write_video(parts[0], range(10))
+    write_video(parts[1], range(10, 20), size=(96, 80))
+    (tmp_path / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    monkeypatch.setattr(video_reading_cots, "MAX_FRAME_PIXELS", 96 * 80 - 1)
+    with pytest.raises(UnreadableVideoError, match="80 x 96 pixels, above the limit"):
+        read_video(str(tmp_path / "joined.ts"), take(0, 19))
 
 
 def test_errors_of_the_sampling_function_stay_what_they_are(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .image_reading import ImageFile
+from ..image_reading_cots import ImageFile
 
 
 class ImageTransform:

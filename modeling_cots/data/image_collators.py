@@ -13,9 +13,10 @@ from transformers import DataCollatorForLanguageModeling
 from transformers.models.flava.image_processing_flava import FlavaMaskingGenerator
 from transformers.utils import logging
 
-from .image_reading import UnreadableImageError, read_image
+from ..image_reading_cots import UnreadableImageError, read_image
+from ..processing_cots import TOKENIZER_LOCK
 from .image_token_cache import TokenSource
-from .items import encode_names, sample_randomness
+from .items import caption_ids, encode_names, sample_randomness
 from .skip_report import SkipReport
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ class COTSDataCollator:
 
     Returns a dict of tensors:
         pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
-        input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool;
+        input_ids, attention_mask (B, L); pair_ids, caption_ids (B,) int64; valid (B,) bool;
         names (B, 120) uint8, see `encode_names`;
         with `mask_images` bool_masked_pos (B, patches) bool;
         with `token_source` image_tokens (B, patches) int64;
@@ -89,6 +90,7 @@ class COTSDataCollator:
         batch = {
             "pixel_values": torch.stack([self._blank() if image is None else image for image in images]),
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+            "caption_ids": caption_ids(captions),
             "valid": torch.tensor([image is not None for image in images]),
             "names": encode_names([item["name"] for item in items]),
         }
@@ -211,11 +213,12 @@ def tokenize(tokenizer, captions: list[str], max_text_length: int) -> dict[str, 
     """input_ids, attention_mask, special_tokens_mask of C captions: (C, L), padded to the longest of them."""
     # Half a surrogate pair, which JSON can escape, is no Unicode text: tokenizers fail at it.
     captions = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
-    return tokenizer(
-        captions,
-        padding=True,
-        truncation=True,
-        max_length=max_text_length,
-        return_special_tokens_mask=True,
-        return_tensors="pt",
-    )
+    with TOKENIZER_LOCK:
+        return tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=max_text_length,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from .image_reading import UnreadableImageError
+from ..image_reading_cots import UnreadableImageError
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 
 MAX_VOCAB_SIZE = 2**16
@@ -46,7 +46,8 @@ class TokenSource:
                 f"The image tokenizer has {image_tokenizer.vocab_size:,} tokens; uint16, in which they are kept, has "
                 f"room for {MAX_VOCAB_SIZE:,}."
             )
-        return cls(image_tokenizer.vocab_size, tuple(image_size), tuple(patch_size), image_tokenizer.fingerprint())
+        codebook = image_tokenizer.fingerprint(patch_size)
+        return cls(image_tokenizer.vocab_size, tuple(image_size), tuple(patch_size), codebook)
 
     @classmethod
     def from_json(cls, text: str) -> "TokenSource":

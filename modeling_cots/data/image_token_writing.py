@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..image_reading_cots import UnreadableImageError, read_image
 from ..method.image_tokenizer import ImageTokenizer
 from .atomic_write import atomic_write
 from .image_augmentation import ImageTransform
-from .image_reading import UnreadableImageError
 from .image_token_cache import TokenSource
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 from .skip_report import SkipReport
@@ -198,7 +198,7 @@ def encoded_image(image) -> bytes:
     """
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        image.save(file, "PNG")
+        read_image(image).save(file, "PNG")  # PNG has no CMYK, for one
         return file.getvalue()
     if image.get("refused") or (image["bytes"] is None and image["path"] is None):
         return b""

@@ -1,10 +1,11 @@
-"""What the items of every data set have: seeds, names as tensors, and the modality of the data set.
+"""What the items of every data set have: seeds, names and captions as tensors, and the modality of the data set.
 
 The random draws for an item depend only on the data set's seed, the epoch and the item's index.
 """
 
 import hashlib
 import random
+import unicodedata
 from contextlib import contextmanager
 
 import numpy as np
@@ -79,6 +80,32 @@ def encode_names(names: list[str]) -> torch.Tensor:
 def decode_name(row: torch.Tensor) -> str:
     """The name in a row (120,), on the CPU, of the tensor of `encode_names`."""
     return bytes(row.tolist()).rstrip(b"\0").decode("utf-8", errors="ignore")
+
+
+def caption_ids(captions: list[str]) -> torch.Tensor:
+    """
+    A number for each caption, (B,) int64 in [0, 2**63), equal for captions of equal text.
+
+    Case, Unicode form, white space, and punctuation at the ends make no difference. It is a hash, and so the same in
+    every process and every run.
+    """
+    return torch.tensor([_caption_id(caption) for caption in captions], dtype=torch.int64)
+
+
+def _caption_id(caption: str) -> int:
+    words = unicodedata.normalize("NFKC", caption).casefold().split()
+    text = " ".join(words)
+    first, last = 0, len(text)
+    while first < last and not _is_content(text[first]):
+        first += 1
+    while last > first and not _is_content(text[last - 1]):
+        last -= 1
+    text = text[first:last] or text  # a caption of punctuation alone is equal to itself
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
+
+
+def _is_content(letter: str) -> bool:
+    return not letter.isspace() and not unicodedata.category(letter).startswith("P")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..video_reading_cots import UnreadableVideoError, read_video
 from .image_collators import RAW_PIXELS, caption_batch, tokenize
-from .items import sample_randomness
+from .items import caption_ids, sample_randomness
 from .skip_report import SkipReport
 
 
@@ -31,8 +31,9 @@ class COTSVideoDataCollator:
         horizontal_flip: Probability of flipping a video; it makes captions with "left" and "right" untrue.
 
     Returns a dict of tensors: pixel_values_videos (B, T, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the
-    device; input_ids, attention_mask (B, L); pair_ids (B,) int64; valid (B,) bool. Raises `ValueError` for a processor
-    without a fixed number of frames.
+    device; input_ids, attention_mask (B, L); pair_ids, caption_ids (B,) int64; valid (B,) bool.
+
+    Raises `ValueError` for a processor without a fixed number of frames.
     """
 
     def __init__(self, processor, *, max_text_length: int, min_crop_scale: float = 1.0, horizontal_flip: float = 0.0):
@@ -60,6 +61,7 @@ class COTSVideoDataCollator:
         return {
             **_video_batch(videos, self.video_processor),
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),
+            "caption_ids": caption_ids(captions),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
         }

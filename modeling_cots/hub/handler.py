@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,23 @@ MAX_TEXTS = 256
 MAX_TEXT_LENGTH = 10_000  # characters; the tokenizer cuts at far fewer
 MAX_IMAGE_BYTES = 20 * 2**20
 MAX_IMAGE_PIXELS = 50_000_000
+MAX_IMAGE_SIDE = 2**16 - 1  # the processor's limit: resizing what is longer makes gigabytes
 FETCH_SECONDS = 10.0  # for connecting, all redirects and the whole body together
 MAX_REDIRECTS = 3
 # Common formats only: other decoders of Pillow run programs (EPS) or are little tested.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# All of IANA's special-purpose registries, of IPv6 what lies in 2000::/3, also where the registries say "globally
+# reachable": no image is served from there. Python's own `is_global` knows those of its release date only.
+SPECIAL_BLOCKS = tuple(
+    map(
+        ipaddress.ip_network,
+        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 "
+        "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 "
+        "203.0.113.0/24 240.0.0.0/4 2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20".split(),
+    )
+)
 HEADERS = {"User-Agent": "cots-handler", "Accept": "image/jpeg, image/png, image/webp", "Connection": "close"}
 URL_SAFE = "/%:@!$&'()*+,;=~?"
 SURROGATES = re.compile("[\ud800-\udfff]")  # characters that JSON can hold and UTF-8 cannot
@@ -141,7 +152,7 @@ def _check_texts(name: str, texts: Any) -> tuple[str, ...]:
 
 def load_image(source: Image.Image | str) -> Image.Image:
     """
-    An image in RGB, upright.
+    A decoded image, of the mode and the orientation that it is stored in: the processor turns it into RGB, upright.
 
     Args:
         source: A PIL image, an http, https or data URL, or base64. Never a path: no file of this machine is opened.
@@ -150,16 +161,16 @@ def load_image(source: Image.Image | str) -> Image.Image:
     that takes too long, and what is not an image.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _decoded(source)
     scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):", source[:100], re.IGNORECASE)  # no base64 has a colon
     if scheme is None:
-        return _to_rgb(_decode_base64(source))
+        return _decoded(_decode_base64(source))
     if scheme[1].lower() == "data":
         header, _, content = source.partition(",")
         if not header.lower().endswith(";base64"):
             raise RequestError("a data URL must be of base64: data:image/png;base64,...")
-        return _to_rgb(_decode_base64(content))
-    return _to_rgb(fetch(source))
+        return _decoded(_decode_base64(content))
+    return _decoded(fetch(source))
 
 
 def _decode_base64(text: str) -> bytes:
@@ -175,29 +186,30 @@ def _decode_base64(text: str) -> bytes:
     return content
 
 
-def _to_rgb(source: Image.Image | bytes) -> Image.Image:
+def _decoded(source: Image.Image | bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source), formats=IMAGE_FORMATS) if isinstance(source, bytes) else source
-        if image.width * image.height <= MAX_IMAGE_PIXELS:  # known before anything is decoded
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow would clip them at 255 and leave white
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            return image.convert("RGB")
+        width, height = image.size
+        is_bounded = width * height <= MAX_IMAGE_PIXELS and max(width, height) <= MAX_IMAGE_SIDE
+        if is_bounded:  # known before anything is decoded
+            image.load()
+            return image
     except Image.DecompressionBombError:
         pass
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         formats = ", ".join(IMAGE_FORMATS)
         raise RequestError(f"the image cannot be read: it is damaged, or none of {formats}") from error
-    raise RequestError(f"the image has more than {MAX_IMAGE_PIXELS} pixels")
+    raise RequestError(
+        f"the image has more than {MAX_IMAGE_PIXELS} pixels, or a side of more than {MAX_IMAGE_SIDE} pixels"
+    )
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet: not to this machine, its network or a tunnel there."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.version == 4:
-        return ip.is_global and not ip.is_multicast
-    return ip.is_global and ip in GLOBAL_UNICAST and ip.sixtofour is None
+    is_unicast = not ip.is_multicast if ip.version == 4 else ip in GLOBAL_UNICAST
+    return is_unicast and ip.is_global and not any(ip in block for block in SPECIAL_BLOCKS)
 
 
 def fetch(url: str) -> bytes:
@@ -337,4 +349,10 @@ class EndpointHandler:
         inputs = {} if texts is None else {"text": texts, "padding": True, "truncation": True}
         if image is not None:
             inputs["images"] = [image]
-        return {name: tensor.to(self.device) for name, tensor in self.processor(**inputs, return_tensors="pt").items()}
+        try:
+            prepared = self.processor(**inputs, return_tensors="pt")
+        except ValueError as error:
+            if image is None:
+                raise
+            raise RequestError("the image cannot be turned into RGB") from error
+        return {name: tensor.to(self.device) for name, tensor in prepared.items()}

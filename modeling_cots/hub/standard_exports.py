@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification
+from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification, ViTImageProcessor
 
 from ..hub_export import CARD_NAME, check_processor, cots_model_of, mark_generated, write_json
 from ..processing_cots import forget_calls
@@ -140,7 +140,7 @@ def export_zero_shot_classifier(
     """
     model, folder, labels = cots_model_of(model), Path(folder), _checked_labels(labels)
     check_processor(model, processor)
-    _check_standard(processor.image_processor, "image processor")
+    image_processor = _standard_image_processor(processor.image_processor)
     _check_classifier(model.config.vision_config.model_type, hypothesis_template)
     if model.training:  # dropout would blur the embeddings; the caller's model stays as it is
         model = copy.deepcopy(model).eval()
@@ -150,7 +150,7 @@ def export_zero_shot_classifier(
     with torch.no_grad():
         label_weights = model.encode_text(**query).double() / (model.config.temperature * mean_length)
     build_classifier(model, labels, label_weights).save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
     name = folder.name if model_id is None else model_id
     text = CLASSIFIER_CARD.format(
         name=name.rpartition("/")[2],
@@ -198,6 +198,14 @@ def _check_standard(part, role: str) -> None:
         raise ValueError(
             f"The {role}, {type(part).__name__}, is no class of transformers: loading it would need custom code."
         )
+
+
+def _standard_image_processor(image_processor):
+    """The class of transformers in place of ours, which reads images in its own way and resizes them alike."""
+    if isinstance(image_processor, ViTImageProcessor):
+        return ViTImageProcessor.from_dict(image_processor.to_dict())
+    _check_standard(image_processor, "image processor")
+    return image_processor
 
 
 def _check_classifier(vision_type: str, hypothesis_template: str) -> None:

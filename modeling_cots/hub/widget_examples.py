@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin, ZeroShotImageClassificationPipeline
 
-from ..data.image_reading import read_image
 from ..data.scenes.still import ScenesDataset
+from ..image_reading_cots import read_image
 
 FOLDER = "widget"
 NUM_EXAMPLES = 3

@@ -1,18 +1,20 @@
 """`PairQueue`: the two paired queues of COTS (CVPR 2022, instance level), with the scores of the filter.
 
 Entry j of every buffer comes from the same pair. One counter keeps them aligned, and modulo arithmetic lets batches
-of any size wrap around queues of any size (the paper's fine-tuning: 48 into 1,444).
+of any size wrap around queues of any size (the paper's fine-tuning: 48 into 1,444). How many of its keys are fresh
+enough to be candidates: `fresh_keys.py`.
 """
 
 import torch
 from torch import nn
 
+from .fresh_keys import FreshKeys
 from .global_batch import GlobalBatch
 
 
 class PairQueue(nn.Module):
     """
-    The last `size` momentum embeddings of images and texts, their similarity scores and their pair ids.
+    The last `size` momentum embeddings of images and texts, their similarity scores, pair ids and caption ids.
 
     Args:
         size (`int`): N_Q, the number of pairs.
@@ -31,6 +33,8 @@ class PairQueue(nn.Module):
         self.register_buffer("text_embeds", torch.zeros(size, embed_dim))
         self.register_buffer("scores", torch.zeros(size))
         self.register_buffer("pair_ids", torch.full((size,), -1, dtype=torch.int64))
+        self.register_buffer("caption_ids", torch.full((size,), -1, dtype=torch.int64))
+        self.fresh_keys = FreshKeys()
 
     @property
     def is_full(self) -> bool:
@@ -47,11 +51,21 @@ class PairQueue(nn.Module):
         """(size,) bool: the entries that have been written."""
         return torch.arange(self.size, device=self.scores.device) < self.num_pushed
 
+    @property
+    def age(self) -> torch.Tensor:
+        """(size,) int64: how many pairs have been pushed after each entry; of one not written, no meaning."""
+        return (self.num_pushed - 1 - torch.arange(self.size, device=self.scores.device)) % self.size
+
     @torch.no_grad()
     def push(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, scores: torch.Tensor, pair_ids: torch.Tensor
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        scores: torch.Tensor,
+        pair_ids: torch.Tensor,
+        caption_ids: torch.Tensor | None = None,
     ) -> None:
-        """Write B pairs over the oldest entries: embeddings (B, d), scores (B,), pair ids (B,).
+        """Write B pairs over the oldest entries: embeddings (B, d), scores (B,), pair ids (B,), caption ids (B,).
 
         Of a batch larger than the queue the last `size` pairs stay, as if pushed one by one.
         """
@@ -63,23 +77,17 @@ class PairQueue(nn.Module):
         self.text_embeds[position] = text_embeds[first:].to(self.text_embeds.dtype)
         self.scores[position] = scores[first:].to(self.scores.dtype)
         self.pair_ids[position] = pair_ids[first:]
+        self.caption_ids[position] = -1 if caption_ids is None else caption_ids[first:]
         self.num_pushed += num_pairs
 
-    def candidates(self, fresh: GlobalBatch | None = None) -> tuple[torch.Tensor, ...]:
-        """
-        The C candidates of a batch: image and text embeddings (C, d) each, pair ids (C,), and whether each counts
-        (C,) bool. They are copies: the queue is written in place before a backward pass reads them.
-
-        Args:
-            fresh: Pairs that are candidates beside the queue.
-        """
-        if fresh is None:
-            return self.image_embeds.clone(), self.text_embeds.clone(), self.pair_ids.clone(), self.filled
-        return (
-            torch.cat([self.image_embeds, fresh.image_embeds]),
-            torch.cat([self.text_embeds, fresh.text_embeds]),
-            torch.cat([self.pair_ids, fresh.pair_ids]),
-            torch.cat([self.filled, fresh.valid]),
+    def candidates(self) -> GlobalBatch:
+        """Copies of the queue's entries: it is written in place before a backward pass reads them."""
+        return GlobalBatch(
+            image_embeds=self.image_embeds.clone(),
+            text_embeds=self.text_embeds.clone(),
+            pair_ids=self.pair_ids.clone(),
+            caption_ids=self.caption_ids.clone(),
+            valid=self.filled,
         )
 
     def get_extra_state(self) -> torch.Tensor:

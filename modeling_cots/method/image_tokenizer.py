@@ -1,12 +1,14 @@
 """`ImageTokenizer`: images to visual tokens on the patch grid, the targets of masked vision modeling (CMVM).
 
 COTS (CVPR 2022, supplement): the raw image is average-pooled 384 -> 192, and the encoder of DALL-E's discrete VAE,
-which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 x 8 pixels a patch.
-The dVAE is transformers' `FlavaImageCodebook`. It is frozen and not part of the trained model.
+which down-samples 8 x, gives 24 x 24 ids, one for every patch. In general the pooled image has 8 x 8 pixels a patch,
+each the mean of an equal area of the raw image. The dVAE is transformers' `FlavaImageCodebook`. It is frozen and not
+part of the trained model.
 """
 
 import hashlib
 import json
+import math
 
 import torch
 from torch import nn
@@ -62,9 +64,12 @@ class ImageTokenizer(nn.Module):
         """Number of different tokens."""
         return self.codebook.config.vocab_size
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, patch_size: tuple[int, int]) -> str:
         """A digest of all that determines the tokens of a raw image of given size and patches."""
-        return digest_codebook(self.codebook, pixels_per_token=PIXELS_PER_TOKEN, epsilon=LAPLACE_EPSILON)
+        mapping = {"pixels_per_token": PIXELS_PER_TOKEN, "epsilon": LAPLACE_EPSILON}
+        if any(side % PIXELS_PER_TOKEN for side in patch_size):
+            mapping["pooling"] = "area"  # version 0.1 pooled overlapping windows here, which gave other tokens
+        return digest_codebook(self.codebook, **mapping)
 
     def train(self, mode: bool = True) -> "ImageTokenizer":
         return super().train(False)
@@ -84,9 +89,25 @@ class ImageTokenizer(nn.Module):
                 pixels = pixel_values.float() / 255
             else:
                 pixels = (pixel_values.float() * self.image_std + self.image_mean).clamp(0, 1)
-            pixels = F.adaptive_avg_pool2d(pixels, [PIXELS_PER_TOKEN * side for side in grid])
+            pixels = pool_by_area(pixels, *(PIXELS_PER_TOKEN * side for side in grid))
             pixels = (1 - 2 * LAPLACE_EPSILON) * pixels + LAPLACE_EPSILON
             return self.codebook.get_codebook_indices(pixels).flatten(1)
+
+
+def pool_by_area(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Pixels (..., H, W) at a smaller size (..., height, width): means over equal areas, which do not overlap.
+
+    A pixel that lies in two areas enters the mean of each with the share of it that lies there. torch's adaptive
+    pooling, and its interpolation by "area", count it as a whole in both.
+    """
+    if pixels.shape[-2] % height == 0 and pixels.shape[-1] % width == 0:
+        return F.adaptive_avg_pool2d(pixels, (height, width))
+    for dim, side in ((-2, height), (-1, width)):
+        # Each pixel in so many equal parts that every area has a whole number of them.
+        parts = side // math.gcd(side, pixels.shape[dim])
+        pixels = pixels.repeat_interleave(parts, dim).unflatten(dim, (side, -1)).mean(dim)
+    return pixels
 
 
 def _spread_codes(codebook: FlavaImageCodebook) -> None:

@@ -11,23 +11,24 @@ mean of the processes' gradients is the gradient of the mean over the global bat
 import torch
 from torch.nn import functional as F
 
+from .global_batch import GlobalBatch
+
 # Added up in a softmax this counts as nothing, and unlike -inf it stays finite in p * log p.
 EXCLUDED_LOGIT = -1e9
 
 
-def excluded_candidates(
-    pair_ids: torch.Tensor, candidate_pair_ids: torch.Tensor, filled: torch.Tensor
-) -> torch.Tensor:
+def excluded_candidates(batch: GlobalBatch, candidates: GlobalBatch, equal_captions: bool = True) -> torch.Tensor:
     """Which candidates are no negatives of which pair: (B, C) bool.
 
-    Entries of the queue that are not filled yet never count, and neither do pairs of the same image.
-
-    Args:
-        pair_ids: (B,) int64, equal for pairs that share an image.
-        candidate_pair_ids: (C,) int64.
-        filled: (C,) bool.
+    Entries of the queue that are not filled yet never count, nor do pairs of the same image, nor, with
+    `equal_captions`, pairs of the same caption: the image of one is as good an answer to the caption as the other.
     """
-    return ~filled | (pair_ids.unsqueeze(1) == candidate_pair_ids)
+    same_image = batch.pair_ids.unsqueeze(1) == candidates.pair_ids
+    excluded = ~candidates.valid | same_image
+    if equal_captions:
+        is_known = candidates.caption_ids >= 0
+        excluded |= (batch.caption_ids.unsqueeze(1) == candidates.caption_ids) & is_known
+    return excluded
 
 
 def queue_logits(
@@ -71,6 +72,17 @@ def momentum_contrastive_loss(
     """
     losses = -F.log_softmax(logits.float(), dim=1)[:, 0]
     return _mean(losses, keep_mask, num_kept)
+
+
+@torch.no_grad()
+def chance_loss(logits: torch.Tensor) -> torch.Tensor:
+    """What L_I2T + L_T2I would be if all distributions were uniform: 2 ln(1 + candidates that count), a mean ().
+
+    Args:
+        logits: (B, 1 + C) of either direction; the same candidates count in both.
+    """
+    num_classes = (logits > EXCLUDED_LOGIT / 2).sum(dim=1)
+    return 2 * num_classes.clamp(min=1).float().log().mean()
 
 
 def task_kl_loss(

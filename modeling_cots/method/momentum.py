@@ -11,6 +11,8 @@ from torch import nn
 from .feature_queue import PairQueue
 
 MOMENTUM_STATE_NAME = "momentum_state.safetensors"
+# What states saved by 0.1 lack; without it no two captions count as equal, and no key as fresh.
+NEW_IN_0_2 = {"queue.caption_ids", "queue.fresh_keys.drift", "queue.fresh_keys.num_fresh"}
 
 
 class MomentumEncoder(nn.Module):
@@ -53,6 +55,18 @@ class MomentumEncoder(nn.Module):
         torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
         for buffer, online_buffer in self._pairs.buffers():
             buffer.copy_(online_buffer)
+
+
+def rising_momentum(step: int, momentum: float, warmup: float) -> float:
+    """
+    m of the update after `step` earlier ones: min(momentum, step / (step + warmup)); without a warm-up `momentum`.
+
+    The copy then averages over no more than the last 1 / warmup of the run so far: weights that still move fast are
+    followed closely. Not in the paper, whose m is the limit.
+    """
+    if warmup == 0:
+        return momentum
+    return min(momentum, step / (step + warmup))
 
 
 class _Pairs:
@@ -124,9 +138,15 @@ class MomentumState(nn.Module):
         if saved_size != self.queue.size:
             raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
         try:
-            safetensors.torch.load_model(self, path)
+            missing, unexpected = safetensors.torch.load_model(self, path, strict=False)
         except RuntimeError as error:
             raise ValueError(f"{path} was saved with another model than this one. {error}") from error
+        missing = [name for name in missing if name not in NEW_IN_0_2]
+        if missing or unexpected:
+            raise ValueError(
+                f"{path} was saved with another model than this one, which names {sorted(missing)} otherwise, "
+                f"and not {sorted(unexpected)}."
+            )
 
 
 def _saved_queue_size(path: str) -> int:

@@ -1,28 +1,62 @@
-"""`SCRIPT.py [CONFIG.yaml] [--option value ...]`: one YAML file of options, which the command line overrides."""
+"""`SCRIPT.py [CONFIG.yaml] [--option value ...]`: one YAML file of options, which the command line overrides.
 
+A value in the file is read as the same word on the command line would be, whatever YAML takes it for: `no` is a word
+where an option takes words, and false where it takes true or false. Only `null` is no value.
+"""
+
+import argparse
 import dataclasses
+import math
 import sys
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null timestamp seq map value".split()}
 
-def parse_config_and_options(*dataclass_types: type, argv: list[str] | None = None, defaults: dict | None = None):
+
+def parse_config_and_options(
+    *dataclass_types: type,
+    argv: list[str] | None = None,
+    defaults: dict | None = None,
+    choose_defaults: Callable[[argparse.Namespace], dict] | None = None,
+):
     """
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
     The first argument may be a YAML file of options. Options on the command line override the file, and both override
-    `defaults`, which replace those of the dataclasses. Raises `ValueError` for a missing file, and for an unknown
-    option in the file.
+    `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so
+    far, and these override `defaults`.
+
+    Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there
+    twice, or has a value of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    kinds = {name: kind for dataclass_type in dataclass_types for name, kind in _kinds_of(dataclass_type).items()}
     parser = HfArgumentParser(dataclass_types)
     parser.set_defaults(**(defaults or {}))
+    options: dict[str, yaml.Node] = {}
     if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**_read_options(Path(argv.pop(0)), dataclass_types))
+        path = Path(argv.pop(0))
+        options = _read_options(path)
+        if unknown := sorted(set(options) - set(kinds)):
+            raise ValueError(f"{path} has options that do not exist: {_shorten(', '.join(unknown))}.")
+        actions = {option: action for action in parser._actions for option in action.option_strings}
+        for name, node in options.items():
+            try:
+                parser.set_defaults(**{name: _convert(actions[f"--{name}"], kinds[name], node)})
+            except ValueError as error:
+                raise ValueError(f"{path}, line {node.start_mark.line + 1}: {name} {error}.") from None
     for action in parser._actions:  # an option that the file gives is not required on the command line
         action.required = action.required and parser.get_default(action.dest) in (None, dataclasses.MISSING)
+    if choose_defaults is not None:
+        chosen = choose_defaults(parser.parse_known_args(argv)[0])
+        parser.set_defaults(**{name: value for name, value in chosen.items() if name not in options})
     return parser.parse_args_into_dataclasses(argv)
 
 
@@ -30,22 +64,98 @@ def option_names(argv: list[str]) -> set[str]:
     """Names of the options in `argv` and in its YAML file."""
     words = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
     is_file = bool(argv) and not argv[0].startswith("-")
-    return words | set(_load_yaml(Path(argv[0])) if is_file else ())
+    return words | set(_read_options(Path(argv[0])) if is_file else ())
 
 
-def _load_yaml(path: Path) -> dict:
+def _kinds_of(dataclass_type: type) -> dict[str, set]:
+    """The types that each field takes, such as `{list, NoneType}`."""
+    hints = typing.get_type_hints(dataclass_type)
+    kinds = {}
+    for field in (field for field in dataclasses.fields(dataclass_type) if field.init):
+        hint = hints[field.name]
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        parts = typing.get_args(hint) if is_union else (hint,)
+        kinds[field.name] = {typing.get_origin(part) or part for part in parts}
+        if field.default is None:
+            kinds[field.name].add(type(None))
+    return kinds
+
+
+def _read_options(path: Path) -> dict[str, yaml.Node]:
+    """What the file says of each option, not yet converted."""
     if not path.is_file():
         raise ValueError(f"There is no configuration file {path}.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(options, dict):
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to hold one `option: value` a line.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1},"
+        raise ValueError(f"{path}{line} is no YAML: {_first_line(error)}.") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must hold one `option: value` a line.")
+    options: dict[str, yaml.Node] = {}
+    for key, node in root.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in options:
+            first = options[name].start_mark.line + 1
+            raise ValueError(
+                f"{path} gives {_shorten(name)} twice, in lines {first} and {line}: leave one of them out."
+            )
+        options[name] = node
     return options
 
 
-def _read_options(path: Path, dataclass_types: tuple[type, ...]) -> dict:
-    options = _load_yaml(path)
-    known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"{path} has options that do not exist: {', '.join(unknown)}.")
-    return options
+def _convert(action: argparse.Action, kinds: set, node: yaml.Node):
+    """The value as the parser would take it from the command line; raises `ValueError` with the end of a sentence."""
+    if node.tag not in _PLAIN_TAGS:
+        raise ValueError(f"has the tag {node.tag}: leave it out")
+    if node.tag == "tag:yaml.org,2002:null":
+        if type(None) not in kinds:
+            raise ValueError("has no value: give one, or leave the line out")
+        return None
+    is_list = action.nargs == "+" or list in kinds
+    if isinstance(node, yaml.MappingNode) and dict in kinds:
+        try:
+            return yaml.SafeLoader("").construct_document(node)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"is no YAML: {_first_line(error)}") from error
+    if isinstance(node, yaml.SequenceNode) and is_list and node.value:
+        return [_convert_word(action, part) for part in node.value]
+    word = _convert_word(action, node)
+    return [word] if action.nargs == "+" else word
+
+
+def _convert_word(action: argparse.Action, node: yaml.Node):
+    kind: typing.Any = action.type  # argparse allows names of registered types too, which no dataclass gives
+    is_switch = action.choices is None and kind not in _KINDS
+    if action.choices is not None:
+        wanted = f"must be one of {', '.join(map(str, action.choices))}"
+    else:
+        wanted = f"must be {_KINDS.get(kind, 'true or false')}"
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"{wanted}, got {'a list' if isinstance(node, yaml.SequenceNode) else 'a mapping'}")
+    # YAML's two other words for true and false, which the command line does not know.
+    word = {"on": "yes", "off": "no"}.get(node.value.lower(), node.value) if is_switch else node.value
+    try:
+        value = kind(word)
+        is_one = action.choices is None or value in action.choices
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        is_one = False
+    if not is_one or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{wanted}, got {_shorten(node.value) or 'nothing'}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -196,8 +196,9 @@ class _FakeStep:
         """L_MCL and L_KL, as the objective of training computes them."""
         size, keys = len(image_embeds), torch.zeros_like(image_embeds)
         keep_mask = torch.ones(size, dtype=torch.bool)
-        batch = GlobalBatch(keys, keys, torch.zeros(size, dtype=torch.long), keep_mask, slice(0, size))
-        logits = self.objective.contrast(image_embeds, text_embeds, batch)
+        numbers = torch.zeros(size, dtype=torch.long)
+        batch = GlobalBatch(keys, keys, numbers, numbers, keep_mask)
+        logits, _ = self.objective.contrast(image_embeds, text_embeds, batch, slice(0, size))
         return torch.stack([*self.objective.contrastive_losses(*logits, keep_mask, float(size)).values()]).sum()
 
     def predict(self, head: Callable, mixer: Callable, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:

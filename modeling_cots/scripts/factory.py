@@ -7,6 +7,7 @@ that do not fit are refused, with both sizes.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
@@ -17,13 +18,12 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerBase,
-    ViTImageProcessor,
 )
-from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig
 from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
+from ..image_processing_cots import COTSImageProcessor
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
@@ -55,12 +55,20 @@ def build_config(
     """
     if model is not None:
         return COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
-    config = COTSConfig() if model_config is None else COTSConfig.from_json_file(model_config)
+    config = COTSConfig() if model_config is None else _read_config(model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
     if vision_model is not None and not _is_timm(vision_model):
         config.vision_config = AutoConfig.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
     return config
+
+
+def _read_config(path: str) -> COTSConfig:
+    try:
+        return COTSConfig.from_json_file(path)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no JSON file of COTSConfig fields: {reason}") from error
 
 
 def _is_timm(vision_model: str) -> bool:
@@ -211,9 +219,7 @@ def build_processor(
     if vision_model is not None and not _is_timm(vision_model):
         given = AutoImageProcessor.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
         normalization = {"image_mean": given.image_mean, "image_std": given.image_std}
-    image_processor = ViTImageProcessor(
-        size=size, resample=PILImageResampling.BICUBIC, do_convert_rgb=True, **normalization
-    )
+    image_processor = COTSImageProcessor(size=size, **normalization)
     video_processor = COTSVideoProcessor(
         size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
     )

@@ -1,6 +1,8 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
+import json
 import os
+import sys
 from dataclasses import dataclass, field, replace
 
 from torch.utils.data import Dataset
@@ -20,7 +22,9 @@ from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
+from .command_line import option_names, parse_config_and_options
 from .factory import MAIN, build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+from .starting_point import describe_start, is_from_scratch, name_start, set_initializer_range, starting_defaults
 
 VERSIONED = ("model", "text_model", "vision_model", "tokenizer", "image_tokenizer")  # options that may be Hub ids
 
@@ -136,12 +140,56 @@ class MeasuringArguments:
 
 
 @dataclass
+class OutcomeArguments:
+    """What happens where a run has learned nothing."""
+
+    strict: bool = field(
+        default=False,
+        metadata={"help": "End with exit status 1 where recall on eval_split is within the noise of chance."},
+    )
+
+
+@dataclass
 class TrainingParts:
     """A model with processor and image tokenizer of matching sizes; the image tokenizer may be `None`."""
 
     model: COTSForPreTraining
     processor: COTSProcessor
     image_tokenizer: ImageTokenizer | None
+
+
+def parse_options(*script_types: type, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
+    """
+    The dataclasses of a script, filled, and then its `COTSTrainingArguments`: see `parse_config_and_options`.
+
+    A script with [`ModelArguments`] gets the defaults that fit what its training starts from, and prints them.
+
+    Raises `ValueError` for what transformers leaves to scripts and these do not ask for.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    has_model = any(issubclass(each, ModelArguments) for each in script_types)
+    *script_args, args = parse_config_and_options(
+        *script_types,
+        COTSTrainingArguments,
+        argv=argv,
+        defaults=defaults,
+        choose_defaults=starting_defaults if has_model else None,
+    )
+    if has_model:
+        options = next(each for each in script_args if isinstance(each, ModelArguments))
+        given = option_names(argv)
+        chosen = {name: value for name, value in starting_defaults(options).items() if name not in given}
+        args.starting_point = name_start(options)
+        if args.process_index == 0:
+            print(describe_start(options, chosen))
+    for name, is_set in {
+        "do_train": args.do_train,
+        "do_eval": args.do_eval and args.eval_strategy == "no",  # else it follows from the strategy
+        "do_predict": args.do_predict,
+    }.items():
+        if is_set:
+            raise ValueError(f"{name} would be ignored: train_split and eval_split say what this script does.")
+    return *script_args, args
 
 
 def read_config(options: ModelArguments) -> COTSConfig:
@@ -154,9 +202,17 @@ def read_config(options: ModelArguments) -> COTSConfig:
         for name in ("text_model", "vision_model", "model_config"):
             if getattr(options, name) is not None:
                 raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
-    return build_config(
+    config = build_config(
         options.model, options.model_config, options.text_model, options.vision_model, options.revisions
     )
+    if is_from_scratch(options):
+        set_initializer_range(config, {} if options.model_config is None else _read_json(options.model_config))
+    return config
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def open_split(options: DataArguments, split: str | None, *, image_size: int, seed: int) -> Dataset | None:
@@ -276,6 +332,8 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+    if not trains and args.resume_from_checkpoint is not None:
+        raise ValueError("resume_from_checkpoint goes on with a training, and this run only measures: give `model`.")
     if not trains and args.push_to_hub:
         raise ValueError("push_to_hub pushes what was trained, and this run only measures: use push_to_hub.py.")
     return zero_shot_protocol
@@ -328,6 +386,23 @@ def finish_retrieval(
     print(f"The numbers are in {path}, and in the card beside it.")
     if trained_on is not None:
         print(describe_output(args.output_dir))
+
+
+def tell_whether_learned(trainer: COTSTrainer, strict: bool) -> None:
+    """
+    The end of a script: a plain sentence where the last evaluation was within the noise of chance.
+
+    Raises `SystemExit` with status 1 then, if `strict`, on every process.
+    """
+    if not trainer.recall_is_chance:
+        return
+    if trainer.args.process_index == 0:
+        print(
+            "\nThis model has learned nothing: its recall is within the noise of chance. The warnings above and "
+            "docs/training.md say what to look at."
+        )
+    if strict:
+        raise SystemExit(1)
 
 
 def describe_output(output_dir: str) -> str:

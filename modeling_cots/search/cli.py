@@ -8,7 +8,7 @@
     cots-search rebuild IDX --engine hnsw
 
 IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in
-MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.search.cli index ...`.
+MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
 """
 
 import argparse
@@ -88,14 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. An error that the user can correct is printed in one line."""
+    """Run one command, of `argv` or of the command line. Raises `ValueError` for what the user can correct."""
     args = build_parser().parse_args(argv)
-    try:
-        {"index": run_index, "add": run_add, "query": run_query, "delete": run_delete, "rebuild": run_rebuild}[
-            args.command
-        ](args)
-    except ValueError as error:
-        sys.exit(f"cots-search: {error}")
+    commands = {"index": run_index, "add": run_add, "query": run_query, "delete": run_delete, "rebuild": run_rebuild}
+    commands[args.command](args)
 
 
 def run_index(args: argparse.Namespace) -> None:
@@ -232,7 +228,3 @@ def load_model(name: str, revision: str | None = None):
         at = "" if revision is None else f" at the revision {revision!r}"
         raise ValueError(f"There is no COTS model in {name!r}{at}; name one with --model. ({error})") from error
     return model.to(process_state().device), processor
-
-
-if __name__ == "__main__":
-    main()

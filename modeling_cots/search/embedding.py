@@ -22,9 +22,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..data.image_reading import UnreadableImageError, read_image
 from ..data.messages import shown
 from ..data.skip_report import and_more
+from ..image_reading_cots import UnreadableImageError, read_image
 from .conditions import MAX_INTEGER, MIN_INTEGER
 from .rows import RESERVED_COLUMNS, fixed_features, free_name
 
@@ -127,7 +127,7 @@ def model_identity(model, processor) -> str:
             tensor = tensor.to(torch.bfloat16)
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     images = json.loads(processor.image_processor.to_json_string())
-    for name in ("image_processor_type", "processor_class", "transformers_version", "_processor_class"):
+    for name in ("auto_map", "image_processor_type", "processor_class", "transformers_version", "_processor_class"):
         images.pop(name, None)
     digest.update(json.dumps(images, sort_keys=True).encode())
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.image_reading import read_image
+from ..image_reading_cots import read_image
 from .conditions import Condition, as_conditions
 from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, model_identity, row_ids_of
 from .rows import join_tables

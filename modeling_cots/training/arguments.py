@@ -8,17 +8,31 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
+
+MAX_KEY_DRIFT = 0.1
+# Adam as the supplement says it, with the decay in the gradient; transformers' `OptimizerNames` lacks it.
+ADAM = "adam"
+
 
 @dataclass
 class COTSTrainingArguments(TrainingArguments):
-    """Arguments of [`COTSTrainer`]; every field of `transformers.TrainingArguments` works as documented there.
+    """Arguments of [`COTSTrainer`]: its own, and those of `transformers.TrainingArguments`, of which some are refused.
 
+    docs/training.md lists what becomes of each. The default of `metric_for_best_model` is `eval_recall_sum`.
     Raises `ValueError` at construction for a value that no run could use, before any work is done.
     """
 
     # Supplement: "learning rate 5e-5", "weight decay 0.02".
     learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate."})
-    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of AdamW."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of the optimizer."})
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={
+            "help": "An optimizer of transformers; or `adam`, torch's Adam, which adds the weight decay to the "
+            "gradient (AdamW shrinks the weights directly)."
+        },
+    )
     num_train_epochs: float = field(default=10.0, metadata={"help": "Number of passes over the images."})
     lr_hold_epochs: float = field(
         default=5.0,
@@ -28,18 +42,39 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
 
+    # Not the Trainer's 500: a short run would end without a line that tells whether it learns.
+    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of training logs to the next."})
+
     momentum: float = field(
         default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
+    )
+    momentum_warmup: float = field(
+        default=0,
+        metadata={
+            "help": "K: in step t the momentum is at most t / (t + K), so that the keys of encoders trained from "
+            "scratch keep up. Not in the paper; 0 is its constant momentum."
+        },
     )
     queue_size: int = field(
         default=12_800, metadata={"help": "N_Q, the number of pairs in the two paired queues (1,444 in fine-tuning)."}
     )
     batch_candidates: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "Also contrast against the momentum embeddings of the current batch, which are fresher than the "
-            "queue. Not in the paper; helps models trained from scratch."
+            "help": "Also contrast against the momentum embeddings of the current batch, which are always fresh. Not "
+            "in the paper."
         },
+    )
+    max_key_drift: float = field(
+        default=MAX_KEY_DRIFT,
+        metadata={
+            "help": "With batch_candidates: keys of the queue are candidates while logits with them are lower than "
+            "with fresh keys by less than this, on average. Without (the paper) every key of the queue is one."
+        },
+    )
+    mask_equal_captions: bool = field(
+        default=True,
+        metadata={"help": "Pairs with equal captions are no negatives of each other. Not in the paper."},
     )
 
     mcl_weight: float = field(default=1.0, metadata={"help": "Weight of momentum contrastive learning."})
@@ -101,6 +136,9 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
 
+    # Set by the training scripts and told by the card; "" where nobody said.
+    starting_point: str = field(default="", init=False)
+
     # What this trainer needs of the base class, see `COTSTrainer`.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite from the log; COTSTrainer stops at them."}
@@ -110,7 +148,16 @@ class COTSTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
+        refuse_unused(self)
+        check_numbers(self)
+        choose_measure(self)
+        is_adam = self.optim == ADAM
+        if is_adam:
+            self.optim = TrainingArguments.default_optim  # a name that the base class accepts
         super().__post_init__()
+        check_base_arguments(self)
+        if is_adam:
+            self.optim = ADAM
         self._check_ranges()
         self._check_base_arguments()
         if self.data_seed is None:
@@ -119,6 +166,12 @@ class COTSTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
     def _check_ranges(self) -> None:
+        if not self.max_key_drift > 0:
+            raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}.")
+        if self.max_key_drift != MAX_KEY_DRIFT and not self.batch_candidates:
+            raise ValueError(
+                "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
+            )
         if self.queue_size < 1:
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
@@ -136,6 +189,7 @@ class COTSTrainingArguments(TrainingArguments):
             "cmlm_weight",
             "kl_warmup_steps",
             "lr_hold_epochs",
+            "momentum_warmup",
             "filter_num_std",
         )
         for name in not_negative:
@@ -159,6 +213,5 @@ class COTSTrainingArguments(TrainingArguments):
                 f"lr_hold_epochs belongs to lr_scheduler_type=linear, got {self.lr_scheduler_type}: "
                 "set lr_hold_epochs to 0 to use another schedule."
             )
-        for name in ("remove_unused_columns", "ddp_broadcast_buffers", "ddp_find_unused_parameters"):
-            if getattr(self, name):
-                raise ValueError(f"{name} must stay False: COTSTrainer's batches and momentum state rely on it.")
+        if self.lr_hold_epochs > 0 and self.lr_scheduler_kwargs:
+            raise ValueError("lr_scheduler_kwargs belongs to another schedule: set lr_hold_epochs to 0 to use it.")

@@ -1,14 +1,14 @@
 """Committed checkpoints: a manifest, written last, lists every file of the folder with its size and checksum.
 
-A folder without a manifest, or whose files differ from it, is invalid: it is never resumed from. What a checkpoint
-holds is the trainer's business.
+A folder without a manifest, or whose files differ from it, is invalid: it is never resumed from. The manifest also
+numbers the saves of a folder, so that the order of its checkpoints depends on no clock. What a checkpoint holds is the
+trainer's business.
 """
 
 import json
 import os
 import re
 import shutil
-import time
 import zlib
 from pathlib import Path
 
@@ -23,13 +23,19 @@ CHUNK_BYTES = 1 << 22
 
 
 def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
-    """Write the manifest of a folder whose files are complete; they are flushed to the disk before it."""
+    """
+    Write the manifest of a folder whose files are complete; they are flushed to the disk before it.
+
+    From then on it is the newest checkpoint beside its siblings, whatever steps they are of: a run that went back to
+    an earlier checkpoint, or was started anew, saves lower steps later.
+    """
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
         flush_to_disk(path)
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _checksum(path)]
-    manifest = {"written": time.time(), "num_processes": num_processes, "files": files}
+    number = 1 + max((_order(sibling)[0] for sibling in _checkpoints(folder.parent)), default=0)
+    manifest = {"save_number": number, "num_processes": num_processes, "files": files}
     with atomic_write(folder / MANIFEST_NAME) as partial:
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(folder.parent)
@@ -68,7 +74,7 @@ def check_checkpoint(folder: str | os.PathLike) -> dict:
 
 def latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The whole checkpoint that was written last, or `None`; invalid ones are named in the log and stay."""
-    candidates = sorted(_checkpoints(output_dir), key=_written, reverse=True)
+    candidates = sorted(_checkpoints(output_dir), key=_order, reverse=True)
     for folder in candidates:
         try:
             check_checkpoint(folder)
@@ -113,7 +119,7 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
     """
     if limit is None or limit <= 0:
         return
-    folders = sorted(_checkpoints(output_dir), key=_written)
+    folders = sorted(_checkpoints(output_dir), key=_order)
     whole = [folder for folder in folders if (folder / MANIFEST_NAME).is_file()]
     if not whole:
         return
@@ -136,13 +142,13 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     ]
 
 
-def _written(folder: Path) -> tuple[float, int]:
-    """Sorts checkpoints by age: by the manifest's own clock, which survives copying. Those without one are oldest."""
+def _order(folder: Path) -> tuple[int, int]:
+    """Sorts checkpoints by age: by the number of the save, then by the step. Those without a manifest are oldest."""
     step = int(folder.name.rpartition("-")[2])
     try:
-        return float(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["written"]), step
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0, step
+        return int(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["save_number"]), step
+    except (OSError, ValueError, KeyError, TypeError):  # manifests of 0.1 have no number
+        return 0, step
 
 
 def _checksum(path: Path) -> int:

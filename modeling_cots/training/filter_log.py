@@ -4,6 +4,7 @@ Every process writes its own files and none is ever changed. Which pairs are lef
 """
 
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ COLUMNS = pa.schema(
         ("name", pa.string()),
         ("score", pa.float32()),
         ("threshold", pa.float32()),
-        ("attempt", pa.int64()),  # when this start of the run began; a resumed run is a new start,
+        ("attempt", pa.int64()),  # the number of this start of the run; a resumed run is a new start,
         ("attempt_step", pa.int64()),  # after this step
     ]
 )
@@ -45,12 +46,17 @@ class FilterLog:
         self._rows: list[dict] = []
         self._restart = self._restart_step = self._num_files = 0
 
+    def next_restart(self) -> int:
+        """A number larger than those of all starts that are in the folder, whatever the clock says."""
+        names = [re.match(r"(\d+)-\d{5}-", path.name) for path in self.folder.glob("*.parquet")]
+        return 1 + max((int(name[1]) for name in names if name is not None), default=0)
+
     def start(self, restart: int, step: int) -> None:
         """
         Begin the log of one start of the run.
 
         Args:
-            restart: A number larger than those of all starts before, equal on all processes.
+            restart: `next_restart` of the first process, on all processes.
             step: The step after which it begins.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +74,7 @@ class FilterLog:
             result: What the objective returned for it.
             inputs: Has `pair_ids` (B,) and, if known, `names` (B, 120).
         """
-        local = result.batch.local
+        local = result.local
         filtered = (result.batch.valid & ~result.keep_mask)[local]
         scores = result.scores[local].float()
         self._batches.append(

@@ -66,7 +66,9 @@ class FiniteCheck:
             logits: Contrastive logits (B, 1 + C), of both directions.
             inputs: Has `valid` (B,), `pair_ids` (B,) and, if known, `names` (B, 120).
         """
-        finite = torch.stack([direction.detach().isfinite().all(dim=1) for direction in logits]).all(dim=0)
+        finite = torch.stack([direction.detach().isfinite() for direction in logits]).all(dim=0)
+        own, all_candidates = finite[:, 0], finite.all(dim=1)  # a sample's bad key is a candidate of all others, too
+        finite = torch.where(own.all(), all_candidates, own)
         losses = {name: loss.detach() for name, loss in losses.items()}
         self._batches.append(_Batch(losses, finite, inputs["valid"], inputs["pair_ids"], inputs.get("names")))
 

@@ -1,15 +1,11 @@
-"""What `COTSTrainer` reports beside the loss: averages between two logs, and a warning when a model collapses."""
-
-import math
+"""What `COTSTrainer` reports beside the loss: averages and counts between two lines of training logs."""
 
 import torch
 
+from ..method.feature_queue import PairQueue
 from .objective import ObjectiveOutput
 
 LOWEST_COSINE = -1.0
-# A line of logs is flat below this KL loss and above this share of the contrastive losses' chance level.
-FLAT_KL, CHANCE_SHARE = 1e-3, 0.98
-COLLAPSE_PATIENCE = 3
 
 
 class TrainingLog:
@@ -27,12 +23,13 @@ class TrainingLog:
         self._num_batches = 0
         self._latest: dict[str, torch.Tensor | float] = {}
 
-    def add(self, result: ObjectiveOutput, queue_fill: float) -> None:
+    def add(self, result: ObjectiveOutput, queue: PairQueue) -> None:
         """
         Note the objective of one batch.
 
-        Losses are reported as means over batches and processes, counts as sums over the global batches (they are equal
-        on every process), and of the filter's threshold and the queue's fill the last value.
+        Losses are reported as means over batches and processes, and counts as sums over the global batches (they are
+        equal on every process). Of the filter's threshold and of the queue (its fill, the number and the drift of its
+        fresh keys) the last value is reported.
         """
         valid, is_real = result.batch.valid, result.batch.pair_ids >= 0
         counts = {
@@ -40,12 +37,17 @@ class TrainingLog:
             "readable": valid.sum(),
             "skipped_images": (~valid & is_real).sum(),
         }
-        for name, loss in result.losses.items():
+        for name, loss in {**result.losses, "chance_loss": result.chance_loss}.items():
             self._collected[f"sum.{name}"] = self._collected.get(f"sum.{name}", 0.0) + loss.detach()
         for name, count in counts.items():
             self._collected[f"total.{name}"] = self._collected.get(f"total.{name}", 0) + count
         self._num_batches += 1
-        self._latest = {"filter_threshold": result.filter_threshold, "queue_fill": queue_fill}
+        self._latest = {
+            "filter_threshold": result.filter_threshold,
+            "queue_fill": queue.fill,
+            "fresh_keys": queue.fresh_keys.num_fresh.clone(),
+            "key_drift": queue.fresh_keys.drift.clone(),
+        }
 
     def _parts(self, kind: str) -> dict[str, torch.Tensor]:
         prefix = f"{kind}."
@@ -67,6 +69,8 @@ class TrainingLog:
         # An idle filter has the threshold -inf, which JSON cannot hold; no cosine lies below -1 either.
         logs["filter_threshold"] = max(LOWEST_COSINE, float(self._latest["filter_threshold"]))
         logs["queue_fill"] = self._latest["queue_fill"]
+        if (drift := float(self._latest["key_drift"])) >= 0:  # else it has not been measured
+            logs["fresh_keys"], logs["key_drift"] = int(self._latest["fresh_keys"]), drift
         logs["skipped_images"] = skipped_before + counts["skipped_images"]
         self._clear()
         return logs
@@ -81,45 +85,3 @@ class TrainingLog:
         self._clear()
         self._collected = {key: value.clone() for key, value in state.items() if key.startswith(("sum.", "total."))}
         self._num_batches = int(state["num_batches"])
-
-
-def chance_loss(num_candidates: int) -> float:
-    """What the two contrastive losses sum to where all distributions are uniform over 1 + `num_candidates` classes."""
-    return 2 * math.log(1 + num_candidates)
-
-
-def collapse_warning(logs: list[dict[str, float]], num_candidates: int, kl_warmup_steps: int) -> str | None:
-    """
-    What to say of a model that has found the cheap solution of the KL alignment: flat distributions.
-
-    Both distributions uniform make the KL loss zero while each contrastive loss stands at its chance level,
-    ln(1 + N_Q); a model that got there does not come back. Lines count once the queue is full and the warm-up of KL is
-    over, and `COLLAPSE_PATIENCE` flat ones in a row are needed, as every fresh model begins flat.
-
-    Args:
-        logs: Lines of logs of the whole run, in order, with their `step`.
-        num_candidates: N_Q, negatives of a pair.
-        kl_warmup_steps: Of the run.
-
-    Returns the warning where the last line is the first to call for it, else `None`.
-    """
-    if not logs or "loss_i2t" not in logs[-1]:
-        return None
-    chance, num_flat = chance_loss(num_candidates), 0
-    lines = [entry for entry in logs if "loss_i2t" in entry]
-    for index, entry in enumerate(lines):
-        if entry["queue_fill"] < 1 or entry["step"] < kl_warmup_steps:
-            continue
-        contrastive = entry["loss_i2t"] + entry["loss_t2i"]
-        is_flat = contrastive >= CHANCE_SHARE * chance and entry["loss_kl"] < FLAT_KL
-        num_flat = num_flat + 1 if is_flat else 0
-        if num_flat == COLLAPSE_PATIENCE:
-            if index < len(lines) - 1:
-                return None  # it has been said
-            return (
-                f"Step {entry['step']}: the model seems to have collapsed. loss_kl is {entry['loss_kl']:.1e}, and the "
-                f"two contrastive losses sum to {contrastive:.2f}, where chance is {chance:.2f}: all pairs look alike "
-                "to it. Start again with a larger kl_warmup_steps or a smaller kl_weight, a longer warm-up of the "
-                "learning rate, or pre-trained encoders."
-            )
-    return None

@@ -3,15 +3,19 @@
 The formulas are in `method/`: `losses.py`, `feature_queue.py`, `filtering.py`, `momentum.py`, `image_tokenizer.py`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..method.feature_queue import PairQueue
 from ..method.filtering import adaptive_momentum_filter
+from ..method.fresh_keys import key_drift
 from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.losses import (
+    EXCLUDED_LOGIT,
+    chance_loss,
     excluded_candidates,
     masked_token_loss,
     momentum_contrastive_loss,
@@ -34,6 +38,9 @@ class ObjectiveOutput:
         losses: Every term by the name it is logged under, unweighted: (), in float32.
         logits: Of the B local pairs, image to text and text to image, (B, 1 + C) each; the pair itself in column 0.
         batch: The pairs of all processes.
+        chance_loss: (), what the two contrastive losses would sum to if all distributions were uniform.
+        local: Rows of `batch` that are this process's own.
+        key_drift: (), how much lower logits are with queued keys than with fresh ones, in nats; NaN without any.
         scores: (G,) momentum similarity scores.
         keep_mask: (G,) bool, pairs that could be read and that the filter kept.
         filter_threshold: (), -inf while the filter is idle.
@@ -43,7 +50,10 @@ class ObjectiveOutput:
     loss: torch.Tensor
     losses: dict[str, torch.Tensor]
     logits: tuple[torch.Tensor, torch.Tensor]
+    chance_loss: torch.Tensor
     batch: GlobalBatch
+    local: slice
+    key_drift: torch.Tensor
     scores: torch.Tensor
     keep_mask: torch.Tensor
     filter_threshold: torch.Tensor
@@ -54,8 +64,9 @@ class COTSObjective:
     """
     L = w_mcl L_MCL + w_kl L_KL + w_cmvm L_CMVM + w_cmlm L_CMLM of one batch.
 
-    A call changes nothing. After it, `push` writes the batch into the queues; the momentum encoders move once per
-    optimizer step, of which several batches may be part, and so after the optimizer, in `COTSTrainer`.
+    A call changes nothing. After it, `push` writes the batch into the queues and notes the keys' drift. The momentum
+    encoders move once per optimizer step, of which several batches may be part, and so after the optimizer, in
+    `COTSTrainer`.
 
     Args:
         model ([`COTSForPreTraining`]): The online model, not wrapped for several processes.
@@ -92,17 +103,17 @@ class COTSObjective:
         inputs = self.with_image_tokens(inputs)
         output = model(**self.model_inputs(inputs))
         momentum_image_embeds, momentum_text_embeds = self.momentum_encode(inputs)
-        batch = self.gather(momentum_image_embeds, momentum_text_embeds, inputs)
+        batch, local = self.gather(momentum_image_embeds, momentum_text_embeds, inputs)
 
         # Filter the global batch. Gradients are averaged over the processes: a sum over the local pairs divided by
         # this number is their share of the mean over all kept pairs.
         scores = batch.scores
         keep_mask, threshold = self.filter(scores, batch.valid)
         num_kept = keep_mask.sum() / self.processes.count
-        keep_local = keep_mask[batch.local]
+        keep_local = keep_mask[local]
 
         # Instance level (MCL) and task level (KL): both consume the same logits. Then the token level (CMVM, CMLM).
-        logits = self.contrast(output.image_embeds, output.text_embeds, batch)
+        logits, drift = self.contrast(output.image_embeds, output.text_embeds, batch, local)
         losses = self.contrastive_losses(*logits, keep_local, num_kept)
         losses.update(self.token_losses(output, inputs, keep_local))
         loss = (
@@ -111,7 +122,19 @@ class COTSObjective:
             + self.args.cmvm_weight * losses.get("loss_cmvm", 0.0)
             + self.args.cmlm_weight * losses.get("loss_cmlm", 0.0)
         )
-        return ObjectiveOutput(loss, losses, logits, batch, scores, keep_mask, threshold, output)
+        return ObjectiveOutput(
+            loss=loss,
+            losses=losses,
+            logits=logits,
+            chance_loss=chance_loss(logits[0]),
+            batch=batch,
+            local=local,
+            key_drift=drift,
+            scores=scores,
+            keep_mask=keep_mask,
+            filter_threshold=threshold,
+            model_output=output,
+        )
 
     def with_image_tokens(self, inputs: dict) -> dict:
         """A batch with masked patches gets `image_tokens` (B, patches), cached or computed from raw pixels."""
@@ -143,17 +166,18 @@ class COTSObjective:
             text_embeds = self.momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         return image_embeds, text_embeds
 
-    def gather(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, inputs: dict) -> GlobalBatch:
-        """The pairs of all processes; every process has the same number B."""
+    def gather(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, inputs: dict) -> tuple[GlobalBatch, slice]:
+        """The pairs of all processes, and which are this one's; every process has the same number B."""
         size, gather = len(inputs["valid"]), self.processes.gather
-        local = slice(self.processes.index * size, (self.processes.index + 1) * size)
-        return GlobalBatch(
+        caption_ids = inputs.get("caption_ids")  # a custom collator may not know which captions are equal
+        batch = GlobalBatch(
             image_embeds=gather(image_embeds),
             text_embeds=gather(text_embeds),
             pair_ids=gather(inputs["pair_ids"]),
+            caption_ids=gather(torch.full_like(inputs["pair_ids"], -1) if caption_ids is None else caption_ids),
             valid=gather(inputs["valid"]),
-            local=local,
         )
+        return batch, slice(self.processes.index * size, (self.processes.index + 1) * size)
 
     def filter(self, scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adaptive momentum filter: the pairs (G,) that enter the losses of this step, and the threshold ()."""
@@ -164,17 +188,46 @@ class COTSObjective:
         return kept & valid, threshold
 
     def contrast(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: GlobalBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the B local pairs, (B, 1 + C) each, image to text first; class j is the same pair in both."""
-        fresh = batch if self.args.batch_candidates else None
-        image_candidates, text_candidates, candidate_ids, filled = self.queue.candidates(fresh)
-        excluded = excluded_candidates(batch.pair_ids[batch.local], candidate_ids, filled)
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: GlobalBatch, local: slice
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """
+        Logits of the B local pairs, (B, 1 + C) each, image to text first, and the drift of the keys, ().
+
+        Class j is the same pair in both: column 0 the pair itself, then the queue, then the fresh keys of the batch.
+        """
+        pairs, candidates = batch[local], self.queue.candidates()
+        if self.args.batch_candidates:
+            candidates = candidates.joined_with(batch)
+        excluded = excluded_candidates(pairs, candidates, self.args.mask_equal_captions)
         temperature = self.config.temperature
-        image_keys, text_keys = batch.image_embeds[batch.local], batch.text_embeds[batch.local]
-        logits_i2t = queue_logits(image_embeds, text_keys, text_candidates, excluded, temperature)
-        logits_t2i = queue_logits(text_embeds, image_keys, image_candidates, excluded, temperature)
-        return logits_i2t, logits_t2i
+        logits_i2t = queue_logits(image_embeds, pairs.text_embeds, candidates.text_embeds, excluded, temperature)
+        logits_t2i = queue_logits(text_embeds, pairs.image_embeds, candidates.image_embeds, excluded, temperature)
+        if not self.args.batch_candidates:
+            return (logits_i2t, logits_t2i), torch.full_like(logits_i2t[0, 0], math.nan)
+        is_stale = ~self.queue.fresh_keys.is_fresh(self.queue.age)
+        drift = self.drift((logits_i2t, logits_t2i), ~excluded, len(batch.valid))
+        return (_leave_out(logits_i2t, is_stale), _leave_out(logits_t2i, is_stale)), drift
+
+    @torch.no_grad()
+    def drift(
+        self, logits: tuple[torch.Tensor, torch.Tensor], is_negative: torch.Tensor, batch_size: int
+    ) -> torch.Tensor:
+        """
+        The larger mean drift of both directions over the global batch (`fresh_keys.py`), (); NaN without any.
+
+        Args:
+            logits: Of the B local pairs with all candidates, (B, 1 + N_Q + G) each.
+            is_negative: (B, N_Q + G) bool.
+            batch_size: G.
+        """
+        size = self.queue.size
+        measured = is_negative[:, :size] & self.queue.fresh_keys.is_measured(self.queue.age, batch_size)
+        of_direction = []
+        for each in logits:
+            total, count = key_drift(each[:, 1 : 1 + size], each[:, 1 + size :], measured, is_negative[:, size:])
+            total, count = self.processes.sum(total), self.processes.sum(count)
+            of_direction.append((total / count).abs())  # 0 / 0 is NaN
+        return torch.stack(of_direction).amax()
 
     def contrastive_losses(
         self,
@@ -213,7 +266,16 @@ class COTSObjective:
         num_tokens = self.processes.sum(keep_tokens.sum()) / self.processes.count
         return masked_token_loss(logits, targets.flatten()[positions], keep_tokens, num_tokens)
 
-    def push(self, batch: GlobalBatch, scores: torch.Tensor) -> None:
+    def push(self, result: ObjectiveOutput) -> None:
         """All readable pairs of the global batch enter the queues, the filtered ones too."""
-        rows = batch.valid.nonzero().squeeze(1)
-        self.queue.push(batch.image_embeds[rows], batch.text_embeds[rows], scores[rows], batch.pair_ids[rows])
+        rows = result.batch.valid.nonzero().squeeze(1)
+        pairs, scores = result.batch[rows], result.scores[rows]
+        self.queue.push(pairs.image_embeds, pairs.text_embeds, scores, pairs.pair_ids, pairs.caption_ids)
+        self.queue.fresh_keys.update_(result.key_drift, self.args.max_key_drift, len(rows), self.queue.size)
+
+
+def _leave_out(logits: torch.Tensor, is_stale: torch.Tensor) -> torch.Tensor:
+    """Logits (B, 1 + C) where those queued keys (N_Q,) do not count."""
+    first, last = 1, 1 + len(is_stale)
+    queued = logits[:, first:last].masked_fill(is_stale, EXCLUDED_LOGIT)
+    return torch.cat([logits[:, :first], queued, logits[:, last:]], dim=1)

@@ -14,17 +14,22 @@ RECORD_NAME = "training_record.json"
 
 # What a reader wants to know of a run; all of it is in the checkpoint folders as well.
 REPORTED_SETTINGS = (
+    "starting_point",
     "seed",
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "world_size",
     "learning_rate",
+    "warmup_steps",
     "lr_hold_epochs",
     "weight_decay",
     "momentum",
+    "momentum_warmup",
     "queue_size",
     "batch_candidates",
+    "max_key_drift",
+    "mask_equal_captions",
     "mcl_weight",
     "kl_weight",
     "kl_warmup_steps",

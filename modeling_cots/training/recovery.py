@@ -3,23 +3,38 @@
 What makes a folder a whole checkpoint is in `checkpoints.py`; which step is refused, in `finite_check.py`.
 """
 
+import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .arguments import COTSTrainingArguments
-from .checkpoints import check_checkpoint, choose_checkpoint, commit_checkpoint, invalidate_checkpoint
+from .checkpoints import (
+    check_checkpoint,
+    choose_checkpoint,
+    commit_checkpoint,
+    invalidate_checkpoint,
+    latest_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
+
+LOCK_NAME = "training.lock"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message says why, and where the run can go on."""
 
 
 class RunCheckpoints:
@@ -35,8 +50,54 @@ class RunCheckpoints:
 
     def __init__(self, args: COTSTrainingArguments, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
+        self._lock = FileLock(os.path.join(args.output_dir, LOCK_NAME))
         self.resumed_from: str | None = None
         self.saved_step: int | None = None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        Let no other run train into `output_dir` during the block; all processes of one launch are one run.
+
+        The operating system holds the lock for process 0 and takes it back when that process ends, however it ends:
+        a file that stays behind is in nobody's way. Raises `ValueError`, on every process, where another run has it.
+        """
+        errors: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self._acquire_lock()
+            except ValueError as error:
+                errors = [str(error)]
+        if self.args.world_size > 1:
+            broadcast_object_list(errors)
+        if errors[0] is not None:
+            raise ValueError(errors[0])
+        try:
+            yield
+        finally:
+            if self._lock.is_locked:
+                with suppress(OSError):  # some systems keep a file that is open
+                    os.unlink(self._lock.lock_file)
+            self._lock.release()
+
+    def _acquire_lock(self) -> None:
+        folder = self.args.output_dir
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"Another run is training into {folder}: wait for its end, or choose another output_dir."
+            ) from None
+        except OSError as error:
+            raise ValueError(f"Nothing can be written to output_dir={folder}: {error.strerror or error}.") from error
+
+    def _keep_lock(self) -> None:
+        """A folder that was removed during the run is made anew, with its lock."""
+        if self._lock.is_locked and not os.path.exists(self._lock.lock_file):
+            logger.warning(f"{self.args.output_dir} was removed during the run, and is made anew.")
+            self._lock.release()
+            self._acquire_lock()
 
     def choose(self, wanted: str | bool | None) -> str | None:
         """
@@ -76,21 +137,39 @@ class RunCheckpoints:
 
     @contextmanager
     def write(self, output_dir: str, step: int) -> Iterator[None]:
-        """The block fills the checkpoint folder of `step`; it is invalid until all processes have left the block."""
+        """
+        The block fills the checkpoint folder of `step`; it is invalid until all processes have left the block.
+
+        Raises [`CheckpointError`] where the folder cannot be written.
+        """
         args = self.args
         folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if args.should_save:
-            invalidate_checkpoint(folder)
         limit, args.save_total_limit = args.save_total_limit, None  # the Trainer would rotate before this one is whole
         try:
+            self._keep_lock()
+            if args.should_save:
+                invalidate_checkpoint(folder)
             yield
+            args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                save_arguments(args, folder)  # again, with the limit
+                commit_checkpoint(folder, args.world_size)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _storage_reason(error)
+            if reason is None:
+                raise
+            raise CheckpointError(f"{folder} could not be saved: {reason}. {self.how_to_go_on()}") from error
         finally:
             args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if args.should_save:
-            torch.save(args, os.path.join(folder, TRAINING_ARGS_NAME))  # again, with the limit
-            commit_checkpoint(folder, args.world_size)
         self.saved_step = step
+
+    def how_to_go_on(self) -> str:
+        """A sentence that says from where a run that has ended too early can be resumed."""
+        newest = latest_checkpoint(self.args.output_dir)
+        if newest is None:
+            return f"There is no whole checkpoint in {self.args.output_dir} to go on from."
+        return f"With resume_from_checkpoint=latest the run goes on from {newest}."
 
     def save_averages(self, folder: str, averages: dict[str, torch.Tensor]) -> None:
         """Write what this process has averaged since the last line of logs."""
@@ -105,6 +184,25 @@ class RunCheckpoints:
 
     def _averages_file(self, folder: str) -> str:
         return os.path.join(folder, f"averages_{self.args.process_index}.safetensors")
+
+
+def _storage_reason(error: Exception) -> str | None:
+    """Why nothing could be written, or `None` for an error of another kind."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save does not pass on what the system said (tests/training/test_recovery.py).
+    if any(word in str(error) for word in ("inline_container", "iostream error", "PytorchStreamWriter")):
+        return "a file could not be written to its end, as on a full disk"
+    return None
+
+
+def save_arguments(args: COTSTrainingArguments, folder: str) -> None:
+    """Write the arguments of a run into a checkpoint, but for the token of the Hub: checkpoints are passed around."""
+    shared = copy.copy(args)
+    shared.hub_token = None
+    torch.save(shared, os.path.join(folder, TRAINING_ARGS_NAME))
 
 
 def check_loaded_weights(load_result, tied_names) -> None:

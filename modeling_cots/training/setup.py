@@ -1,7 +1,7 @@
 """Before `COTSTrainer` takes its first step: checks that fail early, where image tokens come from, frozen heads."""
 
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 
 from ..data.image_augmentation import ImageTransform
 from ..data.image_collators import COTSDataCollator
@@ -14,7 +14,16 @@ from ..encoders_cots import check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import COTSTrainingArguments
+from .base_arguments import check_measure
 from .processes import check_launch
+
+# Parts of `transformers.Trainer` that COTSTrainer has its own of, and why they must be left out.
+REFUSED_PARTS = {
+    "model_init": "the momentum copy is of one model: give `model`",
+    "compute_loss_func": "the loss is COTSObjective's",
+    "compute_metrics": "evaluation measures retrieval",
+    "preprocess_logits_for_metrics": "evaluation measures retrieval",
+}
 
 
 def check_setup(model, args: COTSTrainingArguments, processor) -> None:
@@ -32,6 +41,29 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
     check_vocabulary(processor.tokenizer, model.config)
+
+
+def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
+    """Raise `ValueError` for further arguments of the trainer that it would ignore, or that do not fit `args`."""
+    for name, reason in REFUSED_PARTS.items():
+        if parts.get(name) is not None:
+            raise ValueError(f"COTSTrainer takes no {name}: {reason}.")
+    if isinstance(parts.get("train_dataset"), StreamingPairs) and args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy} does not apply to a stream, which is shuffled by "
+            "its own buffer: leave it out, or open the stream with shuffle_buffer=0."
+        )
+    check_measure(args, parts.get("eval_dataset"))
+
+
+def check_batches(loader, dataset, args: COTSTrainingArguments) -> None:
+    """Raise `ValueError` for training data that make no batch; the Trainer would end as if it had trained."""
+    if has_length(loader) and len(loader) == 0:
+        raise ValueError(
+            f"{len(dataset):,} images make no batch of {args.train_batch_size * args.world_size:,}, and "
+            "dataloader_drop_last leaves out a smaller one: lower per_device_train_batch_size, or set "
+            "dataloader_drop_last to false."
+        )
 
 
 def choose_image_tokens(

@@ -26,6 +26,7 @@ def build_stream_loader(pairs: StreamingPairs, args: COTSTrainingArguments, coll
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
     )
     # Told that there is one process alone, accelerate leaves the split to us; it still moves batches to the device.
     return prepare_data_loader(

@@ -6,30 +6,31 @@ checkpoints, the refusal of a step, and the Hub.
 """
 
 import os
-import time
 
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard, run_as_future
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, get_wsd_schedule
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy, PredictionOutput, has_length
 from transformers.utils import logging
 
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
-from ..evaluation.embedding import ExampleRetrievals, embed_pairs, find_examples, measure_retrieval
+from ..evaluation.embedding import ExampleRetrievals, PairEmbeddings, embed_pairs, find_examples, measure_retrieval
+from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS
 from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
-from ..method.momentum import MomentumState
+from ..method.momentum import MomentumState, rising_momentum
 from ..modeling_cots_pretraining import COTSForPreTraining
-from .arguments import COTSTrainingArguments
+from .arguments import ADAM, COTSTrainingArguments
 from .checkpoints import rotate_checkpoints
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .layer_compiling import compile_layers
-from .log import TrainingLog, collapse_warning
+from .learning_watch import is_recall_chance, loss_warnings, recall_warning
+from .log import TrainingLog
 from .objective import COTSObjective
 from .processes import (
     ProcessGroup,
@@ -40,11 +41,20 @@ from .processes import (
     use_float16_on_cpu,
 )
 from .publishing import build_card, prepare_push, push_in_background, repository_name
-from .recovery import RunCheckpoints, check_loaded_weights
-from .setup import build_training_collator, check_setup, choose_image_tokens, freeze_unused_parameters
+from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
+from .setup import (
+    build_training_collator,
+    check_batches,
+    check_parts,
+    check_setup,
+    choose_image_tokens,
+    freeze_unused_parameters,
+)
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
 
 logger = logging.get_logger(__name__)
+
+EARLY_NUM_IMAGES, EARLY_MIN_STEPS = 200, 100
 
 
 class LoopEvents(TrainerCallback):
@@ -92,6 +102,7 @@ class COTSTrainer(Trainer):
         **kwargs,
     ):
         check_setup(model, args, processing_class)
+        check_parts(args, kwargs)
         token_source, image_tokenizer = choose_image_tokens(
             kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
         )
@@ -124,6 +135,8 @@ class COTSTrainer(Trainer):
             ProcessGroup.of(self.accelerator),
         )
         self.training_log = TrainingLog()
+        self._warned_of: set[str] = set()
+        self.recall_is_chance: bool | None = None  # of the last evaluation; None where that cannot be told
         self.stream_loader = None
         self.filter_log = None if args.filter_log is None else FilterLog(args.filter_log, args.process_index)
         self.finite_check = FiniteCheck(args.max_skipped_fraction)
@@ -140,6 +153,7 @@ class COTSTrainer(Trainer):
                 on_epoch_begin=self._begin_epoch,
                 on_epoch_end=self._end_epoch,
                 on_step_begin=self._begin_step,
+                on_step_end=self._evaluate_early,
                 on_pre_optimizer_step=self._note_scale,
                 on_optimizer_step=self._update_momentum_encoders,
             )
@@ -157,14 +171,21 @@ class COTSTrainer(Trainer):
             resume_from_checkpoint: A checkpoint folder; "latest" for the newest whole checkpoint of `output_dir`, or a
                 new run where there is none; `True` likewise, but there must be one.
 
-        Raises `ValueError` for a folder that is not a whole checkpoint.
+        Raises `ValueError` for a folder that is no whole checkpoint, and while another run trains into `output_dir`.
         """
-        checkpoint = self.checkpoints.choose(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        finally:
-            if self.filter_log is not None:
-                self.filter_log.write()
+        with self.checkpoints.lock():
+            checkpoint = self.checkpoints.choose(resume_from_checkpoint)
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except KeyboardInterrupt:
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"Training was stopped after step {self.state.global_step}. {self.checkpoints.how_to_go_on()}"
+                    )
+                raise
+            finally:
+                if self.filter_log is not None:
+                    self.filter_log.write()
 
     def end(self) -> None:
         """
@@ -178,13 +199,20 @@ class COTSTrainer(Trainer):
     def get_train_dataloader(self):
         """Batches of this process; those of a stream never end."""
         if not isinstance(self.train_dataset, StreamingPairs):
-            return super().get_train_dataloader()
+            if has_length(self.train_dataset) and len(self.train_dataset) == 0:
+                raise ValueError("There are no images to make a batch of: the training data is empty.")
+            loader = super().get_train_dataloader()
+            check_batches(loader, self.train_dataset, self.args)
+            return loader
         self.stream_loader = build_stream_loader(self.train_dataset, self.args, self.data_collator)
         return self.stream_loader
 
     # ------------------------------------------------------------------------------------------- one training step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
             global_batch_size = len(batches[-1]["valid"]) * self.args.world_size
@@ -201,12 +229,12 @@ class COTSTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
         result = self.objective(model, inputs, self.state.global_step)
-        self.training_log.add(result, self.queue.fill)
+        self.training_log.add(result, self.queue)
         if model.training:
             self.finite_check.add(result.losses, result.logits, inputs)
             if self.filter_log is not None:
                 self.filter_log.add(self.state.global_step + 1, result, inputs)
-            self.objective.push(result.batch, result.scores)
+            self.objective.push(result)
         return (result.loss, result.model_output) if return_outputs else result.loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -242,11 +270,12 @@ class COTSTrainer(Trainer):
     def _begin_training(self, args, state, control, **kwargs) -> None:
         skip_trained_batches(self.stream_loader, state.global_step, args)
         self.checkpoints.saved_step = None
+        self._warned_of = set()
         if self.checkpoints.resumed_from is not None:
             self._resume_averages()
             self.checkpoints.saved_step = state.global_step
         if self.filter_log is not None:
-            restart = [time.time_ns()]
+            restart = [self.filter_log.next_restart()]
             if args.world_size > 1:
                 broadcast_object_list(restart)
             self.filter_log.start(restart[0], state.global_step)
@@ -260,8 +289,11 @@ class COTSTrainer(Trainer):
         self._first_step_of_epoch = state.global_step
 
     def _end_epoch(self, args, state, control, **kwargs) -> None:
-        """Raises `ValueError` where a run cannot go on: the Trainer would silently begin the stream again."""
-        if state.global_step == self._first_step_of_epoch > 0 and not has_length(self.train_dataset):
+        """Raises `ValueError` where data end too early: the Trainer would begin again, or end without a step."""
+        if state.global_step == 0:
+            raise ValueError("No step was taken: the training data gave no batch.")
+        is_done = state.global_step >= state.max_steps
+        if state.global_step == self._first_step_of_epoch and not is_done and not has_length(self.train_dataset):
             raise ValueError(
                 f"The stream ended before the batch after step {state.global_step}, so the run cannot go on where it "
                 "stopped: a custom iterable data set is resumed within its first pass alone. One of `open_stream` "
@@ -280,13 +312,14 @@ class COTSTrainer(Trainer):
         self._scale_before_step = None if scaler is None else scaler.get_scale()
 
     def _update_momentum_encoders(self, args, state, control, **kwargs) -> None:
-        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta."""
+        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta, with an m that rises."""
         # A fused optimizer is called for a step with an overflow too and skips it within, which accelerate does not
         # see: momentum copy and schedule would go on alone (tests/training/test_numerics.py). A fallen scale tells.
         if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
             self.optimizer._is_overflow = True
         if not self.accelerator.optimizer_step_was_skipped:
-            self.momentum_state.encoder.update_(self.model.cots, args.momentum)
+            momentum = rising_momentum(state.global_step, args.momentum, args.momentum_warmup)
+            self.momentum_state.encoder.update_(self.model.cots, momentum)
 
     # ------------------------------------------------------------------------------------------- logging
 
@@ -296,11 +329,17 @@ class COTSTrainer(Trainer):
             # The history survives a resumed run, so the count goes on where it stopped.
             counts = [entry["skipped_images"] for entry in self.state.log_history if "skipped_images" in entry]
             method_logs = self.training_log.drain(self.accelerator, skipped_before=counts[-1] if counts else 0)
-            history = [*self.state.log_history, {**method_logs, "step": self.state.global_step}]
-            if warning := collapse_warning(history, self.queue.size, self.args.kl_warmup_steps):
-                logger.warning(warning)
             logs = {**logs, **method_logs, **stream_counts(self.stream_loader, self.accelerator)}
+            self._warn_of_losses({**logs, "step": self.state.global_step})
         super().log(logs, start_time)
+
+    def _warn_of_losses(self, line: dict[str, float]) -> None:
+        """Each kind of warning is given once in a call of `train`."""
+        lines = [entry for entry in [*self.state.log_history, line] if "chance_loss" in entry]
+        for kind, warning in loss_warnings(lines, self.state.max_steps).items():
+            if kind not in self._warned_of:
+                self._warned_of.add(kind)
+                logger.warning(warning)
 
     def _averages(self) -> dict[str, torch.Tensor]:
         """Copies of what this process has summed up since the last line of logs, the Trainer's own loss included."""
@@ -332,7 +371,61 @@ class COTSTrainer(Trainer):
             for name, part in dataset.items():
                 results.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return results
-        embeds = embed_pairs(
+        embeds = self._embed(dataset)
+        metrics = measure_retrieval(embeds, self.eval_protocol)
+        self._warn_of_recall(metrics, embeds)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.example_retrievals = find_examples(embeds)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_early(self, args, state, control, **kwargs) -> None:
+        """After a tenth of a run, on a few held-out pairs: a run that does not learn should say so before its end."""
+        dataset = self.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()), None)
+        if dataset is None or state.max_steps < EARLY_MIN_STEPS or state.global_step != state.max_steps // 10:
+            return
+        embeds = self._embed(Subset(dataset, range(min(EARLY_NUM_IMAGES, len(dataset)))), progress=False)
+        metrics = measure_retrieval(embeds)
+        self._warn_of_recall(metrics, embeds, is_early=True)
+        self.log({f"early_{name}": value for name, value in metrics.items()})
+
+    def _warn_of_recall(self, metrics: dict[str, float], embeds: PairEmbeddings, *, is_early: bool = False) -> None:
+        num_folds = COCO_NUM_FOLDS if self.eval_protocol == "coco-1k" and not is_early else 1
+        num_images, num_captions = len(embeds.image_ids) // num_folds, len(embeds.text_ids) // num_folds
+        is_chance = is_recall_chance(metrics, num_images, num_captions)
+        if not is_early:
+            self.recall_is_chance = is_chance
+        kind = "early" if is_early else "recall"
+        if is_chance and kind not in self._warned_of and self.is_world_process_zero():
+            self._warned_of.add(kind)
+            lines = [entry for entry in self.state.log_history if "chance_loss" in entry]
+            line = lines[-1] if lines else None
+            logger.warning(recall_warning(metrics, num_images, line, is_early=is_early))
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """
+        The embeddings of a data set, and retrieval measured among them.
+
+        Returns a `PredictionOutput` of arrays: `predictions` are the unit-length embeddings of its N images (N, d) and
+        its C captions (C, d), `label_ids` their pair ids (N,) and (C,), equal where they belong together. Images that
+        cannot be read are left out, with their captions.
+        """
+        embeds = self._embed(test_dataset)
+        protocol = self.eval_protocol if test_dataset is self.eval_dataset else None
+        measured = measure_retrieval(embeds, protocol)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(
+            predictions=(embeds.image_embeds.numpy(), embeds.text_embeds.numpy()),
+            label_ids=(embeds.image_ids.numpy(), embeds.text_ids.numpy()),
+            metrics=metrics,
+        )
+
+    def _embed(self, dataset, *, progress: bool = True) -> PairEmbeddings:
+        return embed_pairs(
             self.model.cots,
             dataset,
             self.processing_class,
@@ -340,16 +433,18 @@ class COTSTrainer(Trainer):
             batch_size=self.args.eval_batch_size,
             max_text_length=self.max_text_length,
             num_workers=self.args.dataloader_num_workers,
-            progress=not self.args.disable_tqdm,
+            progress=progress and not self.args.disable_tqdm,
         )
-        metrics = measure_retrieval(embeds, self.eval_protocol)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.example_retrievals = find_examples(embeds)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     # ------------------------------------------------------------------------------------------- schedule and state
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As the base class; `adam` is torch's Adam, with the arguments of AdamW."""
+        if args.optim != ADAM:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """
@@ -389,7 +484,7 @@ class COTSTrainer(Trainer):
         # keep its fresh weights with no more than a warning (tests/training/test_resume.py).
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        save_arguments(self.args, output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.filter_log is not None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..processing_cots import TOKENIZER_LOCK
+
 NUM_WORDS = 6  # mapped if no words are given
 
 
@@ -187,7 +189,8 @@ def explain_pair(model, processor, image, caption: str, words: list[str] | None 
     """
     if not processor.tokenizer.is_fast:
         raise ValueError("Words are found by the offsets of tokens, which only fast tokenizers give.")
-    tokens = processor.tokenizer(caption, truncation=True, return_offsets_mapping=True, return_tensors="pt")
+    with TOKENIZER_LOCK:
+        tokens = processor.tokenizer(caption, truncation=True, return_offsets_mapping=True, return_tensors="pt")
     offsets = tokens["offset_mapping"][0].tolist()
     input_ids, attention_mask = (tokens[name].to(model.device) for name in ("input_ids", "attention_mask"))
     pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device)

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
 from modeling_cots.data.image_augmentation import ImageTransform, read_resized
-from modeling_cots.data.image_reading import ImageFile, UnreadableImageError, read_image
+from modeling_cots.image_reading_cots import ImageFile, UnreadableImageError, read_image
 
 POLICY = "rand-m9-n2-mstd0.5"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_cots import ImageTokenizer, ScenesDataset
-from modeling_cots.data.image_reading import UnreadableImageError
 from modeling_cots.data.image_token_cache import TokenSource
+from modeling_cots.image_reading_cots import UnreadableImageError
 from modeling_cots.method.image_tokenizer import digest_codebook
 from modeling_cots.training.setup import choose_image_tokens
 

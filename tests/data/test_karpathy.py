@@ -5,9 +5,9 @@ import json
 import pytest
 from karpathy_data import write_karpathy
 
-from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.karpathy import is_karpathy, karpathy_name, load_karpathy
 from modeling_cots.data.opening import open_dataset
+from modeling_cots.image_reading_cots import read_image
 
 COCO_SPLITS = ["train", "restval", "val", "test", "train", "restval", "test"]
 

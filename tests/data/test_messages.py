@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_cots.data.image_reading import UnreadableImageError, read_image
 from modeling_cots.data.messages import shorten, shown
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.skip_report import SkipReport, StreamReport, and_more
 from modeling_cots.data.videos import open_videos
+from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 
 MAX_MESSAGE = 1_000
 

@@ -19,8 +19,8 @@ from pair_writers import (
 from torch.utils.data import DataLoader
 
 from modeling_cots.data import files
-from modeling_cots.data.image_reading import UnreadableImageError, read_image
 from modeling_cots.data.pairs import open_pairs
+from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from browser import open_browser, overflow, skip_without_browser
+from image_files import thin_png
 from PIL import Image
 
 from modeling_cots import COTSModel
@@ -198,3 +199,35 @@ def test_the_space_has_its_front_matter_and_phones_nobody(app):
         line.split(">")[0].split("=")[0] for line in required.splitlines()
     }
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_a_brought_image_is_given_to_the_model_as_in_training(app, collection, tmp_path):
+    """Gradio would clip its 16 bits a pixel; what it turns upright, nobody turns once more."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    levels = np.random.default_rng(0).integers(0, 2**16, (30, 50), dtype=np.uint16)
+    Image.fromarray(np.ascontiguousarray(np.rot90(levels))).save(tmp_path / "deep.png", exif=exif)
+    image = next(block for block in app.build(collection, []).blocks.values() if block.elem_id == "image")
+    path = image.preprocess(image.data_model(path=str(tmp_path / "deep.png"), orig_name="deep.png"))
+    upright = Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB")
+    assert np.array_equal(np.asarray(app.open_upload(path)), np.asarray(upright))
+    choices, _ = app.Page(collection).describe(path)
+    found = app.find_texts(collection, upright)
+    assert choices["choices"] == [(f"{text} ({score:.2f})", text) for text, score in found]
+
+
+@pytest.mark.parametrize("content", [thin_png(1, 4_000_000), b"no image"])
+def test_a_brought_file_that_cannot_be_read_is_an_error_on_the_page(app, collection, tmp_path, content):
+    (tmp_path / "image.png").write_bytes(content)
+    for act in (
+        app.Page(collection).describe,
+        lambda path: app.Page(collection).show_word(path, "a circle", "circle"),
+    ):
+        with pytest.raises(app.gr.Error, match="This image cannot be read. (The image has 1 x|Unidentified)"):
+            act(str(tmp_path / "image.png"))
+
+
+def test_the_heat_map_of_a_large_image_is_small(app, collection, tmp_path):
+    Image.new("RGB", (3_000, 2_000)).save(tmp_path / "image.png")
+    shown = app.Page(collection).show_word(str(tmp_path / "image.png"), "a red circle", "circle")
+    assert shown["value"].size == (512, 341)

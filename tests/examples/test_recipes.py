@@ -53,6 +53,18 @@ def test_every_value_of_the_papers_recipes_has_its_source(name):
     assert "not been run" in text
 
 
+def test_gradients_of_the_papers_videos_are_not_clipped():
+    """The supplement mentions no clipping. transformers would clip; where a recipe keeps that, it says so."""
+    assert parse(CONFIGS / "msrvtt.yaml")[1].max_grad_norm == 0
+    for name in PAPER_RECIPES:
+        assert "max_grad_norm" in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", PAPER_RECIPES)
+def test_every_recipe_of_the_paper_takes_its_adam_by_name(name):
+    assert parse(CONFIGS / f"{name}.yaml", "--optim", "adam")[1].optim == "adam"
+
+
 @pytest.mark.parametrize("name", ["pretrain_5m", "pretrain_15m"])
 def test_pretraining_is_that_of_the_method(name):
     """Our reading of the paper: optimizer, m and tau of fine-tuning; 12,800; 5e-5 for 5 epochs; 384 pixels; 256."""

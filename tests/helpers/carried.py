@@ -5,6 +5,8 @@ CARRIED = {
     "encoders_cots.py",
     "hub_export.py",
     "hub_push.py",
+    "image_processing_cots.py",
+    "image_reading_cots.py",
     "modeling_cots.py",
     "pipeline_cots.py",
     "processing_cots.py",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from modeling_cots.data.image_augmentation import ImageTransform
 from modeling_cots.data.image_collators import COTSDataCollator
-from modeling_cots.data.image_reading import read_image
+from modeling_cots.image_reading_cots import read_image
 
 SIZE, PATCH, MAX_TEXT_LENGTH = 32, 8, 24
 MEAN = [0.5, 0.4, 0.3]

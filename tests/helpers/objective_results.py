@@ -21,6 +21,19 @@ def make_result(
     valid = torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
     keep_mask = valid.clone() if keep_mask is None else torch.tensor(keep_mask)
     embeds = torch.zeros(len(scores), 2)
-    batch = GlobalBatch(embeds, embeds, torch.arange(len(scores)), valid, slice(0, len(scores)))
+    numbers = torch.arange(len(scores))
+    batch = GlobalBatch(embeds, embeds, numbers, numbers, valid)
     losses = {name: torch.tensor(value) for name, value in (losses or {}).items()}
-    return ObjectiveOutput(torch.zeros(()), losses, (), batch, scores, keep_mask, torch.tensor(threshold), None)
+    return ObjectiveOutput(
+        loss=torch.zeros(()),
+        losses=losses,
+        logits=(),
+        chance_loss=torch.tensor(9.0),
+        batch=batch,
+        local=slice(0, len(scores)),
+        key_drift=torch.tensor(math.nan),
+        scores=scores,
+        keep_mask=keep_mask,
+        filter_threshold=torch.tensor(threshold),
+        model_output=None,
+    )

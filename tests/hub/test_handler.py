@@ -30,8 +30,7 @@ class StubProcessor:
         if text is not None:
             inputs["input_ids"] = torch.tensor([[t.lower().count(chr(97 + i)) + 1.0 for i in range(26)] for t in text])
         if images is not None:
-            assert all(image.mode == "RGB" for image in images)
-            pixels = [list(image.resize((1, 1)).tobytes()) for image in images]
+            pixels = [list(image.convert("RGB").resize((1, 1)).tobytes()) for image in images]
             inputs["pixel_values"] = torch.tensor(pixels, dtype=torch.float32) + 1
         return inputs
 

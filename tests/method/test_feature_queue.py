@@ -115,18 +115,36 @@ def test_holds_half_precision_embeddings_in_float32():
     assert contents(queue) == [0]
 
 
-def test_candidates_are_the_queue_and_fresh_pairs_after_it_and_change_with_neither():
+def test_candidates_are_copies_to_which_a_batch_is_joined():
     queue = PairQueue(5, D)
-    queue.push(*pairs(0, 3))
-    images, texts, scores, ids = pairs(7, 2)
-    valid = torch.tensor([True, False])
-    alone = queue.candidates()
-    fresh = queue.candidates(GlobalBatch(images, texts, ids, valid, slice(0, 2)))
+    queue.push(*pairs(0, 3), torch.tensor([20, 21, 22]))
+    images, texts, _, ids = pairs(7, 2)
+    batch = GlobalBatch(images, texts, ids, ids + 20, torch.tensor([True, False]))
+    queued = queue.candidates()
+    both = queued.joined_with(batch)
     queue.push(*pairs(3, 5))  # in place, as it is after every batch
-    image_embeds, text_embeds, pair_ids, counts = fresh
-    assert [len(part) for part in alone] == [5] * 4 and [len(part) for part in fresh] == [7] * 4
-    assert all(torch.equal(part, both[:5]) for part, both in zip(alone, fresh, strict=True))
-    assert counts.tolist() == [True, True, True, False, False, True, False]
-    assert pair_ids[counts].tolist() == [0, 1, 2, 7]
-    assert image_embeds[counts, 0].tolist() == [0.25, 1.25, 2.25, 7.25]
-    assert text_embeds[counts, 0].tolist() == [0.5, 1.5, 2.5, 7.5]
+    for name, value in vars(queued).items():
+        assert len(value) == 5 and torch.equal(getattr(both, name)[:5], value)
+        assert torch.equal(getattr(both, name)[5:], getattr(batch, name))
+    assert both.valid.tolist() == [True, True, True, False, False, True, False]
+    kept = both[both.valid]
+    assert kept.pair_ids.tolist() == [0, 1, 2, 7] and kept.caption_ids.tolist() == [20, 21, 22, 27]
+    assert kept.image_embeds[:, 0].tolist() == [0.25, 1.25, 2.25, 7.25]
+    assert kept.text_embeds[:, 0].tolist() == [0.5, 1.5, 2.5, 7.5]
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 9), batches=st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_age_counts_the_pairs_that_came_later(size, batches):
+    queue, pushed = PairQueue(size, D), 0
+    for count in batches:
+        queue.push(*pairs(pushed, count))
+        pushed += count
+        ages = queue.age[queue.filled]
+        assert ages.tolist() == [pushed - 1 - number for number in queue.pair_ids[queue.filled].tolist()]
+
+
+def test_captions_that_nobody_numbered_are_equal_to_none():
+    queue = PairQueue(3, D)
+    queue.push(*pairs(0, 2))
+    assert queue.caption_ids.tolist() == [-1, -1, -1]

@@ -1,13 +1,14 @@
 """Visual tokens: on the patch grid, from the raw image, by a codebook that stays frozen."""
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
-from modeling_cots.method.image_tokenizer import ImageTokenizer
+from modeling_cots.method.image_tokenizer import ImageTokenizer, digest_codebook, pool_by_area
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
 
@@ -66,18 +67,52 @@ def test_equals_a_slow_twin(tokenizer, image_size, patch_size):
     assert len(expected.unique()) > 3  # else any grid would do
 
 
-def test_equals_a_slow_twin_where_8_does_not_divide_the_patch(tokenizer):
-    """Patches of 14: pooled pixel k of 8 is the mean of pixels floor(14 k / 8) to ceil(14 (k + 1) / 8), so that no
-    pooled pixel reaches into a neighboring patch."""
-    pixels = images(2, 42, 56)
-    pooled = torch.empty(2, 3, 24, 32)
-    for y in range(24):
-        for x in range(32):
-            window = pixels[:, :, y * 14 // 8 : -(-(y + 1) * 14 // 8), x * 14 // 8 : -(-(x + 1) * 14 // 8)]
-            pooled[:, :, y, x] = window.mean(dim=(2, 3))
-    expected = slow_tokens(tokenizer, pooled)
-    assert torch.equal(tokenizer(normalize(pixels), (14, 14)), expected)
+def slow_area_means(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Each pooled pixel is the integral over its part of the image, divided by its area, in exact fractions."""
+    pooled = torch.zeros(*pixels.shape[:2], height, width, dtype=torch.float64)
+    for y, (rows, row_shares) in enumerate(overlaps(pixels.shape[2], height)):
+        for x, (columns, column_shares) in enumerate(overlaps(pixels.shape[3], width)):
+            shares = torch.tensor([[float(a * b) for b in column_shares] for a in row_shares], dtype=torch.float64)
+            pooled[:, :, y, x] = (pixels[:, :, rows][..., columns].double() * shares).sum(dim=(2, 3))
+    return pooled
+
+
+def overlaps(length: int, parts: int) -> list[tuple[list[int], list[Fraction]]]:
+    """For each of the equal parts of an interval, the whole numbers in it, and which share of the part each makes."""
+    size, found = Fraction(length, parts), []
+    for part in range(parts):
+        start, end = part * size, (part + 1) * size
+        inside = [k for k in range(length) if k < end and k + 1 > start]
+        found.append((inside, [(min(end, k + 1) - max(start, k)) / size for k in inside]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size"),
+    [((42, 56), (14, 14)), ((24, 36), (12, 12)), ((40, 30), (10, 10)), ((28, 32), (14, 16)), ((12, 12), (4, 6))],
+)
+def test_equals_a_slow_twin_where_8_does_not_divide_the_patch(tokenizer, image_size, patch_size):
+    """For patches of 14 a pooled pixel is the mean of 1.75 x 1.75 pixels: no pixel counts more than another."""
+    pixels = images(2, *image_size)
+    grid = [8 * side // patch_side for side, patch_side in zip(image_size, patch_size, strict=True)]
+    pooled = slow_area_means(pixels, *grid)
+    torch.testing.assert_close(pool_by_area(pixels, *grid).double(), pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pooled.mean(dim=(2, 3)), pixels.double().mean(dim=(2, 3)), rtol=0, atol=1e-9)
+    expected = slow_tokens(tokenizer, pooled.float())
+    assert torch.equal(tokenizer(normalize(pixels), patch_size), expected)
     assert len(expected.unique()) > 3
+
+
+def test_windows_that_overlap_would_give_other_tokens(tokenizer):
+    pixels = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    of_windows = slow_tokens(tokenizer, F.adaptive_avg_pool2d(pixels, (64, 64)))
+    assert (tokenizer(normalize(pixels), (14, 14)) != of_windows).float().mean() > 0.05
+
+
+def test_only_tokens_that_changed_have_another_fingerprint(tokenizer):
+    of_version_0_1 = digest_codebook(tokenizer.codebook, pixels_per_token=8, epsilon=0.1)
+    assert tokenizer.fingerprint((16, 16)) == tokenizer.fingerprint((8, 32)) == of_version_0_1
+    assert tokenizer.fingerprint((14, 14)) == tokenizer.fingerprint((16, 14)) != of_version_0_1
 
 
 def test_the_codebook_sees_the_raw_image(tokenizer):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from modeling_cots.method.global_batch import GlobalBatch
 from modeling_cots.method.losses import (
     EXCLUDED_LOGIT,
     excluded_candidates,
@@ -37,14 +38,26 @@ def batch() -> dict[str, torch.Tensor]:
         "image_queue": unit(C, D, seed=5),
         "text_queue": unit(C, D, seed=6),
         "pair_ids": torch.arange(B),
+        "caption_ids": torch.tensor([50, 51, 52, 53, -1]),
         "queue_ids": torch.tensor([7, 8, 1, 9, 10, 4, 4, 11, -1, -1, -1]),
+        "queue_caption_ids": torch.tensor([60, 50, 61, 62, 53, 63, 64, -1, -1, -1, -1]),
         "filled": torch.arange(C) < 8,
         "keep": torch.tensor([True, True, False, True, True]),
     }
 
 
+def pairs_of(batch: dict) -> GlobalBatch:
+    keys = batch["momentum_image_embeds"], batch["momentum_text_embeds"]
+    return GlobalBatch(*keys, batch["pair_ids"], batch["caption_ids"], torch.ones(B, dtype=torch.bool))
+
+
+def queue_of(batch: dict) -> GlobalBatch:
+    keys = batch["image_queue"], batch["text_queue"]
+    return GlobalBatch(*keys, batch["queue_ids"], batch["queue_caption_ids"], batch["filled"])
+
+
 def rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    excluded = excluded_candidates(batch["pair_ids"], batch["queue_ids"], batch["filled"])
+    excluded = excluded_candidates(pairs_of(batch), queue_of(batch))
     i2t = queue_logits(
         batch["image_embeds"], batch["momentum_text_embeds"], batch["text_queue"], excluded, TEMPERATURE
     )
@@ -65,7 +78,13 @@ def slow_row(query, positive, queue, allowed) -> dict[int, float]:
 
 def slow_rows(batch: dict, i: int) -> tuple[dict[int, float], dict[int, float]]:
     b = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    allowed = [j for j in range(C) if b["filled"][j] and b["queue_ids"][j] != b["pair_ids"][i]]
+    allowed = [
+        j
+        for j in range(C)
+        if b["filled"][j]
+        and b["queue_ids"][j] != b["pair_ids"][i]
+        and (b["queue_caption_ids"][j] != b["caption_ids"][i] or b["caption_ids"][i] == -1)
+    ]
     p = slow_row(b["image_embeds"][i], b["momentum_text_embeds"][i], b["text_queue"], allowed)
     q = slow_row(b["text_embeds"][i], b["momentum_image_embeds"][i], b["image_queue"], allowed)
     return p, q
@@ -105,7 +124,7 @@ def test_unfilled_entries_never_count(batch):
 
 
 def test_other_captions_of_the_same_image_are_no_negatives(batch):
-    excluded = excluded_candidates(batch["pair_ids"], batch["queue_ids"], batch["filled"])
+    excluded = excluded_candidates(pairs_of(batch), queue_of(batch), equal_captions=False)
     assert excluded[1].nonzero().flatten().tolist() == [2, 8, 9, 10]
     assert excluded[4].nonzero().flatten().tolist() == [5, 6, 8, 9, 10]
     for temperature in (TEMPERATURE, 100.0):
@@ -115,6 +134,17 @@ def test_other_captions_of_the_same_image_are_no_negatives(batch):
         probabilities = logits.softmax(dim=1)[:, 1:]
         assert (probabilities[excluded] == 0).all()
         assert (probabilities[~excluded] > 0).all()
+
+
+def test_pairs_with_equal_captions_are_no_negatives(batch):
+    excluded = excluded_candidates(pairs_of(batch), queue_of(batch))
+    assert excluded[0].nonzero().flatten().tolist() == [1, 8, 9, 10]  # caption 50 is queued with another image
+    assert excluded[3].nonzero().flatten().tolist() == [4, 8, 9, 10]
+    assert excluded[1].nonzero().flatten().tolist() == [2, 8, 9, 10]  # its own image alone
+    assert not excluded[4][7]  # a caption that nobody numbered is equal to none, not even to another such
+    for name in ("i2t", "t2i"):
+        logits = dict(zip(("i2t", "t2i"), rows(batch), strict=True))[name]
+        assert logits.softmax(dim=1)[0, 2] == 0  # in both directions, and so in KL, which takes the same logits
 
 
 def test_kl_is_zero_on_equal_rows_symmetric_and_never_negative(batch):

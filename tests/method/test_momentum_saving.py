@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from modeling_cots.method.momentum import MOMENTUM_STATE_NAME, MomentumState
+from modeling_cots.method.momentum import MOMENTUM_STATE_NAME, NEW_IN_0_2, MomentumState
 
 QUEUE_SIZE = 5
 
@@ -117,3 +118,24 @@ def test_a_model_with_a_further_layer_is_an_error(trained, tmp_path):
     trained.save(str(tmp_path))
     with pytest.raises(ValueError, match="(?s)another model.*encoder.model.layer.weight"):
         MomentumState(deeper, QUEUE_SIZE).load(str(tmp_path))
+
+
+def test_a_state_that_0_1_saved_is_taken_with_captions_and_freshness_unknown(trained, tmp_path):
+    trained.save(str(tmp_path))
+    path = tmp_path / MOMENTUM_STATE_NAME
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: value for name, value in tensors.items() if name not in NEW_IN_0_2}, path)
+    restored = MomentumState(TwoStreams(seed=2), QUEUE_SIZE)
+    restored.load(str(tmp_path))
+    assert torch.equal(restored.queue.pair_ids, trained.queue.pair_ids)
+    assert (restored.queue.caption_ids == -1).all() and restored.queue.fresh_keys.num_fresh == 0
+
+
+def test_a_state_with_other_names_is_an_error(trained, tmp_path):
+    trained.save(str(tmp_path))
+    path = tmp_path / MOMENTUM_STATE_NAME
+    tensors = safetensors.torch.load_file(path)
+    tensors["encoder.model.bias"] = tensors.pop("encoder.model.weight")
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"another model .*encoder.model.weight.*encoder.model.bias"):
+        MomentumState(TwoStreams(), QUEUE_SIZE).load(str(tmp_path))

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer, BertModel, FlavaImageCodebook, FlavaImageCodebookConfig, ViTModel
 
 from modeling_cots.scripts.factory import (
+    build_config,
     build_image_tokenizer,
     build_model,
     build_processor,
@@ -127,3 +128,16 @@ def test_the_image_tokenizer_is_loaded_or_random_and_says_so(tiny_config, tokeni
     finally:
         factory.logger.warning = original
     assert "random codebook of 50 tokens" in messages[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"a": ', "[1]", "3", '{"vision_config": 3}', '{"vision_config": {"image_size": "x"}}', '{"temperature": 0}'],
+)
+def test_a_broken_configuration_is_refused_in_one_sentence_that_names_the_file(tmp_path, text):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        build_config(None, str(path), None, None)
+    assert str(refused.value).startswith(f"{path} is no JSON file of COTSConfig fields: ")
+    assert "\n" not in str(refused.value)

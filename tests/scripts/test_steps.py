@@ -10,11 +10,14 @@ from transformers import BertModel, FlavaImageCodebook, FlavaImageCodebookConfig
 from modeling_cots import COTSForPreTraining, COTSModel, COTSProcessor, COTSTrainingArguments
 from modeling_cots.scripts.steps import (
     DataArguments,
+    MeasuringArguments,
     ModelArguments,
     StreamArguments,
     build_parts,
+    check_measuring,
     held_out_options,
     open_split,
+    parse_options,
     read_config,
 )
 
@@ -31,6 +34,25 @@ def test_no_split_is_no_data_set():
     assert open_split(DataArguments("scenes"), "none", image_size=32, seed=0) is None
     assert open_split(DataArguments("scenes"), None, image_size=32, seed=0) is None
     assert len(open_split(DataArguments("scenes"), "validation", image_size=32, seed=0)) == 200
+
+
+@pytest.mark.parametrize("options", [["--do_train"], ["--do_eval", "true"], ["--do_predict"]], ids=str)
+def test_what_transformers_leaves_to_scripts_is_refused_where_it_would_be_ignored(options):
+    argv = ["--dataset", "scenes", "--use_cpu"]
+    with pytest.raises(ValueError, match=f"{options[0].removeprefix('--')} would be ignored"):
+        parse_options(DataArguments, argv=[*argv, *options])
+    options, args = parse_options(DataArguments, argv=[*argv, "--eval_strategy", "epoch"])
+    assert options.dataset == "scenes" and args.do_eval
+
+
+def test_a_run_that_only_measures_goes_on_with_no_training(tmp_path):
+    @dataclass
+    class Options(ModelArguments, MeasuringArguments, DataArguments):
+        pass
+
+    args = COTSTrainingArguments(output_dir=str(tmp_path), use_cpu=True, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="only measures"):
+        check_measuring(Options("scenes", model="mine", train_split="none", zero_shot_protocol="none"), args)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots import COTSModel, ScenesDataset, export_repository
 from modeling_cots.search.embedding import (
     Embedder,
     ImageFolder,
@@ -83,9 +83,10 @@ def test_identity_is_that_of_weights_and_processing(tiny_config, tiny_processor,
     model = COTSModel(tiny_config)
     identity = model_identity(model, tiny_processor)
     model.save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
-    loaded, processor = COTSModel.from_pretrained(tmp_path), type(tiny_processor).from_pretrained(tmp_path)
-    assert model_identity(loaded, processor) == identity
+    for save in (tiny_processor.save_pretrained, lambda folder: export_repository(model, tiny_processor, folder)):
+        save(tmp_path)
+        loaded, processor = COTSModel.from_pretrained(tmp_path), type(tiny_processor).from_pretrained(tmp_path)
+        assert model_identity(loaded, processor) == identity
     processor(text=["a", "b c"], padding=True, truncation=True)  # leaves its settings in the tokenizer
     assert model_identity(COTSModel.from_pretrained(tmp_path, dtype="bfloat16"), processor) == identity
     other = copy.deepcopy(processor)

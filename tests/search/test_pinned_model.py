@@ -41,12 +41,12 @@ def push(source: str, repo_id: str, shift: float = 0.0, **options) -> str:
 
 
 def cots_search(folder: str, *words: str) -> str:
-    """What the command prints, or the one line with which it ends."""
+    """What the command prints, or its error."""
     os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             main(list(words))
-        except SystemExit as error:
+        except ValueError as error:
             return str(error)
     return said.getvalue()
 
@@ -110,7 +110,7 @@ def test_a_branch_with_a_slash_and_a_revision_that_is_not_there(hub, folder):
     assert "IDX has 4" in said
     assert json.loads((folder / "IDX" / "index.json").read_text())["info"]["model_commit"] == branch
     said = hub.run(cots_search, str(folder), "query", "IDX", "red", "--revision", "v9")
-    assert said.startswith("cots-search: There is no COTS model in") and "at the revision 'v9'" in said
+    assert said.startswith("There is no COTS model in") and "at the revision 'v9'" in said
 
 
 def test_a_revision_of_a_folder_is_refused(folder):

@@ -1,7 +1,9 @@
 """Which folders are taken for whole checkpoints, which one is the newest, and which ones are deleted."""
 
 import json
+import os
 import shutil
+import time
 import zlib
 
 import pytest
@@ -85,6 +87,36 @@ def test_the_order_survives_copying(tmp_path):
     for step in (3, 5):
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "copy" / f"checkpoint-{step}")
     assert latest_checkpoint(tmp_path / "copy") == str(tmp_path / "copy" / "checkpoint-3")
+
+
+def test_the_order_needs_no_clock(tmp_path, monkeypatch):
+    """Nothing is deleted that was just saved, though the clock is set back between two saves."""
+    clock = iter([2e9, 1e9, 1.5e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    for step in (2, 4, 6):
+        folder = write(tmp_path, step)
+        os.utime(folder / MANIFEST_NAME, (1e9 - step, 1e9 - step))
+        rotate_checkpoints(tmp_path, 1)
+        assert names(tmp_path) == [f"checkpoint-{step}"] and latest_checkpoint(tmp_path) == str(folder)
+
+
+def test_manifests_without_a_number_are_older_and_in_the_order_of_their_steps(tmp_path):
+    """As 0.1 wrote them."""
+    for step in (10, 4):
+        manifest = json.loads((write(tmp_path, step) / MANIFEST_NAME).read_text())
+        del manifest["save_number"]
+        manifest["written"] = 1e9 / step
+        (tmp_path / f"checkpoint-{step}" / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    write(tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_step_that_is_saved_again_is_the_newest(tmp_path):
+    for step in (2, 4):
+        write(tmp_path, step)
+    commit_checkpoint(tmp_path / "checkpoint-2", num_processes=1)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_what_is_chosen(tmp_path):

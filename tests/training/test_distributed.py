@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from programs import TORCHRUN, run_python
 
 from modeling_cots.training.checkpoints import latest_checkpoint
 from modeling_cots.training.filter_log import read_filter_log
+from modeling_cots.training.recovery import LOCK_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -163,4 +165,16 @@ def test_when_one_process_hangs_the_other_ends_within_the_time_out(tmp_path):
 def test_a_mode_that_splits_the_model_is_refused(tmp_path):
     ended = launch(tmp_path / "run.pt", 1, "--batch", "4", "--fsdp", check=False)
     assert ended.returncode != 0
-    assert "ValueError: COTSTrainer keeps a full momentum copy of the model on every device" in ended.stderr
+    assert (
+        "ValueError: fsdp='full_shard' cannot be used: COTSTrainer keeps a full momentum copy of the model"
+        in ended.stderr
+    )
+
+
+def test_processes_of_one_launch_are_one_run_and_all_of_them_are_refused_beside_another(tmp_path):
+    folder = tmp_path / "run.pt.run"
+    folder.mkdir()
+    with FileLock(folder / LOCK_NAME):
+        ended = launch(tmp_path / "run.pt", 2, "--batch", "4", check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count(f"ValueError: Another run is training into {folder}") == 2

@@ -142,3 +142,16 @@ def test_a_run_logs_exactly_what_it_leaves_out(make_trainer, tmp_path):
 def test_without_the_filter_there_is_nothing_to_log(make_trainer):
     with pytest.raises(ValueError, match="adaptive_filter"):
         make_trainer(filter_log="log", adaptive_filter=False)
+
+
+def test_starts_are_numbered_without_a_clock(make_trainer, tmp_path, monkeypatch):
+    """The clock stands still, or goes back: what was taken last counts all the same."""
+    monkeypatch.setattr("time.time_ns", lambda: 0)
+    log = tmp_path / "log"
+    for number in (1, 2, 3):
+        assert FilterLog(log, 0).next_restart() == number
+        make_trainer(**ARGUMENTS, filter_log=str(log)).train("latest" if number == 2 else None)
+    table = read_filter_log(log)
+    assert set(table["attempt"].to_pylist()) == {3}
+    (log / "notes.parquet").write_bytes(b"")
+    assert FilterLog(log, 0).next_restart() == 4

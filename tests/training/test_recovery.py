@@ -3,11 +3,18 @@
 That a run which was stopped goes on exactly is in test_resume.py, test_killed_runs.py and test_distributed.py.
 """
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 
-from modeling_cots.training.checkpoints import check_checkpoint, commit_checkpoint
+from modeling_cots.training.checkpoints import MANIFEST_NAME, check_checkpoint, commit_checkpoint, latest_checkpoint
+from modeling_cots.training.recovery import LOCK_NAME, CheckpointError
+from modeling_cots.training.trainer import LoopEvents
 
 
 @pytest.fixture
@@ -61,3 +68,147 @@ def test_nothing_is_resumed_from_a_damaged_checkpoint(make_trainer, checkpoint):
         (checkpoint / name).write_bytes(content)
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
     trainer.train(str(checkpoint))
+
+
+# ------------------------------------------------------------------------------------------- one run a folder
+
+
+def test_a_second_run_into_the_same_folder_is_refused(make_trainer):
+    refused = []
+
+    def train_too(*args, **kwargs) -> None:
+        with pytest.raises(ValueError, match="Another run is training into .*: wait for its end, or choose another"):
+            make_trainer(max_steps=1).train()
+        refused.append(True)
+
+    first = make_trainer(max_steps=1)
+    first.add_callback(LoopEvents(on_step_end=train_too))
+    first.train()
+    assert refused == [True]
+    make_trainer(max_steps=1).train()  # the first has ended
+
+
+def test_a_run_that_failed_leaves_the_folder_free(make_trainer):
+    def fail(*args, **kwargs) -> None:
+        raise RuntimeError("a fault of the loop")
+
+    trainer = make_trainer(max_steps=1)
+    trainer.add_callback(LoopEvents(on_step_end=fail))
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    make_trainer(max_steps=1).train()
+
+
+HOLDER = """
+import os, sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire(timeout=0)
+worker = os.fork()  # as a worker of the data loader, which outlives a killed run for a while
+if worker:
+    print(worker, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_killed_run_is_in_nobodys_way(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run" / LOCK_NAME)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match="Another run"):
+            make_trainer(max_steps=1).train()
+        holder.kill()
+        holder.wait()
+        make_trainer(max_steps=1).train()
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    (tmp_path / "run").rmdir()
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=f"Nothing can be written to output_dir={tmp_path / 'run'}: "):
+        trainer.train()
+
+
+def test_a_folder_that_is_removed_during_the_run_is_made_anew_with_its_lock(make_trainer, tmp_path, caplog):
+    def remove(args, state, control, **kwargs) -> None:
+        if state.global_step == 1:
+            shutil.rmtree(tmp_path / "run")
+        if state.global_step == 3:
+            with pytest.raises(ValueError, match="Another run"):
+                make_trainer(max_steps=1).train()
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=2)
+    trainer.add_callback(LoopEvents(on_step_end=remove))
+    trainer.train()
+    assert "was removed during the run, and is made anew" in caplog.text
+    assert latest_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+# ------------------------------------------------------------------------------------------- what cannot be saved
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", f"{MANIFEST_NAME}.partial"]
+)
+def test_a_full_disk_is_one_sentence_that_says_where_to_go_on(make_trainer, tmp_path, name):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2" / name).symlink_to("/dev/full")
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    message = (
+        r"checkpoint-2 could not be saved: (No space left|.* as on a full disk).*the run goes on from .*checkpoint-1\."
+    )
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train()
+
+
+def test_a_folder_that_becomes_a_file_is_one_sentence(make_trainer, tmp_path):
+    def replace(*args, **kwargs) -> None:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("a file")
+
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LoopEvents(on_step_begin=replace))
+    with pytest.raises(ValueError, match=f"Nothing can be written to output_dir={tmp_path / 'run'}: "):
+        trainer.train()
+
+
+def test_an_error_of_another_kind_stays_what_it_is(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+
+    def fail(*args) -> None:
+        raise RuntimeError("a fault of the device")
+
+    monkeypatch.setattr(trainer.momentum_state, "save", fail)
+    with pytest.raises(RuntimeError, match="^a fault of the device$"):
+        trainer.train()
+
+
+def test_a_run_that_is_interrupted_says_where_to_go_on(make_trainer, tmp_path, caplog):
+    def interrupt(args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LoopEvents(on_step_end=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert f"stopped after step 2. With resume_from_checkpoint=latest the run goes on from {tmp_path}" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------- what is kept secret
+
+
+def test_no_file_of_a_run_holds_the_token_of_the_hub(make_trainer, tmp_path):
+    token = "hf_" + "secret" * 6
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, hub_token=token)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run" / "model"))
+    trainer.export_model(str(tmp_path / "run" / "export"))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.name == "training_args.bin"]) == 2
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == token

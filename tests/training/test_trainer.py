@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import IMAGE_SIZE
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
@@ -16,6 +17,7 @@ LOGGED = {
     "loss_kl",
     "loss_cmvm",
     "loss_cmlm",
+    "chance_loss",
     "kept_fraction",
     "filter_threshold",
     "queue_fill",
@@ -55,7 +57,7 @@ def fill_queue(trainer) -> None:
 def test_loss_equals_the_method_written_out(make_trainer):
     """Filter, four losses, weights: one pair at a time in plain Python, from what the two models embed."""
     weights = {"mcl_weight": 0.7, "kl_weight": 0.5, "cmvm_weight": 0.3, "cmlm_weight": 0.2}
-    trainer = make_trainer(**weights, filter_num_std=0.5)
+    trainer = make_trainer(**weights, filter_num_std=0.5, batch_candidates=False)  # the paper's candidates
     fill_queue(trainer)
     model, tau = trainer.model.eval(), trainer.model.config.temperature
     batch = batch_of(trainer, range(8))
@@ -119,6 +121,54 @@ def test_batch_candidates_join_the_queue(make_trainer):
             row = torch.cat([keys[side][i : i + 1], keys[side][others]]) @ queries[side][i] / tau
             expected = expected - row.log_softmax(0)[0] / 5
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class SameCaptions(ScenesDataset):
+    """Scenes of which those with an even number share one caption, but for its case."""
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        return item if index % 2 else {**item, "captions": [["a red circle", "A red  circle."][index // 2 % 2]]}
+
+
+@pytest.mark.parametrize(("mask", "num_fresh"), [(True, 0), (True, 7), (False, 20)])
+def test_candidates_are_fresh_keys_of_other_images_and_captions(make_trainer, mask, num_fresh):
+    """The loss, and the drift of the keys, one pair at a time in plain Python."""
+    only_contrast = {"adaptive_filter": False, "cmvm_weight": 0, "cmlm_weight": 0, "kl_weight": 0}
+    dataset = SameCaptions("train", 24, IMAGE_SIZE)
+    trainer = make_trainer(train_dataset=dataset, mask_equal_captions=mask, **only_contrast)
+    fill_queue(trainer)
+    batch = batch_of(trainer, range(6))
+    queue = trainer.queue
+    queue.caption_ids[[3, 19]] = batch["caption_ids"][0]
+    queue.pair_ids[11] = 1
+    queue.fresh_keys.num_fresh.fill_(num_fresh)
+    model, tau = trainer.model.eval(), trainer.model.config.temperature
+    result = trainer.objective(model, batch, 0)
+    slow = trainer.momentum_state.encoder.model
+    sides = {
+        "i2t": (result.model_output.image_embeds, slow.encode_text(batch["input_ids"], batch["attention_mask"])),
+        "t2i": (result.model_output.text_embeds, slow.encode_image(batch["pixel_values"])),
+    }
+    of_queue = {"i2t": queue.text_embeds, "t2i": queue.image_embeds}
+    expected, drifts = 0.0, []
+    for side, (queries, keys) in sides.items():
+        drift = []
+        for i in range(6):
+            alike = {j for j in range(6) if mask and i % 2 == j % 2 == 0} | {i}
+            newest_first = list(range(19, -1, -1))  # 20 pairs were pushed at once
+            excluded = {3, 19} if mask and i % 2 == 0 else set()
+            excluded |= {11} if i == 1 else set()
+            negatives = [of_queue[side][j] for j in newest_first[:num_fresh] if j not in excluded]
+            fresh = [keys[j] for j in range(6) if j not in alike]
+            logits = torch.stack([keys[i], *negatives, *fresh]) @ queries[i] / tau
+            expected = expected - logits.log_softmax(0)[0] / 6
+            measured = [of_queue[side][j] for j in newest_first[: num_fresh + 6] if j not in excluded]
+            difference = torch.stack(fresh) @ queries[i] / tau, torch.stack(measured) @ queries[i] / tau
+            drift.append((difference[0].mean() - difference[1].mean()).item())
+        drifts.append(abs(sum(drift) / 6))
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert result.key_drift.item() == pytest.approx(max(drifts), rel=1e-4)
 
 
 def test_the_queue_takes_the_batch_after_the_losses(make_trainer):
@@ -252,6 +302,22 @@ def test_evaluates_by_retrieval(make_trainer):
     assert metrics["eval_t2i_recall_at_10"] == 100  # of 10 images
     assert trainer.state.log_history[-1]["eval_recall_sum"] == metrics["eval_recall_sum"]
     assert trainer.example_retrievals.wanted == [0, 4, 9] and trainer.example_retrievals.num_images == 10
+
+
+def test_predicts_the_embeddings_that_it_evaluates(make_trainer):
+    scenes = BrokenScenes("validation", 10, 32, broken={3})
+    trainer = make_trainer(eval_dataset=scenes)
+    predicted = trainer.predict(scenes)
+    (image_embeds, text_embeds), (image_ids, text_ids) = predicted.predictions, predicted.label_ids
+    assert image_ids.tolist() == [pair_id for pair_id in range(10) if pair_id != 3]
+    assert image_embeds.shape == (9, 16) and text_embeds.shape == (45, 16) and len(text_ids) == 45
+    best = (text_embeds @ image_embeds.T).argmax(axis=1)
+    recall = 100 * (image_ids[best] == text_ids).mean()
+    assert predicted.metrics["test_t2i_recall_at_1"] == pytest.approx(recall)
+    evaluated = trainer.evaluate()
+    assert predicted.metrics == {
+        name.replace("eval_", "test_"): evaluated[name] for name in evaluated if name != "epoch"
+    }
 
 
 def test_learns_fixed_pairs(make_trainer):

@@ -1,0 +1,319 @@
+"""`read_image` on real encoded bytes: every mode, orientation and damage that a folder of images may hold."""
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from image_files import thin_png
+from PIL import ExifTags, Image, ImageFile
+
+from modeling_cots.image_reading_cots import MAX_IMAGE_SIDE, UnreadableImageError, fetch_image, read_image
+
+COLOR = (200, 100, 50)
+GRAY = 117
+# How an image is stored under each value of EXIF's orientation tag (EXIF 2.3, tag 0x0112).
+STORED_AS = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def draw_image(height: int = 5, width: int = 7) -> np.ndarray:
+    """(height, width, 3) noise: no two of its eight orientations are alike."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def exif(orientation: int) -> Image.Exif:
+    data = Image.Exif()
+    data[ExifTags.Base.Orientation] = orientation
+    return data
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that claims a size and holds next to nothing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+# Modes
+
+
+def plain(mode: str, color) -> Image.Image:
+    return Image.new(mode, (8, 8), color)
+
+
+PLAIN_IMAGES = {
+    "rgb": (encode(plain("RGB", COLOR), "PNG"), COLOR),
+    "jpeg": (encode(plain("RGB", COLOR), "JPEG", quality=95), COLOR),
+    "webp": (encode(plain("RGB", COLOR), "WEBP", lossless=True), COLOR),
+    "gif": (encode(plain("RGB", COLOR), "GIF"), COLOR),
+    "grey": (encode(plain("L", GRAY), "PNG"), (GRAY,) * 3),
+    "gray jpeg": (encode(plain("L", GRAY), "JPEG"), (GRAY,) * 3),
+    "gray with alpha": (encode(plain("LA", (GRAY, 255)), "PNG"), (GRAY,) * 3),
+    "black and white": (encode(plain("1", 1), "PNG"), (255,) * 3),
+    "palette": (encode(plain("RGB", COLOR).quantize(4), "PNG"), COLOR),
+    "transparent palette": (encode(plain("RGB", COLOR).quantize(4), "PNG", transparency=b"\xff\x80"), COLOR),
+    "rgba": (encode(plain("RGBA", (*COLOR, 255)), "PNG"), COLOR),
+    "half transparent": (encode(plain("RGBA", (*COLOR, 128)), "PNG"), COLOR),
+    "cmyk": (encode(plain("CMYK", (55, 155, 205, 0)), "TIFF"), COLOR),
+    "cmyk jpeg": (encode(plain("CMYK", (55, 155, 205, 0)), "JPEG", quality=95), COLOR),
+    "luma and chroma": (encode(plain("RGB", COLOR).convert("YCbCr"), "JPEG", quality=95), COLOR),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_IMAGES)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_every_mode_becomes_rgb_of_the_same_color(name):
+    data, color = PLAIN_IMAGES[name]
+    image = read_image(data)
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert np.abs(np.asarray(image).astype(int) - color).max() <= 3  # JPEG rounds
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "PGM", "32-bit pixels"])
+def test_sixteen_bits_keep_their_upper_eight(kind):
+    levels = np.linspace(0, 2**16 - 1, 64).astype(np.uint16).reshape(8, 8)
+    source = {
+        "PNG": lambda: encode(Image.fromarray(levels), "PNG"),
+        "TIFF": lambda: encode(Image.fromarray(levels), "TIFF"),
+        "big-endian TIFF": lambda: encode(Image.fromarray(levels.astype(">u2")), "TIFF"),
+        "PGM": lambda: b"P5 8 8 65535\n" + levels.astype(">u2").tobytes(),
+        "32-bit pixels": lambda: Image.fromarray(levels.astype(np.int32)),
+    }[kind]()
+    expected = np.repeat(levels[:, :, None] // 256, 3, axis=2)
+    assert np.array_equal(np.asarray(read_image(source)), expected)
+
+
+def test_wider_values_than_sixteen_bits_are_clipped_and_do_not_wrap_around():
+    image = Image.fromarray(np.array([[-5, 2**16, 2**20]], dtype=np.int32))
+    assert np.asarray(read_image(image))[0, :, 0].tolist() == [0, 255, 255]
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_images_stand_upright(orientation, format):
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](draw_image())))
+    image = read_image(encode(stored, format, exif=exif(orientation)))
+    assert np.array_equal(np.asarray(image), draw_image())
+
+
+def test_sixteen_bit_images_stand_upright_too():
+    levels = np.arange(0, 35 * 256, 256, dtype=np.uint16).reshape(5, 7)
+    data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(levels))), "PNG", exif=exif(6))
+    assert np.array_equal(np.asarray(read_image(data))[:, :, 0], levels // 256)
+
+
+def test_an_orientation_counts_though_another_tag_is_damaged():
+    """Here PIL's own `exif_transpose` raises, because it writes all tags anew."""
+    # One of its tags claims to be text where a number must stand.
+    tags = struct.pack(">HHIIHHIHH", 0x0119, 2, 5, 0x26, 0x0112, 3, 1, 6, 0)
+    data = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + tags + bytes(4) + b"text\0"
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(draw_image())))
+    assert np.array_equal(np.asarray(read_image(encode(stored, "PNG", exif=data))), draw_image())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"Exif\0\0nothing of the kind",
+        b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01",  # ends inside its first tag
+        b"Exif\0\0II*\0\xff\xff\xff\x7f",  # points far beyond its end
+        b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 3, 1, 99, 0),  # no such orientation
+        b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 2, 2, ord("A"), 0),  # text for a number
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_does_not_cost_the_image(data, format):
+    image = read_image(encode(plain("RGB", COLOR), format, exif=data))
+    assert np.abs(np.asarray(image).astype(int) - COLOR).max() <= 3
+
+
+# Sources
+
+
+def test_every_kind_of_source_gives_the_same_image(tmp_path):
+    data = encode(Image.fromarray(draw_image()), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    sources = [
+        data,
+        {"bytes": data, "path": None},
+        {"bytes": data, "path": "not/there.png"},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        {"path": str(tmp_path / "a.png")},
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        Image.fromarray(draw_image()),
+    ]
+    assert all(np.array_equal(np.asarray(read_image(source)), draw_image()) for source in sources)
+
+
+def test_an_image_given_as_such_is_left_alone():
+    image = Image.fromarray(draw_image())
+    read_image(image).paste((0, 0, 0), (0, 0, 7, 5))
+    assert np.array_equal(np.asarray(image), draw_image())
+
+
+# Damage
+
+
+def damaged_sources() -> dict:
+    jpeg = encode(Image.fromarray(draw_image(64, 64)), "JPEG")
+    png = encode(Image.fromarray(draw_image(64, 64)), "PNG")
+    broken_middle = bytearray(png)
+    broken_middle[len(png) // 2] ^= 0xFF
+    return {
+        "no bytes": b"",
+        "text": b"<html>404 Not Found</html>",
+        "a header alone": jpeg[:20],
+        "truncated JPEG": jpeg[: len(jpeg) // 2],
+        "truncated PNG": png[: len(png) // 2],
+        "a flipped bit in PNG": bytes(broken_middle),
+        "truncated, opened by the caller": Image.open(io.BytesIO(jpeg[: len(jpeg) // 2])),
+        "a missing file": {"bytes": None, "path": "no/such/file.jpg"},
+        "a folder": {"bytes": None, "path": "."},
+        "no source": {"bytes": None, "path": None},
+        "nothing": None,
+    }
+
+
+@pytest.mark.parametrize("name", damaged_sources())
+def test_damage_is_one_clear_error(name):
+    with pytest.raises(UnreadableImageError, match=r"^\w+(Error|Warning): "):
+        read_image(damaged_sources()[name])
+
+
+@pytest.mark.parametrize("rows_too_many", [1, 2000])
+def test_decompression_bombs_are_refused_every_time(rows_too_many):
+    """PIL itself only warns up to twice its limit, and only once."""
+    bomb = png_header(1000, Image.MAX_IMAGE_PIXELS // 1000 + rows_too_many)
+    for _ in range(2):
+        with pytest.raises(UnreadableImageError, match="exceeds limit of .* decompression bomb"):
+            read_image(bomb)
+
+
+def test_the_limit_itself_is_allowed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)
+    assert read_image(encode(Image.fromarray(draw_image(5, 7)), "PNG")).size == (7, 5)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        read_image(encode(Image.fromarray(draw_image(6, 6)), "PNG"))
+
+
+def test_settings_of_pil_and_of_warnings_stay_as_they_are():
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)
+    for source in damaged_sources().values():
+        with pytest.raises(UnreadableImageError):
+            read_image(source)
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)) == before
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_formats_that_nobody_keeps_images_in_are_not_even_tried(monkeypatch):
+    """PIL would hand EPS, a programming language, to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("another program"))
+    for format in ("EPS", "PCX", "ICO", "TGA", "PDF", "DDS"):
+        with pytest.raises(UnreadableImageError):
+            read_image(encode(Image.new("RGB", (8, 8)), format))
+
+
+def test_a_refused_image_is_not_read_whatever_else_is_said_of_it():
+    refused = {"bytes": encode(Image.new("RGB", (8, 8)), "PNG"), "path": None, "refused": "it is a link"}
+    with pytest.raises(UnreadableImageError, match="^it is a link$"):
+        read_image(refused)
+
+
+# Thin images
+
+
+@pytest.mark.parametrize("size", [(1, MAX_IMAGE_SIDE + 1), (MAX_IMAGE_SIDE + 1, 1), (1, 50_000_000)])
+def test_an_image_that_is_too_long_is_not_decoded(size, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImageError, match=rf"{size[0]} x {size[1]} pixels, and no side may be longer"):
+        read_image(thin_png(*size))
+
+
+def test_an_image_object_that_is_too_long_is_refused_too():
+    with pytest.raises(UnreadableImageError, match="no side may be longer"):
+        read_image(Image.new("L", (MAX_IMAGE_SIDE + 1, 1)))
+    assert read_image(Image.new("L", (MAX_IMAGE_SIDE, 1))).size == (MAX_IMAGE_SIDE, 1)
+
+
+# Reading twice, and in threads
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_what_was_read_stays_as_it_is(format):
+    image = read_image(encode(Image.fromarray(draw_image()), format, exif=exif(6)))
+    assert np.array_equal(np.asarray(read_image(image)), np.asarray(image))
+    assert not image.getexif()
+
+
+def test_one_image_object_is_read_alike_by_many_threads():
+    """PIL decodes it, and its EXIF data, when it is first used."""
+    data = encode(Image.fromarray(draw_image(200, 300)), "PNG", exif=exif(6))
+    expected = np.asarray(read_image(data))
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            image = Image.open(io.BytesIO(data))
+            for found in threads.map(read_image, [image] * 8):
+                assert np.array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_threads_refuse_every_bomb_and_leave_the_warnings_alone():
+    before = list(warnings.filters)
+    bomb, sound = png_header(1000, Image.MAX_IMAGE_PIXELS // 1000 + 1), encode(Image.new("L", (9, 9)), "PNG")
+
+    def is_refused(data: bytes) -> bool:
+        try:
+            read_image(data)
+        except UnreadableImageError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(is_refused, [bomb, sound] * 200)) == [True, False] * 200
+    assert list(warnings.filters) == before
+
+
+# Sources of strings
+
+
+def test_a_string_is_a_path_a_data_url_or_base64(tmp_path):
+    data = encode(Image.fromarray(draw_image()), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    text = base64.b64encode(data).decode()
+    for source in (str(tmp_path / "a.png"), f"data:image/png;base64,{text}", text):
+        assert np.array_equal(np.asarray(fetch_image(source)), draw_image())
+    for source in ("", "data:image/png;base64,AAAA"):
+        with pytest.raises(UnreadableImageError, match=r"^UnidentifiedImageError: "):
+            fetch_image(source)
+    for source in ("no/such/file.png", "ä", "no/such/file.png" * 1000):
+        with pytest.raises(
+            UnreadableImageError, match=f"^'{source[:100]}' is neither a file that is there, nor a URL"
+        ):
+            fetch_image(source)
