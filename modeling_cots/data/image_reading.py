@@ -28,6 +28,8 @@ FORMATS = [
     if name in Image.OPEN
 ]
 REDUCIBLE_FORMATS = ("JPEG", "MPO")
+# The endings of their files. Whoever looks for images among other files goes by these.
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 class UnreadableImageError(ValueError):

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..method.image_tokenizer import ImageTokenizer
 from .atomic_write import atomic_write
 from .image_augmentation import ImageTransform
-from .image_reading import UnreadableImageError
+from .image_reading import FORMATS, UnreadableImageError
 from .image_token_cache import TokenSource
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 from .skip_report import SkipReport
@@ -194,7 +194,8 @@ def encoded_image(image) -> bytes:
     """
     The encoded bytes of an item's image: its own, those of its file, or a PNG of an image in memory.
 
-    A missing or refused image gives no bytes, so that it cannot be read later either.
+    A missing or refused image gives no bytes, so that it cannot be read later either, and neither does a file that is
+    no image, whole or damaged: a path in data may name any file of its folder, a private key for one.
     """
     if isinstance(image, Image.Image):
         file = io.BytesIO()
@@ -205,6 +206,8 @@ def encoded_image(image) -> bytes:
     if image["bytes"] is not None:
         return image["bytes"]
     try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
+        content = Path(image["path"]).read_bytes()
+        with Image.open(io.BytesIO(content), formats=list(FORMATS)):  # reads its header
+            return content
+    except Exception:  # of PIL's readers each has its own
         return b""

@@ -18,7 +18,7 @@ import sys
 from ..data.opening import open_dataset
 from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
-from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder
+from .embedding import THUMBNAIL_SIDE, ImageFolder, as_image_folder, known_names
 from .index import SearchIndex, delete_entries, process_state
 from .index_types import INDEX_TYPES
 from .page import results_page
@@ -129,7 +129,7 @@ def run_query(args: argparse.Namespace) -> None:
 def run_delete(args: argparse.Namespace) -> None:
     """Remove images from the index; this needs no model."""
     store = open_store(args.index)
-    names = [os.path.realpath(name) if os.path.exists(name) else name for name in args.names]
+    names = [known for name in args.names for known in known_names(name)]
     print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
     store.close()
 

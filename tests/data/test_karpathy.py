@@ -1,6 +1,7 @@
 """Karpathy's JSON form: splits, COCO's `restval`, where images are found, and what is refused."""
 
 import json
+import os
 
 import pytest
 from karpathy_data import write_karpathy
@@ -13,7 +14,11 @@ COCO_SPLITS = ["train", "restval", "val", "test", "train", "restval", "test"]
 
 
 def names(rows) -> list[str]:
-    return [name.split("/")[-1].removesuffix(".png") for name in rows["file_name"]]
+    return [name.split("/")[-1].removesuffix(".png") for name in paths(rows)]
+
+
+def paths(rows) -> list[str]:
+    return [os.fsdecode(path) for path in rows["path"]]
 
 
 def test_a_split_is_its_images_each_with_all_captions(tmp_path):
@@ -21,7 +26,7 @@ def test_a_split_is_its_images_each_with_all_captions(tmp_path):
     rows, root = load_karpathy(str(file), "train")
     assert names(rows) == ["0", "2"] and root == tmp_path / "images"
     written = json.loads(file.read_text())["images"][2]["sentences"]
-    assert rows[1]["caption"] == [sentence["raw"].strip() for sentence in written]
+    assert rows[1]["captions"] == [sentence["raw"].strip() for sentence in written]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def test_coco_trains_on_restval_too(tmp_path, split, expected):
     write_karpathy(tmp_path, COCO_SPLITS, name="coco")
     rows, root = load_karpathy(str(tmp_path), split)
     assert names(rows) == expected
-    assert all((root / name).is_file() for name in rows["file_name"])
+    assert all((root / name).is_file() for name in paths(rows))
 
 
 def test_the_file_or_its_folder_is_recognized_and_named(tmp_path):

@@ -1,0 +1,76 @@
+"""Data set repositories: Hub ids, and folders with a card that says which files belong to which split."""
+
+import os
+from pathlib import Path
+
+import datasets
+from huggingface_hub import snapshot_download
+
+from .files import METADATA_FILES, missing_split
+
+HUB = "hf://"
+# Builders of `datasets` whose files our own reader reads.
+OUR_BUILDERS = ("parquet", "webdataset", "json", "csv")
+
+
+def open_builder(dataset: str, dataset_config: str | None = None, revision: str | None = None):
+    """
+    What `datasets` knows of a repository: its format, and the files of each split. Nothing else is downloaded.
+
+    Args:
+        dataset: A Hub id, or a folder with a card.
+        dataset_config: One of several configurations.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises `ValueError` for a repository that cannot be opened: not found, gated, offline, several configurations, ...
+    """
+    try:
+        return datasets.load_dataset_builder(dataset, dataset_config, revision=revision)
+    except Exception as error:
+        what = (
+            "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
+        )
+        raise ValueError(f"{dataset!r}: this {what} cannot be opened: {error}") from error
+
+
+def files_of_split(builder, dataset: str, split: str) -> list[str]:
+    """The paths or hf:// addresses of the files of a split. Raises `ValueError` for a split that is not there."""
+    files = {str(name): list(map(str, found)) for name, found in (builder.config.data_files or {}).items()}
+    if split not in files:
+        raise missing_split(dataset, split, files)
+    return files[split]
+
+
+def readable_files(builder, files: list[str]) -> list[str] | None:
+    """Those of a split's files that our own reader reads, with images beside them or inside; `None` if it cannot."""
+    if builder.name in OUR_BUILDERS:
+        return files
+    metadata = [file for file in files if file.rpartition("/")[2] in METADATA_FILES]
+    return metadata if builder.name in ("imagefolder", "videofolder") and metadata else None
+
+
+def download(dataset: str, revision: str | None, files: list[str]) -> tuple[Path, list[Path]]:
+    """
+    Put files of a Hub data set, and the card, into the Hub's cache.
+
+    Args:
+        dataset: The Hub id.
+        revision: Branch, tag or commit.
+        files: Addresses: hf://datasets/OWNER/NAME@COMMIT/PATH.
+
+    Returns the folder of the repository in the cache, and the files in it.
+    """
+    names = [file.partition("@")[2].partition("/")[2] for file in files]
+    patterns = [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
+    folder = snapshot_download(
+        dataset, repo_type="dataset", revision=revision, allow_patterns=[*patterns, "README.md"]
+    )
+    return Path(folder), [Path(folder, name) for name in names]
+
+
+def cached_repository(dataset: str, revision: str | None) -> Path | None:
+    """The folder of a Hub data set in the cache, as an earlier `download` left it; `None` without one."""
+    try:
+        return Path(snapshot_download(dataset, repo_type="dataset", revision=revision, local_files_only=True))
+    except Exception:  # not in the cache, or no valid name
+        return None
