@@ -102,9 +102,12 @@ def _load_repository(
         folder, paths = download(dataset, revision, files)
         kept = set(readable)
         paths = [path for path, file in zip(paths, files, strict=True) if file in kept]
-    # As with `datasets`: paths in metadata start from its own folder, those in other files from the repository.
+    # As with `datasets`: paths in metadata start from its own folder, those in other files from the repository. Of
+    # the Hub nothing else is downloaded.
     is_metadata = any(path.name in METADATA_FILES for path in paths)
-    return load_table(paths, columns), paths, _common_folder(paths) if is_metadata else folder
+    is_here = os.path.isdir(os.path.expanduser(dataset))
+    root = _common_folder(paths) if is_metadata else folder if is_here else None
+    return load_table(paths, columns), paths, root
 
 
 def _rows_of_shards(shards: tuple[RowShards], columns: Columns) -> Iterator[dict]:

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..items import EpochSeeds
 from ..rows import BadRowError, Columns, cached_tokens, image_columns, read_row
 from ..skip_report import StreamReport
-from .names import display_name
+from .names import public_name
 from .shards import FileShards, RowShards, open_shards
 
 MAX_EMPTY_PASSES = 20
@@ -238,7 +238,7 @@ def open_stream(
     shards = open_shards(dataset, split, columns, dataset_config, revision)
     pairs = StreamingPairs(shards, columns, shuffle_buffer=shuffle_buffer, seed=seed)
     pairs.first_item()
-    pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else display_name(dataset)
+    pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else public_name(dataset)
     return pairs
 
 
