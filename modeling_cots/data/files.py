@@ -141,9 +141,8 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
     metadata = _metadata_files(folder)
     samples = [] if metadata else _sample_folders(found)
     data = _without_side_files([file for file in found if file.suffix in FORMATS], samples)
-    by_split: dict[str, list[Path]]
     if metadata:
-        by_split = {name: [file] for name, file in metadata.items()}
+        by_split, used = {name: [file] for name, file in metadata.items()}, set(metadata.values())
     else:
         first = next((suffix for suffix in FORMATS if any(file.suffix == suffix for file in data)), None)
         chosen = samples or [file for file in data if file.suffix == first]
@@ -152,8 +151,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
                 f"The folder {str(folder)!r} has no {', '.join(METADATA_FILES[:-1])} or {METADATA_FILES[-1]} with "
                 f"captions, no image beside a file of its caption, and no file that ends in {', '.join(FORMATS)}."
             )
-        by_split = _group_by_split(chosen, folder, split)
-    used = {file for files in by_split.values() for file in files}
+        by_split, used = _group_by_split(chosen, folder, split), set(chosen)
     _warn_of_unread([file for file in data if file not in used], folder, "is not part of the data set")
     if split not in by_split:
         raise missing_split(str(folder), split, by_split)

@@ -46,10 +46,11 @@ def load_rows(
         table, files, root = _load_repository(dataset, base_of(split), columns, dataset_config, revision)
     else:
         table, root = load_table(files, columns), _common_folder(files)
-    table = table.select(range(*slice_bounds(split, len(table))))
+    start, stop = slice_bounds(split, len(table))
     what = f"the split {split!r} of {dataset!r}"
-    if len(table) == 0:
+    if start >= stop:
         raise ValueError(f"There is nothing in it: {what} is empty.")
+    table = table.select(range(start, stop))
     if not _has_media(table):
         raise ValueError(f"No row of {what} can be used; {_first_problem_or_columns(table, files, columns)}.")
     if need_captions and not count_captions(table).any():
