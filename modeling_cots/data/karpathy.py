@@ -48,10 +48,10 @@ def load_karpathy(dataset: str, split: str, image_folder: str | None = None) -> 
         image_folder: Where the images are; for COCO the folder that holds `train2014` and `val2014`. By default the
             folder of the JSON file, or the first of its sub-folders that holds one of the split's first images.
 
-    A caption that is no text is left out, counted and named. An image that is listed twice has all of its captions.
+    A caption that is no text is left out, counted and named. An image that is listed twice has all of its captions,
+    and a warning names images in two splits.
 
-    Raises `ValueError` for a file of another form, for an image in two splits, and for a split or an image folder that
-    is not there.
+    Raises `ValueError` for a file of another form, and for a split or an image folder that is not there.
     """
     file = _only_file(Path(dataset).expanduser())
     images = _read_images(file)
@@ -89,6 +89,7 @@ def _read_images(file: Path) -> list[dict]:
     if not isinstance(images, list):
         raise ValueError(f"{file} is not in Karpathy's form: it has no list of images.")
     split_of: dict[str, str] = {}
+    shared = []
     for number, image in enumerate(images):
         if not _is_image(image):
             raise ValueError(
@@ -97,7 +98,9 @@ def _read_images(file: Path) -> list[dict]:
             )
         path = _path_of(image)
         if split_of.setdefault(path, image["split"]) != image["split"]:
-            raise ValueError(f"{file} lists {path!r} in the splits {split_of[path]!r} and {image['split']!r}.")
+            shared.append(f"{path} in {split_of[path]} and {image['split']}")
+    if shared:
+        logger.warning(f"{file} lists {len(shared)} images in two splits: {and_more(shared, MAX_NAMES)}.")
     return images
 
 
