@@ -38,6 +38,8 @@ FORMATS = [
     if name in Image.OPEN
 ]
 REDUCIBLE_FORMATS = ("JPEG", "MPO")
+# The endings of their files. Whoever looks for images among other files goes by these.
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -238,6 +240,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 __all__ = [
     "FORMATS",
+    "IMAGE_SUFFIXES",
     "MAX_IMAGE_SIDE",
     "ImageFile",
     "UnreadableImageError",

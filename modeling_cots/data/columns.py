@@ -1,4 +1,4 @@
-"""What data sets of images and of videos share: finding columns, checking paths, dropping items without a caption."""
+"""What data sets of images and of videos share: checking all paths at once, dropping items without a caption."""
 
 import os
 import re
@@ -6,48 +6,24 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import datasets
 from transformers.utils import logging
 
-from .files import is_inside
 from .messages import shown
-from .rows import first_available
+from .paths import RefusedPathError, locate, report_linked_folders
 from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
 
 MAX_NAMES = 10  # in one warning
-MAX_PATH = 4_096  # the longest path of Linux
-ENCODED = ("data:", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how data URLs, JPEG, PNG, GIF and WebP begin in base64
 Item = TypeVar("Item")
-
-
-def find_column(rows: datasets.Dataset, wanted: str | None, usual: Sequence[str], kind: str) -> str:
-    """
-    The column to read: the wanted one, or else the first of the usual ones that the table has.
-
-    Args:
-        rows: The table.
-        wanted: What the user named, if anything.
-        usual: Names to try otherwise, in order.
-        kind: "image", "video" or "caption", for the messages.
-
-    Raises `ValueError` where the table has no such column, and names those that it has.
-    """
-    column = first_available(rows.column_names, wanted, usual)
-    if column is not None:
-        return column
-    available = ", ".join(rows.column_names)
-    if wanted is not None:
-        raise ValueError(f"There is no {kind} column {wanted!r}; there are {available}.")
-    raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
 
 
 def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> dict[str, str]:
     """
     The full path for each path of a data set's metadata, which could name any file of this machine.
 
-    Links are not followed here but where a file is read: one that leads out is no reason to refuse all others.
+    Links are not followed here but by `open_door`, where a file is read: one that leads out is no reason to refuse all
+    others. A warning names linked folders, which are followed.
 
     Args:
         paths: Relative to `root`.
@@ -56,18 +32,11 @@ def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> di
 
     Raises `ValueError` for a path that leaves the folder.
     """
-    folder = os.path.join(os.path.abspath(Path(root)), "")
-    paths = list(paths)
-    for path in paths:
-        if len(path) > MAX_PATH or path.startswith(ENCODED):
-            raise ValueError(
-                f"The {kind}s are encoded in a text ({shown(path)}), which is no path: decode them, for example by "
-                "base64.b64decode, and store them as bytes in a column of a parquet file."
-            )
-    files = {path: os.path.abspath(os.path.join(folder, path)) for path in paths}
-    for path, file in files.items():
-        if not is_inside(file, folder, follow_links=False):
-            raise ValueError(f"The {kind} path {shown(path)} leads out of {folder!r}; it must stay inside.")
+    try:
+        files = {path: locate(path, root) for path in paths}
+    except RefusedPathError as error:
+        raise ValueError(f"The {kind} path {error}.") from error
+    report_linked_folders(files.values(), root)
     return files
 
 

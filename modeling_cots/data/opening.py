@@ -9,6 +9,7 @@ from .pairs import open_pairs
 from .revisions import refuse_version
 from .scenes.moving import write_moving_scenes
 from .scenes.still import ScenesDataset
+from .streaming.names import public_name
 from .videos import VideoDataset, open_videos
 
 
@@ -50,7 +51,7 @@ def open_dataset(
 def _name(dataset: str) -> str:
     if is_karpathy(dataset):
         return karpathy_name(dataset)
-    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else public_name(dataset)
 
 
 def open_video_dataset(

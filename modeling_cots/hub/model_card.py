@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from ..data.files import broken_card
+from ..data.streaming.names import public_name
 from ..evaluation.recall_table import RecallRow, recall_rows, rename_metrics
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
@@ -30,6 +31,7 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         record: The record of its training from `build_record`, with the `widget` entries of the card.
         model_name: Title, and where the examples load it from.
     """
+    record = _without_paths(record)
     data, evaluation = record["training_data"], record["evaluation_data"]
     kind = KNOWN_DATA.get(data["name"].split()[0].lower())
     return ModelCard.from_template(
@@ -54,6 +56,12 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         rows=_result_table(record),
         widget=record["widget"],
     )
+
+
+def _without_paths(record: dict) -> dict:
+    """The record with data sets named as a published card may name them: without folders of this machine."""
+    named = {name: record[name] for name in ("training_data", "evaluation_data") if record[name] is not None}
+    return record | {name: data | {"name": public_name(data["name"])} for name, data in named.items()}
 
 
 def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData:
@@ -179,6 +187,7 @@ def write_card_of_measured(
         modality: What the captions describe, an "image" or a "video".
         revision: Branch, tag or commit of a Hub id.
     """
+    results = results | {"measured_on": public_name(results["measured_on"])}
     card = load_card(model, revision)
     measured = eval_results(
         results["metrics"],

@@ -23,7 +23,7 @@ from ..data.revisions import check_revision, refuse_version
 from ..data.skip_report import and_more
 from ..modeling_cots import COTSModel
 from ..processing_cots import COTSProcessor
-from .embedding import MAX_REPORTED, THUMBNAIL_SIDE, ImageFolder, as_image_folder, row_ids_of
+from .embedding import MAX_REPORTED, THUMBNAIL_SIDE, ImageFolder, as_image_folder, known_names, row_ids_of
 from .index import SearchIndex, delete_entries, process_state
 from .index_types import INDEX_TYPES
 from .page import results_page
@@ -150,11 +150,11 @@ def run_query(args: argparse.Namespace) -> None:
 def run_delete(args: argparse.Namespace) -> None:
     """Remove images from the index; this needs no model."""
     with closing(open_store(args.index)) as store:
-        # A path may be relative; it also counts where the file itself is gone.
-        names = [name if store.has(row_ids_of([name]))[0] else os.path.realpath(name) for name in args.names]
-        is_there = store.has(row_ids_of(names))
-        print(f"Deleted {delete_entries(store, names, args.where):,} images; {len(store):,} are left.")
-    unknown = [name for name, known in zip(args.names, is_there, strict=True) if not known]
+        names = [known_names(name) for name in args.names]
+        is_there = [store.has(row_ids_of(known)).any() for known in names]
+        all_names = [name for known in names for name in known]
+        print(f"Deleted {delete_entries(store, all_names, args.where):,} images; {len(store):,} are left.")
+    unknown = [name for name, found in zip(args.names, is_there, strict=True) if not found]
     if unknown:
         raise ValueError(
             f"{len(unknown)} of {len(names)} names are not in the index ({and_more(unknown, MAX_REPORTED)}): give the "

@@ -80,10 +80,12 @@ class Condition:
         if isinstance(values, list):
             values = tuple(values)
             object.__setattr__(self, "value", values)
-        if not isinstance(values, tuple) or not all(_is_scalar(value) for value in values):
+        odd = [value for value in values if not _is_scalar(value)] if isinstance(values, tuple) else [values]
+        if odd:
+            where = " in a list" if values is self.value and isinstance(values, tuple) else ""
             raise ValueError(
                 f"{shown(self.column)} can be compared with a string, a finite number or a boolean, and by `in` with "
-                f"a list of these, its texts in quotes; got {self.operator} {shown(self.value)}."
+                f"a list of these, its texts in quotes; got {shown(odd[0])}{where}."
             )
         if not values:
             raise ValueError(f"The list after `in` is empty: name at least one value of {shown(self.column)}.")

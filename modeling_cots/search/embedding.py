@@ -22,15 +22,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..data.messages import shown
+from ..data.files import SAVED_FILES, holds_dataset
+from ..data.messages import printable, shown
+from ..data.paths import walk_visible
 from ..data.skip_report import and_more
-from ..image_reading_cots import UnreadableImageError, read_image
+from ..image_reading_cots import IMAGE_SUFFIXES, UnreadableImageError, read_image
 from .conditions import MAX_INTEGER, MIN_INTEGER
 from .rows import RESERVED_COLUMNS, fixed_features, free_name
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
 MAX_REPORTED = 10
 PATH_STARTS = ("/", "./", "../", "~/", "data:image/")  # of a query that names a file and is no text
@@ -42,36 +43,48 @@ class ImageFolder(Dataset):
     """
     The images in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
 
-    Hidden files and folders, and links that lead elsewhere, are left out. Raises `ValueError` for a folder that is not
-    there or has no image.
+    Links are followed, to images and to folders; no image is given twice. Hidden files and folders are left out, and
+    so are other files: a warning counts and names these, and links that lead to nothing. Raises `ValueError` for a
+    folder that is not there or has no image.
     """
 
     def __init__(self, folder: str | os.PathLike):
         root = os.path.realpath(folder)
         if not os.path.isdir(root):
             raise ValueError(f"There is no folder {str(folder)!r}.")
-        self.paths = []
-        for place, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
+        images: dict[str, str] = {}  # by the file that is meant, which links share
+        others = []
+        for place, names in walk_visible(root):
+            if set(SAVED_FILES) <= set(names):  # a search index
+                continue
+            for name in names:
                 path = os.path.join(place, name)
-                is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-                if is_image and os.path.realpath(path) == path:
-                    self.paths.append(path)
-        if not self.paths:
+                if name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
+                    images.setdefault(os.path.realpath(path), path)
+                    if not os.path.islink(path):
+                        images[os.path.realpath(path)] = path
+                else:
+                    others.append(printable(os.path.relpath(path, root)))
+        if not images:
             raise ValueError(f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}).")
-        self.name = root
+        if others:
+            logger.warning(
+                f"Left out {len(others)} files of {printable(root)}, which are no images of a known format: "
+                f"{and_more(others, MAX_REPORTED)}."
+            )
+        self.paths = sorted(images.values())
+        self.name = printable(root)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
         path = self.paths[index]
-        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": path}
+        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": printable(path)}
 
     def names(self) -> list[str]:
-        """All paths, without opening a file."""
-        return self.paths
+        """All paths, without opening a file; bytes in them that are no UTF-8 are escaped."""
+        return [printable(path) for path in self.paths]
 
 
 def check_text(text: str) -> None:
@@ -104,11 +117,15 @@ def entry_names(dataset, source: str) -> list[str]:
     return unique
 
 
+def known_names(name: str) -> list[str]:
+    """The names that an index may have for what a user types: an entry's own name, or a path with or without links."""
+    in_folder = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+    return list(dict.fromkeys([name, os.path.realpath(name), in_folder, os.path.abspath(name)]))
+
+
 def row_ids_of(names: list[str]) -> np.ndarray:
     """(n,) int64 from 0 to 2**63: a hash of each name, which is the same in every process and vector store."""
-    digests = b"".join(
-        hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names
-    )
+    digests = b"".join(hashlib.blake2b(printable(name).encode(), digest_size=8).digest() for name in names)
     return (np.frombuffer(digests, dtype=np.uint64) >> np.uint64(1)).astype(np.int64)
 
 
@@ -265,8 +282,8 @@ class Embedder:
     def report_skipped(self) -> None:
         """Warn of the images that could not be read, with their names."""
         if self.skipped:
-            shown = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
-            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}.")
+            named = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
+            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {named}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
@@ -298,11 +315,6 @@ def _metadata_array(values: list) -> pa.Array:
 
 
 def as_image_folder(dataset: str) -> Path | None:
-    """The path if `dataset` is a folder of plain images, without files of a data set in it; else `None`."""
+    """The path if `dataset` is a folder of plain images, beside foreign files perhaps; else `None`."""
     path = Path(dataset).expanduser()
-    if not path.is_dir():
-        return None
-    for _, _, names in os.walk(path):
-        if any(name.endswith((".parquet", ".tar", ".jsonl", ".csv", ".arrow")) for name in names):
-            return None
-    return path
+    return path if path.is_dir() and not holds_dataset(path) else None

@@ -24,7 +24,8 @@ def test_a_folder_of_save_to_disk(tmp_path, opening, splits):
     rows = datasets.Dataset.from_dict({"image": ["0.png"], "caption": ["a"]})
     (datasets.DatasetDict(train=rows) if splits else rows).save_to_disk(tmp_path / "saved")
     said = refusal(opening, str(tmp_path / "saved"), "train")
-    assert "was written by `save_to_disk`: write the data set by `to_parquet` instead" in said
+    code = f"`datasets.load_from_disk(folder){'[split]' if splits else ''}.to_parquet(file)`"
+    assert f"was written by `save_to_disk`: write it as parquet instead, by {code}" in said
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_cots.data.messages import shorten, shown
+from modeling_cots.data.messages import printable, shorten, shown
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.skip_report import SkipReport, StreamReport, and_more
 from modeling_cots.data.videos import open_videos
@@ -24,7 +24,13 @@ MAX_MESSAGE = 1_000
 )
 def test_long_values_are_cut(value):
     assert len(shown(value)) < 400
-    assert shown("short") == "'short'" and shown(5) == "5" and shown(["a"]) == "['a']"
+    assert shown("short") == "'short'" and shown(5) == "5" and shown([]) == "[]"
+    assert shown(["a"]) == "a list of 'a'" and shown({"a": 1}) == "an object of a"
+
+
+def test_no_content_of_a_file_is_shown_and_names_can_be_printed():
+    assert shown(b"secret") == "6 bytes" and shown([b"secret"]) == "a list of 6 bytes"
+    assert printable("caf\udce9.png") == "caf\\udce9.png" and printable("café") == "café"
 
 
 def test_a_long_text_keeps_its_beginning_and_its_end():
@@ -44,10 +50,10 @@ def encode(kind: str) -> str:
 @pytest.mark.parametrize(
     ("value", "cure"),
     [
-        (encode("JPEG"), "decode them"),
-        (encode("PNG"), "decode them"),
-        (encode("BMP"), "decode them"),
-        ("data:image/webp;base64," + encode("WEBP"), "decode them"),
+        (encode("JPEG"), "decode it"),
+        (encode("PNG"), "decode it"),
+        (encode("BMP"), "decode it"),
+        ("data:image/webp;base64," + encode("WEBP"), "decode it"),
         ("https://host/0.jpg", "download what the addresses name"),
         ("images\\0.jpg", "write / in place of"),
         ("elsewhere/0.jpg", "move the files there"),

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from modeling_cots import COTSModel, ScenesDataset, export_repository
+from modeling_cots.search import embedding
 from modeling_cots.search.embedding import (
     Embedder,
     ImageFolder,
@@ -52,9 +53,21 @@ def photos(tmp_path):
     return folder
 
 
-def test_a_folder_gives_its_own_visible_images(photos, tmp_path):
+def test_a_folder_gives_its_visible_images_and_those_it_links_to(photos, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(embedding.logger, "warning", messages.append)
+    (photos / "again.png").symlink_to("a.png")
+    (photos / "gone.png").symlink_to("nowhere.png")
+    (photos / "circle").symlink_to(photos)
+    (tmp_path / "disk").mkdir()
+    for name in ("d.avif", "e.jp2", "f.ppm", "g.jfif", "h.jpe"):
+        (tmp_path / "disk" / name).touch()
+    (photos / "disk").symlink_to(tmp_path / "disk")
     folder = ImageFolder(photos)
-    assert [os.path.relpath(path, photos) for path in folder.names()] == ["a.png", "b.JPG", "sub/c.webp"]
+    linked = [f"disk/{name}" for name in ("d.avif", "e.jp2", "f.ppm", "g.jfif", "h.jpe")]
+    found = [os.path.relpath(path, photos) for path in folder.names()]
+    assert found == ["a.png", "b.JPG", *linked, "link.png", "sub/c.webp"]
+    assert len(messages) == 1 and "Left out 2 files" in messages[0] and messages[0].endswith("gone.png, notes.txt.")
     assert folder[1]["image"]["path"] == str(photos / "b.JPG")
     assert entry_names(folder, "any") == folder.names()
     assert as_image_folder(str(photos)) == photos
