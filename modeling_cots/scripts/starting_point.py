@@ -12,7 +12,6 @@ FROM_SCRATCH = {
     "learning_rate": 1e-3,  # a rate of fine-tuning would take days
     "warmup_steps": 0.05,  # of all steps
     "lr_hold_epochs": 0.0,  # linear decay right after the warm-up
-    "momentum_warmup": 100.0,  # keys must keep up with the weights
     "queue_size": 1_024,  # what is older than that is stale for most of the run
     "kl_weight": 0.0,  # flat distributions are its cheapest solution; it is logged all the same
     "cmvm_weight": 0.0,  # the masked passes nearly double the work and bring no recall

@@ -48,21 +48,14 @@ class COTSTrainingArguments(TrainingArguments):
     momentum: float = field(
         default=0.99, metadata={"help": "m of the momentum encoders: theta_m <- m * theta_m + (1 - m) * theta."}
     )
-    momentum_warmup: float = field(
-        default=0,
-        metadata={
-            "help": "K: in step t the momentum is at most t / (t + K), so that the keys of encoders trained from "
-            "scratch keep up. Not in the paper; 0 is its constant momentum."
-        },
-    )
     queue_size: int = field(
         default=12_800, metadata={"help": "N_Q, the number of pairs in the two paired queues (1,444 in fine-tuning)."}
     )
     batch_candidates: bool = field(
         default=True,
         metadata={
-            "help": "Also contrast against the momentum embeddings of the current batch, which are always fresh. Not "
-            "in the paper."
+            "help": "Also contrast against the batch itself, and let queue and momentum in as keys stay fresh "
+            "(max_key_drift). Not in the paper, which has a constant momentum and the queue alone."
         },
     )
     max_key_drift: float = field(
@@ -189,7 +182,6 @@ class COTSTrainingArguments(TrainingArguments):
             "cmlm_weight",
             "kl_warmup_steps",
             "lr_hold_epochs",
-            "momentum_warmup",
             "filter_num_std",
         )
         for name in not_negative:

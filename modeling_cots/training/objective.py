@@ -4,13 +4,13 @@ The formulas are in `method/`: `losses.py`, `feature_queue.py`, `filtering.py`, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..method.feature_queue import PairQueue
 from ..method.filtering import adaptive_momentum_filter
-from ..method.fresh_keys import key_drift
+from ..method.fresh_keys import key_drift, pass_gradient
 from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.losses import (
@@ -193,13 +193,14 @@ class COTSObjective:
         """
         Logits of the B local pairs, (B, 1 + C) each, image to text first, and the drift of the keys, ().
 
-        Class j is the same pair in both: column 0 the pair itself, then the queue, then the fresh keys of the batch.
+        Class j is the same pair in both: column 0 the pair itself, then the queue, then the batch.
         """
-        pairs, candidates = batch[local], self.queue.candidates()
+        candidates, temperature = self.queue.candidates(), self.config.temperature
         if self.args.batch_candidates:
+            batch = self.with_gradient(batch, image_embeds, text_embeds)
             candidates = candidates.joined_with(batch)
+        pairs = batch[local]
         excluded = excluded_candidates(pairs, candidates, self.args.mask_equal_captions)
-        temperature = self.config.temperature
         logits_i2t = queue_logits(image_embeds, pairs.text_embeds, candidates.text_embeds, excluded, temperature)
         logits_t2i = queue_logits(text_embeds, pairs.image_embeds, candidates.image_embeds, excluded, temperature)
         if not self.args.batch_candidates:
@@ -207,6 +208,21 @@ class COTSObjective:
         is_stale = ~self.queue.fresh_keys.is_fresh(self.queue.age)
         drift = self.drift((logits_i2t, logits_t2i), ~excluded, len(batch.valid))
         return (_leave_out(logits_i2t, is_stale), _leave_out(logits_t2i, is_stale)), drift
+
+    def with_gradient(self, batch: GlobalBatch, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> GlobalBatch:
+        """The batch whose keys pass a gradient as far as the queue is not fresh (`fresh_keys.py`)."""
+        weight = 1 - self.queue.fresh_keys.share(self.queue.size)
+        gather = self.processes.gather_with_gradient
+        return replace(
+            batch,
+            image_embeds=pass_gradient(batch.image_embeds, gather(image_embeds), weight),
+            text_embeds=pass_gradient(batch.text_embeds, gather(text_embeds), weight),
+        )
+
+    def momentum(self) -> float:
+        """m of the next update: that of the arguments, times the share of fresh keys where that is measured."""
+        share = float(self.queue.fresh_keys.share(self.queue.size)) if self.args.batch_candidates else 1.0
+        return self.args.momentum * share
 
     @torch.no_grad()
     def drift(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed.distributed_c10d as c10d
+import torch.distributed.nn.functional
 from accelerate import Accelerator
 from transformers import TrainingArguments
 
@@ -20,6 +21,7 @@ class ProcessGroup:
         index: Number of this process.
         count: Number of processes.
         gather: (B, ...) of every process -> (count * B, ...), in the order of the processes.
+        gather_with_gradient: The same, and the gradients of all processes flow back to what each has given.
         sum: A tensor of every process -> their sum.
         autocast: Opens the context in which the encoders run.
     """
@@ -27,6 +29,7 @@ class ProcessGroup:
     index: int = 0
     count: int = 1
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    gather_with_gradient: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
@@ -37,9 +40,14 @@ class ProcessGroup:
             index=accelerator.process_index,
             count=accelerator.num_processes,
             gather=accelerator.gather,
+            gather_with_gradient=_gather_with_gradient if accelerator.num_processes > 1 else lambda tensor: tensor,
             sum=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
             autocast=accelerator.autocast,
         )
+
+
+def _gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat(torch.distributed.nn.functional.all_gather(tensor))
 
 
 def check_launch(args: TrainingArguments) -> None:

@@ -25,7 +25,6 @@ REPORTED_SETTINGS = (
     "lr_hold_epochs",
     "weight_decay",
     "momentum",
-    "momentum_warmup",
     "queue_size",
     "batch_candidates",
     "max_key_drift",

@@ -22,7 +22,7 @@ from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS
 from ..hub_export import cots_model_of, export_repository, mark_generated
 from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
-from ..method.momentum import MomentumState, rising_momentum
+from ..method.momentum import MomentumState
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import ADAM, COTSTrainingArguments
 from .checkpoints import rotate_checkpoints
@@ -312,14 +312,13 @@ class COTSTrainer(Trainer):
         self._scale_before_step = None if scaler is None else scaler.get_scale()
 
     def _update_momentum_encoders(self, args, state, control, **kwargs) -> None:
-        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta, with an m that rises."""
+        """Once per optimizer step, after it: theta_m <- m * theta_m + (1 - m) * theta."""
         # A fused optimizer is called for a step with an overflow too and skips it within, which accelerate does not
         # see: momentum copy and schedule would go on alone (tests/training/test_numerics.py). A fallen scale tells.
         if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
             self.optimizer._is_overflow = True
         if not self.accelerator.optimizer_step_was_skipped:
-            momentum = rising_momentum(state.global_step, args.momentum, args.momentum_warmup)
-            self.momentum_state.encoder.update_(self.model.cots, momentum)
+            self.momentum_state.encoder.update_(self.model.cots, self.objective.momentum())
 
     # ------------------------------------------------------------------------------------------- logging
 

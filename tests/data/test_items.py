@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_cots.data.items import NAME_BYTES, decode_name, encode_names
+from modeling_cots.data.items import NAME_BYTES, caption_ids, decode_name, encode_names
 
 
 @pytest.mark.parametrize("names", [["a.jpg"], ["", "row 3", "Ünïcödé/北京.png"], []])
@@ -24,3 +24,48 @@ def test_of_a_long_name_the_end_stays():
 
 def test_a_name_that_is_no_text_does_no_harm():
     assert decode_name(encode_names(["bad\udcff.jpg"])[0]) == "bad?.jpg"
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ["Stock photo", "stock  photo", "STOCK PHOTO.", " stock\tphoto\n", "\u201cStock photo\u201d"],
+        ["Ｓtock photo", "stock photo!"],  # a full-width letter
+        ["Straße", "STRASSE"],
+        ["caf\u00e9", "cafe\u0301"],  # one letter, or two
+        ["...", "..."],
+        ["", "  "],
+    ],
+)
+def test_captions_of_equal_text_have_one_number(captions):
+    assert len(set(caption_ids(captions).tolist())) == 1
+
+
+def test_captions_of_other_text_have_other_numbers():
+    captions = [
+        "a red dog",
+        "a red cat",
+        "red a dog",
+        "a red dog runs",
+        "कि",
+        "का",
+        "C++",
+        "C#",
+        "😀",
+        "😃",
+        "...",
+        "",
+    ]
+    numbers = caption_ids(captions)
+    assert numbers.dtype == torch.int64 and (numbers >= 0).all()
+    assert len(set(numbers.tolist())) == len(captions)
+
+
+def test_a_caption_has_the_same_number_in_every_process():
+    assert caption_ids(["a red dog"]).tolist() == [4201942868151238216], (
+        "queues in saved checkpoints hold these numbers"
+    )
+
+
+def test_half_a_surrogate_pair_does_no_harm():
+    assert caption_ids(["dog \ud800"]).shape == (1,)

@@ -55,6 +55,16 @@ def test_scenes_end_in_a_folder_that_loads(run, capsys):
     assert "On scenes, 4,000 images, for 3 optimizer steps." in (folder / "README.md").read_text()
 
 
+def test_a_model_that_learned_nothing_is_called_that_and_fails_a_strict_run(run, capsys):
+    """One step of nearly no length, and 200 held-out scenes."""
+    options = {"max_steps": 1, "learning_rate": 1e-12}
+    run("scenes", **options)
+    assert "has learned nothing: its recall is within the noise of chance" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run("scenes", strict=True, **options)
+    assert end.value.code == 1
+
+
 @pytest.mark.parametrize("write", [write_folder, write_parquet, write_jsonl, write_shards])
 def test_takes_every_form_of_data(run, tmp_path, scenes, write):
     options = {"eval_split": "none"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_cots.method.fresh_keys import SMOOTHING, FreshKeys, key_drift
+from modeling_cots.method.fresh_keys import SMOOTHING, FreshKeys, key_drift, pass_gradient
 from modeling_cots.method.losses import momentum_contrastive_loss
 
 
@@ -71,3 +71,18 @@ def test_keys_of_earlier_weights_push_all_queries_the_way_the_embeddings_have_mo
         pushes[name] = torch.dot(step, movement).item()
     assert abs(pushes["fresh"]) < 0.02
     assert pushes["stale"] > 0.4
+
+
+def test_keys_keep_their_values_and_pass_a_share_of_the_gradient():
+    keys, embeds = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    passed = pass_gradient(keys, embeds, 0.25)
+    assert torch.equal(passed, keys)
+    passed.backward(torch.ones(3, 4))
+    assert torch.equal(embeds.grad, torch.full((3, 4), 0.25))
+
+
+def test_the_share_of_the_queue_that_counts():
+    keys = FreshKeys()
+    assert keys.share(10) == 0
+    update(keys, 0.0)
+    assert keys.share(10).item() == pytest.approx(0.4)

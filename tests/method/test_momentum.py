@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_cots.method.momentum import MomentumEncoder, rising_momentum
+from modeling_cots.method.momentum import MomentumEncoder
 
 
 @pytest.fixture
@@ -146,18 +146,3 @@ def test_a_copy_follows_the_model_and_not_a_copy_of_it(model):
     move(other, 4.0)
     twin.update_(other, 0.0)
     assert torch.equal(twin.model[0].weight, other[0].weight)
-
-
-def test_the_momentum_rises_to_its_limit_and_without_warm_up_is_constant():
-    assert [rising_momentum(step, 0.99, 0) for step in (0, 7)] == [0.99, 0.99]
-    assert [rising_momentum(step, 0.99, 100) for step in (0, 100, 300)] == [0, 0.5, 0.75]
-    assert rising_momentum(9_900, 0.99, 100) == rising_momentum(10**6, 0.99, 100) == 0.99
-    assert rising_momentum(10, 0.0, 100) == 0
-
-
-def test_a_rising_momentum_averages_over_a_share_of_the_run_so_far():
-    """Weights that grow by 1 a step: the copy stays behind by about a hundredth of the steps."""
-    slow = 0.0
-    for step in range(5_000):
-        slow += (1 - rising_momentum(step, 1.0, 100)) * (step + 1 - slow)
-    assert 5_000 - slow == pytest.approx(5_000 / 101, rel=0.03)

@@ -201,7 +201,7 @@ def test_logs_every_part_of_the_method(make_trainer):
 
 def test_momentum_follows_the_optimizer_and_not_the_batches(make_trainer):
     """Two micro-batches make one update; the copy is where the closed form of one update puts it."""
-    trainer = make_trainer(max_steps=1, gradient_accumulation_steps=2, momentum=0.75)
+    trainer = make_trainer(max_steps=1, gradient_accumulation_steps=2, momentum=0.75, batch_candidates=False)
     start = {name: tensor.clone() for name, tensor in trainer.model.cots.named_parameters()}
     trainer.train()
     assert trainer.queue.num_pushed == 16
@@ -211,6 +211,40 @@ def test_momentum_follows_the_optimizer_and_not_the_batches(make_trainer):
         torch.testing.assert_close(slow, 0.75 * start[name] + 0.25 * online[name], rtol=1e-5, atol=1e-6)
         moved += (online[name] - start[name]).abs().sum().item()
     assert moved > 0
+
+
+@pytest.mark.parametrize(("num_fresh", "momentum"), [(0, 0.0), (5, 0.2), (20, 0.8)])
+def test_momentum_rises_with_the_share_of_fresh_keys(make_trainer, num_fresh, momentum):
+    trainer = make_trainer(momentum=0.8)
+    trainer.queue.fresh_keys.num_fresh.fill_(num_fresh)
+    assert trainer.objective.momentum() == pytest.approx(momentum)
+
+
+@pytest.mark.parametrize("num_fresh", [0, 5, 20])
+def test_gradient_flows_through_keys_as_far_as_the_queue_is_not_fresh(make_trainer, num_fresh):
+    """Against the loss with keys cut in two: a share of their gradient, and none in the paper's way."""
+    trainer = make_trainer(adaptive_filter=False, cmvm_weight=0, cmlm_weight=0, kl_weight=0)
+    trainer.queue.fresh_keys.num_fresh.fill_(num_fresh)
+    batch, local, objective = batch_of(trainer, range(6)), slice(0, 6), trainer.objective
+    queries = [F.normalize(torch.randn(6, 16), dim=1).requires_grad_(True) for _ in range(2)]
+    gathered, _ = objective.gather(*(query.detach() for query in queries), batch)
+
+    def loss(images, texts, image_keys, text_keys):
+        tau, excluded = trainer.model.config.temperature, torch.eye(6, dtype=torch.bool)
+        total = 0.0
+        for query, key in ((images, text_keys), (texts, image_keys)):
+            own = (query * key).sum(dim=1, keepdim=True)
+            logits = torch.cat([own, (query @ key.t()).masked_fill(excluded, -1e9)], dim=1) / tau
+            total = total - logits.log_softmax(dim=1)[:, 0].mean()
+        return total
+
+    logits, _ = objective.contrast(*queries, gathered, local)
+    losses = objective.contrastive_losses(*logits, torch.ones(6, dtype=torch.bool), 6)
+    got = torch.autograd.grad(losses["loss_i2t"] + losses["loss_t2i"], queries)
+    as_query = torch.autograd.grad(loss(*queries, *(query.detach() for query in queries)), queries)
+    as_key = torch.autograd.grad(loss(*(query.detach() for query in queries), *queries), queries)
+    for mine, one, other in zip(got, as_query, as_key, strict=True):
+        torch.testing.assert_close(mine, one + (1 - num_fresh / 20) * other, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulation_does_not_change_the_scale_of_the_gradient(make_trainer):
