@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from modeling_cots import COTSModel, COTSProcessor
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.data.scenes.moving import (
     COLORS,
     SHAPES,
@@ -67,10 +68,13 @@ CHANGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--num_videos", type=int, default=400)
     options = parser.parse_args()
-    model = COTSModel.from_pretrained(options.model).eval()
-    processor = COTSProcessor.from_pretrained(options.model)
+    check_revision("model", options.model, options.revision)
+    version = {"revision": options.revision or "main"}
+    model = COTSModel.from_pretrained(options.model, **version).eval()
+    processor = COTSProcessor.from_pretrained(options.model, **version)
     scenes = sample_moving_scenes("validation", options.num_videos)
     with tempfile.TemporaryDirectory() as folder:
         size = model.config.image_size[0]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.data.scenes.drawing import SHAPES
 from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
@@ -110,10 +111,13 @@ class Game:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/quickstart", help="a COTS checkpoint trained on scenes")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--num_scenes", type=int, default=200, help="held-out scenes, five captions each")
     args = parser.parse_args()
-    model = COTSModel.from_pretrained(args.model, attn_implementation="eager").eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    check_revision("model", args.model, args.revision)
+    version = {"revision": args.revision or "main"}
+    model = COTSModel.from_pretrained(args.model, attn_implementation="eager", **version).eval()
+    processor = AutoProcessor.from_pretrained(args.model, **version)
     scenes = ScenesDataset("validation", args.num_scenes, model.config.image_size[0])
     game = Game(model, scenes)
     for number in range(len(scenes)):

@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from embeddings import DIM, MODEL, NUM_IMAGES, embed_scenes, enlarge, train_model
@@ -31,7 +32,7 @@ from side_by_side import optional, row
 
 faiss = optional("faiss")
 if faiss is not None:
-    from modeling_cots.search.faiss_vectors import VECTORS, FaissVectors
+    from modeling_cots.search.faiss_vectors import FaissVectors
     from modeling_cots.search.index_types import INDEX_TYPES
 
 TOP = 10
@@ -92,8 +93,8 @@ class RefinedVectors:
         parameters = faiss.IndexRefineSearchParameters(k_factor=REFINED_FACTOR, base_index_params=base)
         return self.index.search(queries, top, params=parameters)
 
-    def save(self, folder: str) -> None:
-        faiss.write_index(self.index, os.path.join(folder, VECTORS))
+    def save(self, vectors: Path, thresholds: Path) -> None:
+        faiss.write_index(self.index, str(vectors))
 
 
 def build(names: list[str], stored: np.ndarray, folder: str) -> dict[str, tuple]:
@@ -105,8 +106,9 @@ def build(names: list[str], stored: np.ndarray, folder: str) -> dict[str, tuple]
         start = time.process_time()
         index.grow(len(stored))
         seconds = time.process_time() - start
-        index.save(folder)
-        built[name] = index, seconds, os.path.getsize(os.path.join(folder, VECTORS))
+        paths = Path(folder, "vectors.faiss"), Path(folder, "thresholds.npy")
+        index.save(*paths)
+        built[name] = index, seconds, os.path.getsize(paths[0])
     return built
 
 

@@ -3,8 +3,8 @@
     python demo/app.py                                   # runs/quickstart and its images; nothing is downloaded
     python demo/app.py --model runs/mine --dataset PHOTOS/ --split validation
 
-In a Space the variables COTS_MODEL, COTS_DATASET and COTS_SPLIT set the options; demo/README.md says how to make one.
-Nothing is sent to other servers: Gradio's analytics are off, and the page uses the fonts of the machine.
+In a Space the variables COTS_MODEL, COTS_REVISION, COTS_DATASET and COTS_SPLIT set the options; demo/README.md says
+how to make one. Nothing is sent to other servers: Gradio's analytics are off, and the page uses the machine's fonts.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 
 from modeling_cots import COTSModel, COTSProcessor, ScenesDataset
 from modeling_cots.data.opening import open_dataset
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.evaluation.embedding import PairEmbeddings, embed_pairs
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 from modeling_cots.processing_cots import TOKENIZER_LOCK
@@ -75,7 +76,15 @@ class Collection:
         return image
 
 
-def open_collection(model_path: str, dataset: str, split: str) -> Collection:
+def open_collection(
+    model_path: str,
+    dataset: str,
+    split: str,
+    *,
+    revision: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+) -> Collection:
     """Load a model and embed the images and captions. Raises `ValueError` if there is no model."""
     if not os.path.isdir(model_path) and (os.path.isabs(model_path) or model_path.startswith("runs/")):
         raise ValueError(
@@ -84,9 +93,12 @@ def open_collection(model_path: str, dataset: str, split: str) -> Collection:
             f"or name another one: python demo/app.py --model FOLDER_OR_HUB_ID"
         )
     # The maps need attention weights, which only eager attention returns.
-    model = COTSModel.from_pretrained(model_path, attn_implementation="eager").eval()
-    processor = COTSProcessor.from_pretrained(model_path)
-    images = open_dataset(dataset, split, image_size=model.config.image_size[0])
+    check_revision("model", model_path, revision)
+    version = {"revision": revision or "main"}
+    model = COTSModel.from_pretrained(model_path, attn_implementation="eager", **version).eval()
+    processor = COTSProcessor.from_pretrained(model_path, **version)
+    of_data = {"dataset_config": dataset_config, "revision": dataset_revision}
+    images = open_dataset(dataset, split, image_size=model.config.image_size[0], **of_data)
     images = Subset(images, range(min(MAX_IMAGES, len(images))))
     embeds = embed_pairs(model, images, processor, Accelerator(), batch_size=32, max_text_length=64)
     kept = set(embeds.image_ids.tolist())
@@ -274,12 +286,27 @@ def launch(collection: Collection, examples: list[str], **options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("COTS_MODEL", "runs/quickstart"), help="folder or Hub id")
+    parser.add_argument(
+        "--revision",
+        "--model_revision",
+        default=os.environ.get("COTS_REVISION"),
+        help="branch, tag or commit of a Hub id",
+    )
     parser.add_argument("--dataset", default=os.environ.get("COTS_DATASET", "scenes"), help="the data set to search")
+    parser.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--split", default=os.environ.get("COTS_SPLIT", "validation"), help="the split to search")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     args = parser.parse_args()
     try:
-        collection = open_collection(args.model, args.dataset, args.split)
+        collection = open_collection(
+            args.model,
+            args.dataset,
+            args.split,
+            revision=args.revision,
+            dataset_config=args.dataset_config,
+            dataset_revision=args.dataset_revision,
+        )
     except ValueError as error:
         sys.exit(str(error))
     examples = collection.captions[3 : 15 * NUM_TEXTS : 3 * NUM_TEXTS]

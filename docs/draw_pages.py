@@ -55,7 +55,7 @@ def draw_search(browser, model: str, path: Path) -> None:
         photos.mkdir()
         for item in ScenesDataset("validation", image_size=SIDE):
             item["image"].save(photos / f"{item['name']}.png")
-        command = [sys.executable, "-m", "modeling_cots.search.cli"]
+        command = [sys.executable, "-m", "modeling_cots.scripts.cots_search"]
         subprocess.run([*command, "index", photos, "--model", model, "--index", index], check=True)
         subprocess.run([*command, "query", index, QUERY, "--top", "12", "--html", page], check=True)
         browser.get(page.as_uri())

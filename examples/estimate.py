@@ -75,7 +75,11 @@ def script_of(argv: list[str]):
 def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
     """The cost of the model and the shapes that the options of a training script describe."""
     config = build_config(
-        script_args.model, script_args.model_config, script_args.text_model, script_args.vision_model
+        script_args.model,
+        script_args.model_config,
+        script_args.text_model,
+        script_args.vision_model,
+        script_args.revisions,
     )
     if (script_args.vision_model or "").startswith("timm/"):
         config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])

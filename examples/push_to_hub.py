@@ -22,6 +22,7 @@ from modeling_cots import (
     export_zero_shot_classifier,
     push_folder,
 )
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.hub_export import copy_card_images, rename_card
 from modeling_cots.hub_push import full_repo_id
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
@@ -35,6 +36,7 @@ MAX_IMAGES = 500  # for the mean length of embeddings
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": "A trained folder, a `checkpoint-*` of one, or a Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     kind: str = field(
         default="model",
         metadata={
@@ -67,7 +69,9 @@ def main() -> None:
 
     # 1. The model and its processor.
     try:
-        model, processor = COTSModel.from_pretrained(args.model), COTSProcessor.from_pretrained(args.model)
+        version = {"revision": args.model_revision or "main"}
+        model = COTSModel.from_pretrained(args.model, **version)
+        processor = COTSProcessor.from_pretrained(args.model, **version)
     except (OSError, ValueError) as error:
         raise ValueError(f"No COTS model with its processor can be loaded from {args.model}: {error}") from error
     repo_id = None if args.repo_id is None else full_repo_id(args.repo_id)
@@ -110,6 +114,7 @@ def main() -> None:
 
 def check(args: ScriptArguments) -> None:
     """Raise `ValueError` for options that do not go together, before anything is loaded."""
+    check_revision("model", args.model, args.model_revision)
     if args.kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {args.kind!r}.")
     if args.repo_id is None and args.output_dir is None:

@@ -10,7 +10,7 @@ of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` 
 resuming needs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import set_seed
 
@@ -24,6 +24,7 @@ from modeling_cots.scripts.steps import (
     StreamArguments,
     build_parts,
     describe_output,
+    held_out_options,
     open_split,
     open_train_stream,
     parse_options,
@@ -52,8 +53,7 @@ def main() -> None:
         raise ValueError("shuffle_buffer belongs to --streaming; without it everything is shuffled.")
     else:
         train_dataset = open_split(script_args, script_args.train_split, **opening)
-    held_out = replace(script_args, dataset=script_args.eval_dataset or script_args.dataset)
-    eval_dataset = open_split(held_out, script_args.eval_split, **opening)
+    eval_dataset = open_split(held_out_options(script_args), script_args.eval_split, **opening)
 
     # 3. Tokenizers, model and processor, made to agree.
     parts = build_parts(script_args, config, args, train_dataset)

@@ -16,25 +16,30 @@ import torch
 
 from modeling_cots.data.image_token_writing import TokenWriter
 from modeling_cots.data.opening import open_dataset
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.scripts.error_boundary import run_script
-from modeling_cots.scripts.factory import build_config, build_image_tokenizer
+from modeling_cots.scripts.factory import MAIN, build_config, build_image_tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--output_dir", required=True, help="folder to write to")
+    parser.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--split", default="train", help="split of the data set")
     parser.add_argument("--image_folder", help="images of a Karpathy file, if they are not beside it")
     parser.add_argument("--image_column", help="found if not given")
     parser.add_argument("--caption_column", help="found if not given")
     parser.add_argument("--model", help="a COTS checkpoint whose image and patch size to take")
+    parser.add_argument("--model_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--model_config", help="or a JSON file of COTSConfig fields; by default the paper's, 384 and 16"
     )
     parser.add_argument(
         "--image_tokenizer", default="facebook/flava-image-codebook", help="Hub id or folder of the dVAE, or `random`"
     )
+    parser.add_argument("--image_tokenizer_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--mirrored", action="store_true", help="also of flipped images, for horizontal_flip")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
@@ -42,12 +47,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.model is not None and args.model_config is not None:
         parser.error("give --model or --model_config, not both.")
+    check_revision("model", args.model, args.model_revision)
+    check_revision("image_tokenizer", args.image_tokenizer, args.image_tokenizer_revision)
 
     # 1. The sizes, the tokenizer, the data.
-    config = build_config(args.model, args.model_config, None, None)
-    image_tokenizer = build_image_tokenizer(args.image_tokenizer, None, config.image_vocab_size)
-    columns = {name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column")}
-    dataset = open_dataset(args.dataset, args.split, image_size=config.image_size[0], **columns)
+    config = build_config(args.model, args.model_config, None, None, {"model": args.model_revision or MAIN})
+    image_tokenizer = build_image_tokenizer(
+        args.image_tokenizer, None, config.image_vocab_size, args.image_tokenizer_revision or MAIN
+    )
+    columns = {
+        name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column", "dataset_config")
+    }
+    dataset = open_dataset(
+        args.dataset, args.split, image_size=config.image_size[0], revision=args.dataset_revision, **columns
+    )
 
     # 2. The tokens.
     writer = TokenWriter(

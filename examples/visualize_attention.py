@@ -12,6 +12,7 @@ import argparse
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel
+from modeling_cots.data.revisions import check_revision
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.heat_maps import draw_word_maps
@@ -24,13 +25,16 @@ def main() -> None:
     parser.add_argument("caption", help="the caption to compare it with")
     parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')
     parser.add_argument("--model", default="runs/quickstart", help="a COTS checkpoint (folder or Hub id)")
+    parser.add_argument("--revision", "--model_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--output", default="attention.png", help="the figure to write")
     args = parser.parse_args()
+    check_revision("model", args.model, args.revision)
+    version = {"revision": args.revision or "main"}
 
     # 1. The pair and the model. The maps need attention weights, which only eager attention computes.
     image = read_image(args.image)
-    model = COTSModel.from_pretrained(args.model, attn_implementation="eager").eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    model = COTSModel.from_pretrained(args.model, attn_implementation="eager", **version).eval()
+    processor = AutoProcessor.from_pretrained(args.model, **version)
 
     # 2. The maps.
     relevance = explain_pair(model, processor, image, args.caption, args.words)

@@ -25,6 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--model", default="runs/quickstart", help="checkpoint-*, or any COTS checkpoint")
+    parser.add_argument("--revision", "--model_revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--split", default="train", help="split of the data set")
     parser.add_argument("--image_column", help="found if not given")
     parser.add_argument("--caption_column", help="found if not given")
@@ -38,10 +41,11 @@ def main() -> None:
 
     # 1. The model and the data.
     accelerator = Accelerator()
-    model, description = load_scoring_model(args.model)
-    processor = AutoProcessor.from_pretrained(args.model)
+    model, description = load_scoring_model(args.model, args.revision)
+    processor = AutoProcessor.from_pretrained(args.model, revision=args.revision or "main")
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    dataset = open_dataset(args.dataset, args.split, image_size=model.config.image_size[0], **columns)
+    version = {"dataset_config": args.dataset_config, "revision": args.dataset_revision}
+    dataset = open_dataset(args.dataset, args.split, image_size=model.config.image_size[0], **columns, **version)
     accelerator.print(f"Pairs are scored by {description}.")
 
     # 2. The scores, on every process; the first process does the rest.

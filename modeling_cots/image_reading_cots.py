@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 # The longest side that a JPEG can have. A resize to a square of S pixels first makes S x the height: of an image of
 # 1 x 50,000,000 pixels, a file of some kilobytes, gigabytes.
 MAX_IMAGE_SIDE = 2**16 - 1
+MAX_REASON = 300  # characters of a decoder's message, which may hold all that was taken for a path
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last is 32 bits wide, but holds 16-bit PGM and TIFF
 UPRIGHT = {  # by the value of EXIF's orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,6 +38,8 @@ FORMATS = [
     if name in Image.OPEN
 ]
 REDUCIBLE_FORMATS = ("JPEG", "MPO")
+# The endings of their files. Whoever looks for images among other files goes by these.
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -185,7 +188,7 @@ def _as_unreadable():
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImageError(f"{type(error).__name__}: {str(error)[:MAX_REASON]}") from error
 
 
 def _as_file(source):
@@ -237,6 +240,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 __all__ = [
     "FORMATS",
+    "IMAGE_SUFFIXES",
     "MAX_IMAGE_SIDE",
     "ImageFile",
     "UnreadableImageError",

@@ -5,6 +5,7 @@ retrieval is a dot product. Not here: the heads of masked pre-training (`modelin
 momentum copy and queues of training (`COTSTrainer`).
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_cots import COTSConfig
 from .encoders_cots import (
@@ -30,6 +32,26 @@ logger = logging.get_logger(__name__)
 
 # Number of frames that are encoded together where no gradient is needed: a batch of videos is many images.
 FRAMES_AT_A_TIME = 64
+
+
+def find_commit(name_or_path: str | os.PathLike | None, **options) -> str | None:
+    """
+    The commit that a revision of a Hub id is now; `None` for a folder, and where nothing is found.
+
+    Args:
+        name_or_path: As `from_pretrained` takes it.
+        options: `revision` and other options of `from_pretrained`, of which those that name a repository count.
+    """
+    if name_or_path is None or os.path.isdir(name_or_path):
+        return None
+    counting = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+    try:
+        path = cached_file(
+            name_or_path, "config.json", **{name: options[name] for name in counting if name in options}
+        )
+    except (OSError, ValueError):  # `from_pretrained` says it better
+        return None
+    return extract_commit_hash(path, None)
 
 
 def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -130,6 +152,17 @@ class COTSPreTrainedModel(PreTrainedModel):
         r"^(cmvm_head|cmlm_head|text_to_image|image_to_text)\.",
         r"vision_model\..*mask_token$",
     ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load as transformers does, of a Hub id all files from one commit; `config._commit_hash` then names it."""
+        commit = find_commit(pretrained_model_name_or_path, **kwargs)
+        if commit is not None:
+            kwargs["revision"] = commit
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if commit is not None:  # transformers itself has stopped recording it
+            (loaded[0] if isinstance(loaded, tuple) else loaded).config._commit_hash = commit
+        return loaded
 
     @classmethod
     def from_encoders(

@@ -44,7 +44,14 @@ class COTSProcessor(ProcessorMixin):
         forget_calls(self.tokenizer)
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
-        """As the base class does: texts with the tokenizer, images and videos with the processors of these."""
+        """
+        As the base class does: texts with the tokenizer, images and videos with the processors of these.
+
+        Raises `ValueError` for an empty list.
+        """
+        for name, values in (("images", images), ("text", text), ("videos", videos)):
+            if isinstance(values, list | tuple) and len(values) == 0:
+                raise ValueError(f"`{name}` is empty: give at least one, or leave it out.")
         if text is None:
             return super().__call__(images=images, videos=videos, **kwargs)
         with TOKENIZER_LOCK:

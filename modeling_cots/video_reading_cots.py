@@ -5,6 +5,7 @@ shorter than the sample gives too few frames, and it believes the number of fram
 for webm. `tests/test_video_reading_cots.py` tests both cases.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from .image_reading_cots import MAX_IMAGE_SIDE
 
 # Containers that can seek to the key frame before a given time; others are decoded from their start.
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
+# The containers that are opened. FFmpeg knows others whose content names further files or addresses, which it then
+# opens: playlists (.m3u8, .mpd), lists of files (concat), numbered images.
+ALLOWED_CONTAINERS = "mov,mp4,matroska,webm,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,mp3"
 # Sixteen frames of this size (8K) are 1.6 GB; a file that claims more is no video that anyone filmed.
 MAX_FRAME_PIXELS = 7680 * 4320
 
@@ -46,13 +50,15 @@ def read_video(
     path: str, sample_indices_fn: Callable[..., np.ndarray] | None = None
 ) -> tuple[np.ndarray, VideoMetadata]:
     """
-    Decode frames of a video file: mp4, webm, avi, or whatever else FFmpeg reads.
+    Decode frames of a video file in one of `ALLOWED_CONTAINERS`: mp4, mov, webm, mkv, avi, mpeg, flv, wmv, ogg, gif.
+
+    FFmpeg gets the open file alone: neither a name nor a protocol by which it could open another one.
 
     Frames are counted, not timed, so that a variable frame rate makes no difference. They are rotated upright as the
     file says. A damaged frame is replaced by the next one that can be decoded, or by the last.
 
     Args:
-        path: The video file.
+        path: The video file, a plain one on this machine.
         sample_indices_fn: Called with `metadata`, returns the positions (T,) of the frames, in any order, possibly
             repeated. `None` takes all frames.
 
@@ -87,7 +93,10 @@ def _opened(path: str) -> Iterator:
     if is_av_available():  # the Hub's import check takes an import for optional only under such an `if`
         import av
     try:
-        with av.open(path) as container:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device would never end
+            raise UnreadableVideoError("It is no plain file.")
+        options = {"format_whitelist": ALLOWED_CONTAINERS, "protocol_whitelist": ""}
+        with open(path, "rb") as file, av.open(file, options=options) as container:
             yield container
     except UnreadableVideoError:
         raise

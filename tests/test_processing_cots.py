@@ -133,3 +133,9 @@ def test_no_call_leaves_its_length_in_what_is_saved_and_loaded(tiny_processor, t
         if save == tiny_processor.save_pretrained:
             saved = json.loads((tmp_path / "tokenizer.json").read_text())
             assert saved["truncation"] is None and saved["padding"] is None
+
+
+@pytest.mark.parametrize("name", ["text", "images", "videos"])
+def test_an_empty_list_is_refused(tiny_processor, name):
+    with pytest.raises(ValueError, match=f"`{name}` is empty: give at least one, or leave it out"):
+        tiny_processor(**{name: []})

@@ -1,6 +1,7 @@
 """`read_video` on real files of many forms: the frames asked for, and no others, or one clear error."""
 
 import io
+import os
 import random
 import tracemalloc
 
@@ -292,3 +293,33 @@ def test_errors_of_the_sampling_function_stay_what_they_are(tmp_path):
 def test_a_downloaded_model_does_not_need_pyav():
     """transformers refuses to load code of the Hub whose imports are not installed, but for guarded ones."""
     assert "av" not in get_imports(video_reading_cots.__file__)
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.txt", "list.mpd", "list.sdp", "list.ffconcat"])
+@pytest.mark.parametrize("scheme", ["", "file:", "file://", "concat:", "http://127.0.0.1:9/"])
+def test_a_file_that_names_other_files_opens_none(tmp_path, name, scheme):
+    """Playlists, lists of files and descriptions of streams, also under the name of a video."""
+    write_video(tmp_path / "secret.mp4", range(8))
+    secret = f"{scheme}{tmp_path / 'secret.mp4'}" if scheme else "secret.mp4"
+    contents = [
+        f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{secret}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{secret}'\n",
+        f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>{secret}</BaseURL></MPD>',
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
+    ]
+    for content in contents:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UnreadableVideoError):
+            read_video(str(tmp_path / name))
+
+
+def test_names_that_ffmpeg_takes_for_protocols_or_patterns_are_plain_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "a.mp4", range(8))
+    for name in ("concat:a.mp4", "file:a.mp4", "subfile,,start,0,end,0,,:a.mp4", "pipe:0", "http://127.0.0.1:9/a.mp4"):
+        with pytest.raises(UnreadableVideoError, match="FileNotFoundError"):
+            read_video(name)
+    os.mkfifo("pipe.mp4")
+    for name in ("pipe.mp4", "."):
+        with pytest.raises(UnreadableVideoError, match="no plain file"):
+            read_video(name)

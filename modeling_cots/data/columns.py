@@ -1,15 +1,15 @@
-"""What data sets of images and of videos share: finding columns, checking paths, dropping items without a caption."""
+"""What data sets of images and of videos share: checking all paths at once, dropping items without a caption."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import datasets
 from transformers.utils import logging
 
-from .files import is_inside
-from .rows import first_available
+from .messages import shown
+from .paths import RefusedPathError, locate, report_linked_folders
 from .skip_report import and_more
 
 logger = logging.get_logger(__name__)
@@ -18,32 +18,12 @@ MAX_NAMES = 10  # in one warning
 Item = TypeVar("Item")
 
 
-def find_column(rows: datasets.Dataset, wanted: str | None, usual: Sequence[str], kind: str) -> str:
-    """
-    The column to read: the wanted one, or else the first of the usual ones that the table has.
-
-    Args:
-        rows: The table.
-        wanted: What the user named, if anything.
-        usual: Names to try otherwise, in order.
-        kind: "image", "video" or "caption", for the messages.
-
-    Raises `ValueError` where the table has no such column, and names those that it has.
-    """
-    column = first_available(rows.column_names, wanted, usual)
-    if column is not None:
-        return column
-    available = ", ".join(rows.column_names)
-    if wanted is not None:
-        raise ValueError(f"There is no {kind} column {wanted!r}; there are {available}.")
-    raise ValueError(f"Name the {kind} column: it is none of {', '.join(usual)}, and there are {available}.")
-
-
 def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> dict[str, str]:
     """
     The full path for each path of a data set's metadata, which could name any file of this machine.
 
-    Links are not followed here but where a file is read: one that leads out is no reason to refuse all others.
+    Links are not followed here but by `open_door`, where a file is read: one that leads out is no reason to refuse all
+    others. A warning names linked folders, which are followed.
 
     Args:
         paths: Relative to `root`.
@@ -52,11 +32,11 @@ def check_inside(paths: Iterable[str], root: str | os.PathLike, kind: str) -> di
 
     Raises `ValueError` for a path that leaves the folder.
     """
-    folder = os.path.join(os.path.abspath(Path(root)), "")
-    files = {path: os.path.abspath(os.path.join(folder, path)) for path in paths}
-    for path, file in files.items():
-        if not is_inside(file, folder, follow_links=False):
-            raise ValueError(f"The {kind} path {path!r} leads out of {folder!r}; it must stay inside.")
+    try:
+        files = {path: locate(path, root) for path in paths}
+    except RefusedPathError as error:
+        raise ValueError(f"The {kind} path {error}.") from error
+    report_linked_folders(files.values(), root)
     return files
 
 
@@ -64,7 +44,18 @@ def check_any_exists(files: dict[str, str], root: str | os.PathLike, kind: str) 
     """Raise `ValueError` where none of the files of `check_inside` exists. Single missing ones are no error."""
     if files and not any(os.path.exists(file) for file in files.values()):
         first, folder = next(iter(files)), os.path.join(os.path.abspath(Path(root)), "")
-        raise ValueError(f"None of the {len(files)} {kind}s exists: {first!r}, for one, is not in {folder!r}.")
+        raise ValueError(
+            f"None of the {len(files)} {kind}s exists: {shown(first)}, for one, is not in {folder!r}; {_cure(first)}."
+        )
+
+
+def _cure(path: str) -> str:
+    """What to do about a path that leads nowhere."""
+    if re.match(r"\w\w+:/", path):  # of https://host, normalizing a path leaves one bar
+        return "download what the addresses name, for example by img2dataset, and open its folder"
+    if "\\" in path:
+        return "write / in place of \\"
+    return "move the files there, or mend their paths, which are relative to that folder"
 
 
 def drop_uncaptioned(

@@ -1,212 +1,323 @@
-"""Opens the rows of a split by the name of a data set: Hub id, folder, file or glob. Columns are not chosen here."""
+"""Finds the files of a split: of one file, a glob, a list in braces or a folder. What is not read is named."""
 
 import glob
 import os
 import re
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
-import datasets
-import pyarrow.parquet as pq
+import yaml
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
+from ..image_reading_cots import IMAGE_SUFFIXES
+from .formats import READERS, read_rows
+from .karpathy import is_karpathy
+from .messages import printable, shorten
+from .paths import RefusedPathError, is_inside, open_door, report_linked_folders, walk_visible
+from .rows import BadRowError, image_columns, read_captions, read_media
 from .skip_report import and_more
+from .streaming.names import expand_braces
 
 logger = logging.get_logger(__name__)
 
 MAX_FILES = 3  # named in a message
-
-# In a folder the first of these suffixes that occurs decides.
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+MAX_TRIED_ROWS = 20
+FORMATS = tuple(READERS)  # in a folder the first of these suffixes that occurs decides
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SAVED_FILES = ("state.json", "dataset_info.json")  # beside the arrow files of `save_to_disk`, and of a search index
+SAVED_SPLITS = "dataset_dict.json"  # beside the folders of a data set of several splits
 COMMON_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
-
-
-def load_rows(dataset: str, split: str) -> tuple[datasets.Dataset, Path | None]:
-    """
-    Open one split, memory-mapped, with images still encoded.
-
-    A single file is the split. So are all files of a glob if none of their names contains a split. Files of a folder
-    belong to the split that their name or sub-folder contains; if none contains one, all are "train".
-
-    Args:
-        dataset: A file (.parquet, .tar, .jsonl, .json, .csv), a glob of such files, a folder of them, a folder of
-            images with metadata.jsonl or metadata.csv (in it, or in one sub-folder for each split), or a Hub id.
-        split: Its name, with a slice if wanted ("train[:1000]").
-
-    Returns the rows, and the folder that image paths in them are relative to, which is `None` for the Hub.
-
-    Raises `ValueError` where nothing is found or readable, and for a split that does not exist.
-    """
-    files = find_files(dataset, split)
-    if files is None:
-        path = Path(dataset).expanduser()
-        return (
-            (_load_repository(str(path), split), path) if path.is_dir() else (_load_repository(dataset, split), None)
-        )
-    folders = {file.parent for file in files}
-    return _load_files(files, split), folders.pop() if len(folders) == 1 else None
-
-
-def is_inside(path: str | os.PathLike, folder: str | os.PathLike, *, follow_links: bool = True) -> bool:
-    """
-    Whether a path stays below `folder`.
-
-    Args:
-        path: It need not exist.
-        folder: Where the path must stay. The Hub's cache, where all files of a repository are links into its folder of
-            blobs, has that folder allowed, too.
-        follow_links: Whether symbolic links are followed first. Without, only the path as it is written counts.
-    """
-    resolve = os.path.realpath if follow_links else os.path.abspath
-    place, root = resolve(path), resolve(folder)
-    allowed = [root]
-    if follow_links and os.path.basename(os.path.dirname(root)) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    return any(place.startswith(os.path.join(each, "")) for each in allowed)
+CAPTION_SUFFIXES = (".txt", ".json")  # beside an image in a folder of samples
 
 
 def find_files(dataset: str, split: str) -> list[Path] | None:
-    """The files of a split, see `load_rows`. `None` for a repository, that is a Hub id or a folder with a card."""
+    """
+    The files of a split; `None` for a repository, that is a Hub id or a folder with a card.
+
+    A single file is the split, and so are all files of a glob and of a list in braces. Files of a folder belong to the
+    split that they, or a sub-folder, are named after ("train.tar", "train-00000-of-00002.parquet", "train2014/"); the
+    others are "train", unless there are several splits. A word in the middle of a name ("flickr-train.tar") counts
+    only if all files have such a word.
+
+    Args:
+        dataset: A file (.parquet, .tar, .jsonl, .json, .csv), a glob or a list in braces of such files, a folder of
+            them, a folder of images with metadata.jsonl, metadata.csv or metadata.parquet (in it, or in one sub-folder
+            for each split), img2dataset's output folder, or a Hub id.
+        split: Its name, with a slice if wanted ("train[:1000]").
+
+    Raises `ValueError` where nothing is found, and for a split that does not exist.
+    """
     if not dataset:
         raise ValueError("Name a data set: a file, a folder, a glob or a Hub id; got an empty string.")
-    path = Path(dataset).expanduser()
+    if "\0" in dataset:
+        raise ValueError(f"{dataset!r} is no name of a data set.")
+    path, name = Path(dataset).expanduser(), base_of(split)
     if path.is_file():
-        files = [path]
-        _warn_if_unsplit(dataset, files, split)
-    elif path.is_dir():
-        if _has_dataset_card(path):
-            return None
-        files = _files_in_folder(path, split)
-    elif glob.has_magic(dataset):
-        files = _files_of_glob(str(path), split)
-    elif path.is_absolute() or dataset.startswith(".") or path.suffix in BUILDERS or not _is_hub_id(dataset):
+        _warn_if_unsplit(dataset, [path], name)
+        return _only_readable([path])
+    if path.is_dir():
+        return None if has_dataset_card(path) else _files_in_folder(path, name)
+    if "{" in dataset:
+        return _files_in_braces(str(path))
+    if glob.has_magic(dataset):
+        return _files_of_glob(str(path), name)
+    if path.is_absolute() or dataset.startswith(".") or path.suffix in FORMATS or not _is_hub_id(dataset):
         raise ValueError(f"The data set {dataset!r} does not exist.")
-    else:
-        return None
+    return None
+
+
+def base_of(split: str) -> str:
+    """The name of a split without its slice."""
+    return split.split("[")[0]
+
+
+def has_dataset_card(folder: Path) -> bool:
+    """Whether a folder is a Hub repository: its card then says which files belong to which split."""
+    card = folder / "README.md"
+    try:
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    except (ValueError, yaml.YAMLError) as error:
+        raise broken_card(card, error) from error
+
+
+def broken_card(card: str | os.PathLike, error: Exception) -> ValueError:
+    """The error for a README.md whose head is no YAML: one sentence, which says where."""
+    mark = getattr(error, "problem_mark", None)
+    place = "" if mark is None else f" in line {mark.line + 2}"  # the first line is ---
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return ValueError(
+        f"The YAML between the first two lines of --- in {os.fspath(card)} cannot be read{place} ({shorten(problem)}):"
+        " mend it, or leave it out."
+    )
+
+
+def missing_split(dataset: str, split: str, available: Iterable[str]) -> ValueError:
+    """The error for a split that a data set does not have."""
+    return ValueError(
+        f"{dataset!r} has no split {split!r}; it has {', '.join(sorted(available)) or 'none'}. (A glob reads all "
+        "files that it matches, whatever they are called.)"
+    )
+
+
+def holds_dataset(folder: Path) -> bool:
+    """
+    Whether a folder is a data set, with or without images in it, and not just images beside foreign files.
+
+    It is with metadata, a card, or an annotation file of Karpathy's form; as img2dataset's output; with no image at
+    all; or with a file whose first rows name images that are there or, in a shard, hold images with captions.
+    """
+    if _metadata_files(folder) or is_karpathy(str(folder)) or has_dataset_card(folder):
+        return True
+    found = _visible_files(folder)
+    data = [file for file in found if file.suffix in FORMATS]
+    if _sample_folders(found) or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in found):
+        return bool(data)
+    return any(_gives_a_pair(file) for file in data)
+
+
+def _gives_a_pair(file: Path) -> bool:
+    columns = image_columns()
+    try:
+        with file.open("rb") as stream:
+            for _, row in islice(read_rows(stream, file.suffix, columns), MAX_TRIED_ROWS):
+                if isinstance(row, BadRowError):
+                    continue
+                try:
+                    media = read_media(row, columns)
+                    if media["bytes"] is not None:
+                        return bool(read_captions(row, columns)[0])
+                    return os.path.exists(open_door(media["path"], file.parent))
+                except (BadRowError, RefusedPathError):
+                    continue
+    except Exception:  # a foreign file may be anything, and every format has its own errors
+        pass
+    return False
+
+
+def _only_readable(files: list[Path]) -> list[Path]:
+    if not {file.suffix for file in files} <= set(FORMATS):
+        odd = [file for file in files if file.suffix not in FORMATS]
+        raise ValueError(f"Expected files that end in {', '.join(FORMATS)}; got {and_more(odd, MAX_FILES)}.")
     return files
 
 
-def _load_files(files: list[Path], split: str) -> datasets.Dataset:
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
-        raise ValueError(f"Expected files of one kind out of {', '.join(BUILDERS)}; got {and_more(files, MAX_FILES)}.")
-    builder = BUILDERS[suffixes.pop()]
-    # pandas would read the captions "null" and "nan" as missing.
-    options = {"keep_default_na": False} if builder == "csv" else {}
-    try:
-        # Builders fail at a file without rows; one such shard must not spoil the rest.
-        patterns = [glob.escape(os.path.abspath(file)) for file in files if not _is_empty(file)]
-        if not patterns:
-            return datasets.Dataset.from_dict({})
-        return datasets.load_dataset(builder, data_files={_base(split): patterns}, split=split, **options)
-    except Exception as error:  # each builder has its own: pyarrow's, pandas', tarfile's, UnicodeDecodeError, ...
-        cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):  # datasets' words for no rows, as in a csv file of a header alone
-            return datasets.Dataset.from_dict({})
-        raise ValueError(f"{and_more(files, MAX_FILES)} cannot be read: {type(cause).__name__}: {cause}") from error
-
-
-def _is_empty(file: Path) -> bool:
-    return file.stat().st_size == 0 or (file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0)
-
-
-def _load_repository(dataset: str, split: str) -> datasets.Dataset:
-    try:
-        available = datasets.get_dataset_split_names(dataset)
-    except Exception as error:  # not found, gated, offline, several configurations, ...
-        what = (
-            "data set repository" if os.path.isdir(dataset) else "path does not exist, and as a data set of the Hub it"
-        )
-        raise ValueError(f"{dataset!r}: this {what} cannot be opened: {error}") from error
-    if _base(split) not in available:
-        raise _missing_split(dataset, split, available)
-    return datasets.load_dataset(dataset, split=split)
-
-
 def _files_in_folder(folder: Path, split: str) -> list[Path]:
-    metadata = {
-        "train" if place == folder else place.name: place / name
-        for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir()))
-        for name in METADATA_FILES
-        if (place / name).is_file() and is_inside(place / name, folder)
-    }
+    has_splits = (folder / SAVED_SPLITS).is_file()
+    if has_splits or all((folder / name).is_file() for name in SAVED_FILES):
+        saved = f"datasets.load_from_disk(folder){'[split]' if has_splits else ''}"
+        raise ValueError(
+            f"The folder {str(folder)!r} was written by `save_to_disk`: write it as parquet instead, by "
+            f"`{saved}.to_parquet(file)`, and give that file."
+        )
+    found = _refuse_links(_visible_files(folder), folder)
+    metadata = _metadata_files(folder)
+    samples = [] if metadata else _sample_folders(found)
+    data = _without_side_files([file for file in found if file.suffix in FORMATS], samples)
     if metadata:
-        if _base(split) not in metadata:
-            raise _missing_split(str(folder), split, metadata)
-        return [metadata[_base(split)]]
-    found = _refuse_links([Path(place, name) for place, _, names in os.walk(folder) for name in names], folder)
-    for suffix in BUILDERS:
-        files = sorted(file for file in found if file.suffix == suffix)
-        if not files:
-            continue
-        by_split = _group_by_split(files, folder, split) or {"train": files}
-        if _base(split) not in by_split:
-            raise _missing_split(str(folder), split, by_split)
-        return by_split[_base(split)]
-    raise ValueError(
-        f"The folder {str(folder)!r} has no {' or '.join(METADATA_FILES)} with captions, and no file that ends in "
-        f"{', '.join(BUILDERS)}."
-    )
+        by_split, used = {name: [file] for name, file in metadata.items()}, set(metadata.values())
+    else:
+        first = next((suffix for suffix in FORMATS if any(file.suffix == suffix for file in data)), None)
+        chosen = samples or [file for file in data if file.suffix == first]
+        if not chosen:
+            raise ValueError(
+                f"The folder {str(folder)!r} has no {', '.join(METADATA_FILES[:-1])} or {METADATA_FILES[-1]} with "
+                f"captions, no image beside a file of its caption, and no file that ends in {', '.join(FORMATS)}."
+            )
+        by_split, used = _group_by_split(chosen, folder, split), set(chosen)
+    _warn_of_unread([file for file in data if file not in used], folder, "is not part of the data set")
+    if split not in by_split:
+        raise missing_split(str(folder), split, by_split)
+    return by_split[split]
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones and without those of a search index or `save_to_disk`."""
+    return [
+        Path(place, name)
+        for place, names in walk_visible(folder)
+        if not set(SAVED_FILES) <= set(names)
+        for name in names
+    ]
+
+
+def _metadata_files(folder: Path) -> dict[str, Path]:
+    """The metadata file of each split: of the folder itself, which is "train", and of its sub-folders."""
+    metadata: dict[str, Path] = {}
+    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
+        for name in METADATA_FILES:
+            file = place / name
+            if place.name.startswith(".") or not file.is_file() or not is_inside(file, folder):
+                continue
+            split = "train" if place == folder else place.name
+            if split in metadata:
+                raise ValueError(
+                    f"{str(metadata[split])!r} and {str(file)!r} are both metadata of the split {split!r}: name the "
+                    "one that you mean, or remove the other."
+                )
+            metadata[split] = file
+    return metadata
+
+
+def _sample_folders(files: list[Path]) -> list[Path]:
+    """The folders that hold images, each beside the text or JSON file of its caption, as img2dataset writes them."""
+    names = set(files)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    beside = [file for file in images if any(file.with_suffix(suffix) in names for suffix in CAPTION_SUFFIXES)]
+    return sorted({file.parent for file in beside})
+
+
+def _without_side_files(files: list[Path], samples: list[Path]) -> list[Path]:
+    """Drop what belongs to the samples or shards of img2dataset: tables of metadata alone, statistics, captions."""
+    shards = {file.with_suffix("") for file in files if file.suffix == ".tar"} | set(samples)
+    tables = {file.with_suffix("") for file in files if file.suffix == ".parquet"} | shards
+    return [
+        file
+        for file in files
+        if not (file.suffix == ".parquet" and file.with_suffix("") in shards)
+        and not (file.name.endswith("_stats.json") and file.parent / file.name.removesuffix("_stats.json") in tables)
+        and not (file.suffix == ".json" and file.parent in samples)
+    ]
 
 
 def _refuse_links(files: list[Path], folder: Path) -> list[Path]:
     """Drop links that lead out of the folder, as a stranger may have packed it. A file that the user names is read."""
-    refused = [file for file in files if file.suffix in BUILDERS and file.is_symlink() and not is_inside(file, folder)]
+    refused = [file for file in files if file.suffix in FORMATS and file.is_symlink() and not is_inside(file, folder)]
     if refused:
         logger.warning(
             f"Refused {len(refused)} files of {folder}, which are links that lead out of it: "
             f"{and_more(refused, MAX_FILES)}. Name them, or the folder they lead to, if they are meant."
         )
-    return [file for file in files if file not in set(refused)]
+        files = [file for file in files if file not in set(refused)]
+    report_linked_folders([str(file) for file in files if file.suffix in FORMATS], folder)
+    return files
+
+
+def _files_in_braces(pattern: str) -> list[Path]:
+    """The files of a list in braces: what is listed is the split, and stars in it are looked up."""
+    files: list[Path] = []
+    for name in expand_braces(pattern):
+        files += _matches(name) if glob.has_magic(name) else [Path(name)]
+    if not any(file.exists() for file in files):
+        raise ValueError(f"None of the {len(files)} files of {pattern!r} exists.")
+    return _only_readable(files)
 
 
 def _files_of_glob(pattern: str, split: str) -> list[Path]:
+    """All files that match: who names files means them, whatever they are called."""
+    files = _only_readable(_matches(pattern))
+    first = next(i for i, part in enumerate(Path(pattern).parts) if glob.has_magic(part))
+    by_split = _named_after_splits(files, Path(*Path(pattern).parts[:first]), split, strict=True)
+    others = [str(file) for name, named in by_split.items() if name != split for file in named]
+    if others:
+        logger.warning(
+            f"{pattern} also matches {len(others)} files that are named after another split than {split!r}, and reads "
+            f"them as {split!r}: {and_more(others, MAX_FILES)}. Give their folder to have files read by their splits."
+        )
+    elif not by_split:
+        _warn_if_unsplit(pattern, files, split)
+    return files
+
+
+def _matches(pattern: str) -> list[Path]:
     files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
     if not files:
         raise ValueError(f"No file matches {pattern!r}.")
-    fixed = Path(*[part for part in Path(pattern).parts[: _first_magic(pattern)]])
-    by_split = _group_by_split(files, fixed, split)
-    if not by_split:
-        _warn_if_unsplit(pattern, files, split)
-        return files
-    if _base(split) not in by_split:
-        raise _missing_split(pattern, split, by_split)
-    return by_split[_base(split)]
-
-
-def _first_magic(pattern: str) -> int:
-    return next(i for i, part in enumerate(Path(pattern).parts) if glob.has_magic(part))
+    return files
 
 
 def _group_by_split(files: list[Path], folder: Path, split: str) -> dict[str, list[Path]]:
-    """Files by the split that their path below `folder` contains. Files without one are left out."""
-    names = "|".join(re.escape(name) for name in (_base(split), *COMMON_SPLITS))
-    named = re.compile(rf"(?<![a-zA-Z0-9])({names})(?![a-zA-Z])")
+    """The files of a folder by their splits, see `find_files`. Warns of files that belong to none."""
+    by_split = _named_after_splits(files, folder, split, strict=True)
+    loosely = _named_after_splits(files, folder, split, strict=False)
+    if sum(map(len, by_split.values())) < len(files) == sum(map(len, loosely.values())):
+        others = [file for name, named in loosely.items() if name != split for file in named]
+        _warn_of_unread(others if split in loosely else [], folder, f"is named after another split than {split!r}")
+        return loosely
+    grouped = {file for named in by_split.values() for file in named}
+    rest = [file for file in files if file not in grouped]
+    if len(by_split) < 2:
+        return {**by_split, "train": sorted([*by_split.get("train", []), *rest])} if rest else by_split
+    _warn_of_unread(rest, folder, f"is named after no split, where others are ({', '.join(sorted(by_split))})")
+    return by_split
+
+
+def _named_after_splits(files: list[Path], folder: Path, split: str, strict: bool) -> dict[str, list[Path]]:
+    """
+    Files by the split that their path below `folder` has. Files without one are left out.
+
+    Args:
+        files: Files or folders of samples.
+        folder: What they are in.
+        split: Counts as a split beside the common ones.
+        strict: Whether a name must begin with the split, and nothing but numbers may follow ("train-00000-of-00002").
+    """
+    names = "|".join(re.escape(name) for name in (split, *COMMON_SPLITS))
+    strictly = re.compile(rf"({names})([-_.]?\d[\w.-]*)?")
+    anywhere = re.compile(rf"(?<![a-zA-Z0-9])({names})(?![a-zA-Z])")
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        if match := named.search(file.relative_to(folder).with_suffix("").as_posix()):
+        path = file.relative_to(folder)
+        parts = path.with_suffix("").parts if file.suffix in FORMATS else path.parts
+        matches = (strictly.fullmatch(part) if strict else anywhere.search(part) for part in parts)
+        if match := next(filter(None, matches), None):
             by_split.setdefault(match[1], []).append(file)
     return by_split
 
 
+def _warn_of_unread(files: list[Path], folder: Path, reason: str) -> None:
+    if files:
+        names = and_more([printable(str(file.relative_to(folder))) for file in files], MAX_FILES)
+        logger.warning(
+            f"Did not read {len(files)} files of {printable(str(folder))}: {names}. Each {reason}; a glob or the "
+            "file's own name reads it."
+        )
+
+
 def _warn_if_unsplit(dataset: str, files: list[Path], split: str) -> None:
-    if _base(split) != "train" and not any(_base(split) in file.name for file in files):
-        logger.warning(f"{dataset} has no splits: all of it is read as {_base(split)!r}.")
-
-
-def _missing_split(dataset: str, split: str, available) -> ValueError:
-    return ValueError(f"{dataset!r} has no split {_base(split)!r}; it has {', '.join(sorted(available))}.")
-
-
-def _base(split: str) -> str:
-    return split.split("[")[0]
-
-
-def _has_dataset_card(folder: Path) -> bool:
-    """Whether a folder is a Hub repository: its card then says which files belong to which split."""
-    card = folder / "README.md"
-    return card.is_file() and "configs" in (metadata_load(card) or {})
+    if split != "train" and not any(split in file.name for file in files):
+        logger.warning(f"{dataset} has no splits: all of it is read as {split!r}.")
 
 
 def _is_hub_id(name: str) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..image_reading_cots import UnreadableImageError, read_image
+from ..image_reading_cots import FORMATS, UnreadableImageError, read_image
 from ..method.image_tokenizer import ImageTokenizer
 from .atomic_write import atomic_write
 from .image_augmentation import ImageTransform
@@ -194,7 +194,8 @@ def encoded_image(image) -> bytes:
     """
     The encoded bytes of an item's image: its own, those of its file, or a PNG of an image in memory.
 
-    A missing or refused image gives no bytes, so that it cannot be read later either.
+    A missing or refused image gives no bytes, so that it cannot be read later either, and neither does a file that is
+    no image, whole or damaged: a path in data may name any file of its folder, a private key for one.
     """
     if isinstance(image, Image.Image):
         file = io.BytesIO()
@@ -205,6 +206,8 @@ def encoded_image(image) -> bytes:
     if image["bytes"] is not None:
         return image["bytes"]
     try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
+        content = Path(image["path"]).read_bytes()
+        with Image.open(io.BytesIO(content), formats=list(FORMATS)):  # reads its header
+            return content
+    except Exception:  # of PIL's readers each has its own
         return b""

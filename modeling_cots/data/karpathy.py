@@ -4,16 +4,25 @@ Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image Desc
 each image once, with its split, its file name and all of its sentences. Images are not read here.
 """
 
-import json
 from pathlib import Path
 
 import datasets
+from transformers.utils import logging
+
+from .formats import read_annotations
+from .messages import printable, shown
+from .rows import list_captions
+from .skip_report import and_more
+from .tables import slice_bounds, table_of_paths
+
+logger = logging.get_logger(__name__)
 
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json")
 # COCO's file calls the 30,504 images of val2014 that are neither validation nor test "restval"; the field trains on
 # them too, so "train" means both. "train_only" is for the rest alone.
 JOINED_SPLITS = {"train": ("train", "restval"), "train_only": ("train",), "validation": ("val",)}
 NUM_LOOKED_FOR = 20
+MAX_NAMES = 5  # in a warning
 
 
 def is_karpathy(dataset: str) -> bool:
@@ -31,7 +40,7 @@ def karpathy_name(dataset: str) -> str:
 
 def load_karpathy(dataset: str, split: str, image_folder: str | None = None) -> tuple[datasets.Dataset, Path]:
     """
-    Open one split: rows of an image path and its list of captions, and the folder that the paths are relative to.
+    Open one split: a table of paths and their captions (tables.py), and the folder that the paths are relative to.
 
     Args:
         dataset: dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json, or the folder that it lies in.
@@ -40,21 +49,28 @@ def load_karpathy(dataset: str, split: str, image_folder: str | None = None) -> 
         image_folder: Where the images are; for COCO the folder that holds `train2014` and `val2014`. By default the
             folder of the JSON file, or the first of its sub-folders that holds one of the split's first images.
 
+    A caption that is no text is left out, counted and named. An image that is listed twice has all of its captions,
+    and a warning names images in two splits.
+
     Raises `ValueError` for a file of another form, and for a split or an image folder that is not there.
     """
     file = _only_file(Path(dataset).expanduser())
     images = _read_images(file)
-    instruction = _parse_split(split)
-    names = {"file_name": [], "caption": []}
-    for part, bounds in instruction:
+    paths, captions, odd = [], [], []
+    for part, bounds in _parse_split(split):
         chosen = [image for image in images if image["split"] in JOINED_SPLITS.get(part, (part,))]
         if not chosen:
             there = ", ".join(sorted({image["split"] for image in images}))
             raise ValueError(f"{file} has no split {part!r}; it has {there}.")
-        for image in _slice(chosen, part, bounds):
-            names["file_name"].append(str(Path(image.get("filepath") or "", image["filename"])))
-            names["caption"].append([sentence["raw"].strip() for sentence in image["sentences"]])
-    return datasets.Dataset.from_dict(names), _find_images(file, names["file_name"], image_folder)
+        start, stop = slice_bounds(part + bounds, len(chosen))
+        for image in chosen[start:stop]:
+            paths.append(_path_of(image))
+            raw, odd_ones = list_captions([sentence.get("raw") for sentence in image["sentences"]])
+            captions.append([caption.strip() for caption in raw])
+            odd += [f"{shown(each)} of {paths[-1]}" for each in odd_ones]
+    if odd:
+        logger.warning(f"Left out {len(odd)} captions of {file}, which are no texts: {and_more(odd, MAX_NAMES)}.")
+    return table_of_paths(paths, captions), _find_images(file, paths, image_folder)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -69,13 +85,38 @@ def _only_file(path: Path) -> Path:
 
 
 def _read_images(file: Path) -> list[dict]:
-    try:
-        images = json.loads(file.read_text(encoding="utf-8"))["images"]
-        for image in images:
-            image["split"], image["filename"], [sentence["raw"] for sentence in image["sentences"]]  # noqa: B018
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not in Karpathy's form: {type(error).__name__}: {error}") from error
+    content = read_annotations(file, "Karpathy's")
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise ValueError(f"{file} is not in Karpathy's form: it has no list of images.")
+    split_of: dict[str, str] = {}
+    shared = []
+    for number, image in enumerate(images):
+        if not _is_image(image):
+            raise ValueError(
+                f"{file} is not in Karpathy's form: image {number} is no object with texts for split and filename "
+                "and a list of objects for sentences."
+            )
+        path = _path_of(image)
+        if split_of.setdefault(path, image["split"]) != image["split"]:
+            shared.append(f"{path} in {split_of[path]} and {image['split']}")
+    if shared:
+        logger.warning(f"{file} lists {len(shared)} images in two splits: {and_more(shared, MAX_NAMES)}.")
     return images
+
+
+def _is_image(image) -> bool:
+    return (
+        isinstance(image, dict)
+        and all(isinstance(image.get(name), str) and image[name] for name in ("split", "filename"))
+        and isinstance(image.get("filepath"), str | None)
+        and isinstance(image.get("sentences"), list)
+        and all(isinstance(sentence, dict) for sentence in image["sentences"])
+    )
+
+
+def _path_of(image: dict) -> str:
+    return printable(str(Path(image.get("filepath") or "", image["filename"])))
 
 
 def _parse_split(split: str) -> list[tuple[str, str]]:
@@ -85,17 +126,6 @@ def _parse_split(split: str) -> list[tuple[str, str]]:
         name, bracket, bounds = part.strip().partition("[")
         parts.append((name, bracket + bounds))
     return parts
-
-
-def _slice(images: list[dict], name: str, bounds: str) -> list[dict]:
-    """The slice as `datasets` understands it, per cent included."""
-    if not bounds:
-        return images
-    try:
-        (absolute,) = datasets.ReadInstruction.from_spec(name + bounds).to_absolute({name: len(images)})
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"{name + bounds!r} is no slice of a split, such as '{name}[:100]': {error}") from error
-    return images[absolute.from_ : absolute.to]
 
 
 def _find_images(file: Path, names: list[str], image_folder: str | None) -> Path:

@@ -6,8 +6,10 @@ from torch.utils.data import Dataset
 
 from .karpathy import is_karpathy, karpathy_name
 from .pairs import open_pairs
+from .revisions import refuse_version
 from .scenes.moving import write_moving_scenes
 from .scenes.still import ScenesDataset
+from .streaming.names import public_name
 from .videos import VideoDataset, open_videos
 
 
@@ -21,6 +23,8 @@ def open_dataset(
     image_size: int = 64,
     seed: int = 0,
     keep_uncaptioned: bool = False,
+    dataset_config: str | None = None,
+    revision: str | None = None,
 ) -> Dataset:
     """
     Open `scenes`, or whatever `open_pairs` takes. The result has a `name` for the model card.
@@ -31,13 +35,15 @@ def open_dataset(
         image_folder, image_column, caption_column: See `open_pairs`; `scenes` ignores them.
         image_size: Height and width in pixels at which scenes are drawn.
         seed: Seed of the random draws for each item in training. `scenes` has its own, the same in every run.
-        keep_uncaptioned: See `open_pairs`.
+        keep_uncaptioned, dataset_config, revision: See `open_pairs`; `scenes` has neither configuration nor revision.
     """
     if dataset == "scenes":
+        refuse_version(dataset, dataset_config, revision)
         opened = ScenesDataset(split, image_size=image_size)
     else:
         columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
-        opened = open_pairs(dataset, split, **columns, seed=seed, keep_uncaptioned=keep_uncaptioned)
+        version = {"dataset_config": dataset_config, "revision": revision}
+        opened = open_pairs(dataset, split, **columns, seed=seed, keep_uncaptioned=keep_uncaptioned, **version)
     opened.name = _name(dataset)
     return opened
 
@@ -45,7 +51,7 @@ def open_dataset(
 def _name(dataset: str) -> str:
     if is_karpathy(dataset):
         return karpathy_name(dataset)
-    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else public_name(dataset)
 
 
 def open_video_dataset(

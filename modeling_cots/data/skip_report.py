@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
+from .messages import shorten
+
 logger = logging.get_logger(__name__)
 
 MAX_WORKERS = 256
@@ -15,7 +17,7 @@ SHARDS, SAMPLES = 0, 1
 def and_more(names: Sequence[object], limit: int) -> str:
     """The first `limit` names, separated by commas, and the number of the others: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
+    return ", ".join(shorten(str(name)) for name in names[:limit]) + more
 
 
 class NamedOnce:
@@ -54,7 +56,8 @@ class SkipReport:
 
     def add(self, name: str, error: Exception) -> None:
         """Report an image or video by its name."""
-        self._named.warn(name, f"Skipped the {self.kind} {name}, which cannot be read ({error}).")
+        message = f"Skipped the {self.kind} {shorten(name)}, which cannot be read ({shorten(str(error))})."
+        self._named.warn(name, message)
 
 
 class StreamReport:
@@ -82,12 +85,16 @@ class StreamReport:
 
     def add_shard(self, name: str, error: Exception, num_read: int) -> None:
         """Report a shard that broke after `num_read` of its samples."""
-        reason = str(error).rstrip(".") or "no reason given"
-        self._add(SHARDS, f"Skipped the shard {name} after {num_read} samples: {type(error).__name__}: {reason}", name)
+        reason = shorten(str(error)).rstrip(".") or "no reason given"
+        self._add(
+            SHARDS,
+            f"Skipped the shard {shorten(name)} after {num_read} samples: {type(error).__name__}: {reason}",
+            name,
+        )
 
     def add_sample(self, name: str, reason: str) -> None:
         """Report a sample, or a file in a shard, that is left out."""
-        self._add(SAMPLES, f"Skipped {name}: {reason}", name)
+        self._add(SAMPLES, f"Skipped {shorten(name)}: {shorten(reason)}", name)
 
     def _add(self, kind: int, message: str, name: str) -> None:
         worker = torch.utils.data.get_worker_info()

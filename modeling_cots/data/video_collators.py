@@ -122,6 +122,8 @@ def check_videos_readable(dataset, num_tries: int = 20) -> None:
     for index in range(min(num_tries, len(dataset))):
         item = dataset[index]
         try:
+            if item.get("refused"):
+                raise UnreadableVideoError(item["refused"])
             read_video(item["video"], lambda metadata: np.zeros(1, dtype=np.int64))
             return
         except UnreadableVideoError as error:
@@ -131,6 +133,8 @@ def check_videos_readable(dataset, num_tries: int = 20) -> None:
 
 def _load(read, item: dict, report: SkipReport) -> torch.Tensor | None:
     try:
+        if item.get("refused"):
+            raise UnreadableVideoError(item["refused"])
         return read(item["video"])
     except UnreadableVideoError as error:
         report.add(item["name"], error)

@@ -11,14 +11,13 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
-from .columns import check_any_exists, check_inside, drop_uncaptioned, find_column
-from .files import load_rows
+from .columns import check_any_exists, check_inside, drop_uncaptioned
 from .items import EpochSeeds
+from .loading import load_rows
 from .msrvtt import is_msrvtt, load_msrvtt
-from .rows import list_captions
+from .paths import RefusedPathError, open_door, walk_visible
+from .rows import video_columns
 
-VIDEO_COLUMNS = ("video", "file_name", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentence")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
 
@@ -33,7 +32,10 @@ def open_videos(
     seed: int = 0,
 ) -> "VideoDataset":
     """
-    Open a split of videos with their captions. A video without a caption is left out and reported by name.
+    Open a split of videos with their captions.
+
+    What cannot be used is left out, counted and named: captions that are no texts, rows without a path, videos without
+    a caption. A file that its folder may not give (`open_door`) is named when it is read.
 
     Args:
         dataset: The annotations of MSR-VTT (see `load_msrvtt`); a folder of videos with metadata.jsonl or
@@ -47,9 +49,9 @@ def open_videos(
             text, sentence. Captions of rows with the same video are joined.
         seed: Seed of the random draws for each item in training.
 
-    Raises `ValueError` for a data set, split, protocol or column that does not exist, an empty data set, captions that
-    are no strings, paths that leave the folder, two files of the same MSR-VTT video, and a folder without any of the
-    videos. Single missing videos are named when they are read.
+    Raises `ValueError` for a data set, split or protocol that does not exist, a data set of which no row can be used,
+    paths that leave the folder, two files of the same MSR-VTT video, and a folder without any of the videos. Single
+    missing videos are named when they are read.
     """
     if is_msrvtt(dataset):
         if video_column is not None or caption_column is not None:
@@ -57,12 +59,13 @@ def open_videos(
         captions = load_msrvtt(dataset, split, **({} if protocol is None else {"protocol": protocol}))
         path = Path(dataset).expanduser()
         root = path if path.is_dir() else path.parent
-        files = _find_msrvtt_files(Path(video_folder).expanduser() if video_folder else root, captions)
+        folder = Path(video_folder).expanduser() if video_folder else root
+        files = _find_msrvtt_files(folder, captions)
     else:
         if protocol is not None:
             raise ValueError(f"The protocol {protocol!r} is MSR-VTT's, and {dataset!r} holds none of its files.")
-        rows, root = load_rows(dataset, split)
-        captions = _group_captions(rows, video_column, caption_column)
+        table, root = load_rows(dataset, split, video_columns(video_column, caption_column))
+        captions = _group_captions(table)
         if video_folder is None and root is None:
             raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
         folder = Path(video_folder).expanduser() if video_folder else root
@@ -71,7 +74,7 @@ def open_videos(
     names = drop_uncaptioned(list(captions), [len(known) for known in captions.values()], str, "video")
     if not names:
         raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
-    return VideoDataset(names, [files[name] for name in names], [captions[name] for name in names], seed)
+    return VideoDataset(names, [files[name] for name in names], [captions[name] for name in names], seed, folder)
 
 
 class VideoDataset(Dataset):
@@ -79,18 +82,27 @@ class VideoDataset(Dataset):
     Map-style data set of N videos with their captions.
 
     An item is {"video": path, "captions": list of strings, "pair_id": its number, "name": for reports, "seed": int}.
+    Where the file leads out of the folder, "video" is `None`, and the reason is under "refused".
 
     Args:
         names: N names.
         paths: N paths of video files.
         captions: N lists of captions.
         seed: Seed of the random draws for each item in training.
+        folder: What no file may leave; `None` for paths that do not come out of data.
     """
 
     modality = "video"
 
-    def __init__(self, names: list[str], paths: list[str], captions: list[list[str]], seed: int = 0):
-        self.names, self.paths, self.captions = names, paths, captions
+    def __init__(
+        self,
+        names: list[str],
+        paths: list[str],
+        captions: list[list[str]],
+        seed: int = 0,
+        folder: str | os.PathLike | None = None,
+    ):
+        self.names, self.paths, self.captions, self.folder = names, paths, captions, folder
         self._seeds = EpochSeeds(seed)
 
     def __len__(self) -> int:
@@ -101,12 +113,20 @@ class VideoDataset(Dataset):
             raise IndexError(f"Item {index} of {len(self)}.")
         index = int(index) % len(self)
         return {
-            "video": self.paths[index],
+            **self._located(self.paths[index]),
             "captions": list(self.captions[index]),
             "pair_id": index,
             "name": self.names[index],
             "seed": self._seeds(index),
         }
+
+    def _located(self, path: str) -> dict:
+        if self.folder is None:
+            return {"video": path}
+        try:
+            return {"video": open_door(path, self.folder)}
+        except RefusedPathError as error:
+            return {"video": None, "refused": str(error)}
 
     def iter_captions(self) -> Iterator[str]:
         """All captions."""
@@ -121,8 +141,8 @@ class VideoDataset(Dataset):
 def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, str]:
     """The file of each video: in any sub-folder, named by the video's id, with any suffix; .mp4 if it is missing."""
     files: dict[str, str] = {}
-    for place, _, names in sorted(os.walk(folder)):
-        for name in sorted(names):
+    for place, names in sorted(walk_visible(folder)):
+        for name in names:
             video, suffix = os.path.splitext(name)
             if video not in videos or suffix.lower() not in VIDEO_SUFFIXES:
                 continue
@@ -134,27 +154,14 @@ def _find_msrvtt_files(folder: Path, videos: dict[str, list[str]]) -> dict[str, 
             files[video] = file
     if not files:
         raise ValueError(f"None of the {len(videos)} videos is in {str(folder)!r}: name the folder by `video_folder`.")
-    check_inside((f"{video}.mp4" for video in videos), folder, "video")
-    return {video: files.get(video, os.path.join(folder, f"{video}.mp4")) for video in videos}
+    missing = check_inside((f"{video}.mp4" for video in videos), folder, "video")
+    return {video: files.get(video, missing[f"{video}.mp4"]) for video in videos}
 
 
-def _group_captions(
-    rows: datasets.Dataset, video_column: str | None, caption_column: str | None
-) -> dict[str, list[str]]:
+def _group_captions(table: datasets.Dataset) -> dict[str, list[str]]:
     """Captions by path, in the order in which paths first appear."""
-    if len(rows) == 0:
-        raise ValueError("The data set is empty.")
-    video_column = find_column(rows, video_column, VIDEO_COLUMNS, "video")
-    caption_column = find_column(rows, caption_column, CAPTION_COLUMNS, "caption")
     grouped: dict[str, list[str]] = {}
-    for number, row in enumerate(rows.select_columns([video_column, caption_column])):
-        path, captions = row[video_column], row[caption_column]
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"The column {video_column!r} must hold paths; row {number} holds {path!r}.")
-        try:
-            grouped.setdefault(os.path.normpath(path), []).extend(list_captions(captions))
-        except TypeError:
-            raise ValueError(
-                f"Captions must be strings or lists of strings; {caption_column!r} holds {captions!r}."
-            ) from None
+    for path, captions in zip(table["path"], table["captions"], strict=True):
+        if path is not None:
+            grouped.setdefault(os.path.normpath(os.fsdecode(path)), []).extend(captions)
     return grouped

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from ..configuration_cots import COTSConfig
+from ..data.revisions import check_revision
 from ..method.filtering import adaptive_momentum_filter
 from ..method.momentum import MOMENTUM_STATE_NAME
 from ..modeling_cots import COTSModel
@@ -45,21 +46,24 @@ class PairScores:
     num_skipped_images: int
 
 
-def load_scoring_model(name_or_path: str) -> tuple[COTSModel, str]:
+def load_scoring_model(name_or_path: str, revision: str | None = None) -> tuple[COTSModel, str]:
     """
     Load the model that scores pairs: the momentum copy in a training checkpoint, otherwise the model itself.
 
     Args:
         name_or_path: A training checkpoint (`checkpoint-*`), or a folder or Hub id of a model, which has no momentum
             copy.
+        revision: Branch, tag or commit of a Hub id.
 
     Returns the model in evaluation mode, and a description such as "the momentum copy of runs/mine/checkpoint-500".
 
     Raises `ValueError` for a momentum copy that does not fit the configuration in the same folder.
     """
+    check_revision("model", name_or_path, revision)
     path = os.path.join(name_or_path, MOMENTUM_STATE_NAME)
     if not os.path.isfile(path):
-        return COTSModel.from_pretrained(name_or_path).eval(), f"the model {name_or_path}, which has no momentum copy"
+        model = COTSModel.from_pretrained(name_or_path, revision=revision or "main")
+        return model.eval(), f"the model {name_or_path}, which has no momentum copy"
     weights = {
         name.removeprefix(MOMENTUM_PREFIX): tensor
         for name, tensor in safetensors.torch.load_file(path).items()

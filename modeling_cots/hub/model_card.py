@@ -4,9 +4,12 @@ import os
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
+from ..data.files import broken_card
+from ..data.streaming.names import public_name
 from ..evaluation.recall_table import RecallRow, recall_rows, rename_metrics
 
 TEMPLATE_PATH = Path(__file__).parent / "model_card_template.md"
@@ -28,6 +31,7 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         record: The record of its training from `build_record`, with the `widget` entries of the card.
         model_name: Title, and where the examples load it from.
     """
+    record = _without_paths(record)
     data, evaluation = record["training_data"], record["evaluation_data"]
     kind = KNOWN_DATA.get(data["name"].split()[0].lower())
     return ModelCard.from_template(
@@ -52,6 +56,12 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         rows=_result_table(record),
         widget=record["widget"],
     )
+
+
+def _without_paths(record: dict) -> dict:
+    """The record with data sets named as a published card may name them: without folders of this machine."""
+    named = {name: record[name] for name in ("training_data", "evaluation_data") if record[name] is not None}
+    return record | {name: data | {"name": public_name(data["name"])} for name, data in named.items()}
 
 
 def _card_data(record: dict, model_name: str, kind: str | None) -> ModelCardData:
@@ -139,12 +149,15 @@ def eval_results(
     ]
 
 
-def load_card(model: str) -> ModelCard:
+def load_card(model: str, revision: str | None = None) -> ModelCard:
     """The card of a checkpoint, a folder or a Hub id; an empty one where it has none."""
-    path = cached_file(model, "README.md", _raise_exceptions_for_missing_entries=False)
+    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {os.path.basename(os.path.normpath(model))}\n")
-    return ModelCard.load(path)
+    try:
+        return ModelCard.load(path)
+    except (yaml.YAMLError, ValueError) as error:
+        raise broken_card(path, error) from error
 
 
 def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> None:
@@ -162,7 +175,9 @@ def add_results(card: ModelCard, results: list[EvalResult], model_name: str) -> 
     card.data.model_name = card.data.model_name or model_name
 
 
-def write_card_of_measured(output_dir: str, model: str, results: dict, modality: str = "image") -> None:
+def write_card_of_measured(
+    output_dir: str, model: str, results: dict, modality: str = "image", revision: str | None = None
+) -> None:
     """Write a copy of the card of a checkpoint that was only measured, with the results added.
 
     Args:
@@ -170,8 +185,10 @@ def write_card_of_measured(output_dir: str, model: str, results: dict, modality:
         model: The checkpoint, a folder or a Hub id.
         results: What `write_results` returned, with `measured_on` and `zero_shot_protocol` among its facts.
         modality: What the captions describe, an "image" or a "video".
+        revision: Branch, tag or commit of a Hub id.
     """
-    card = load_card(model)
+    results = results | {"measured_on": public_name(results["measured_on"])}
+    card = load_card(model, revision)
     measured = eval_results(
         results["metrics"],
         results["measured_on"],

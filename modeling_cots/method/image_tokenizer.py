@@ -37,9 +37,11 @@ class ImageTokenizer(nn.Module):
         self.register_buffer("image_std", torch.tensor(image_std).view(-1, 1, 1))
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, image_mean: list[float], image_std: list[float]) -> "ImageTokenizer":
+    def from_pretrained(
+        cls, name_or_path: str, image_mean: list[float], image_std: list[float], revision: str = "main"
+    ) -> "ImageTokenizer":
         """Load the codebook from a Hub id (the paper's: `facebook/flava-image-codebook`) or a folder."""
-        return cls(FlavaImageCodebook.from_pretrained(name_or_path), image_mean, image_std)
+        return cls(FlavaImageCodebook.from_pretrained(name_or_path, revision=revision), image_mean, image_std)
 
     @classmethod
     def random(

@@ -5,7 +5,7 @@ that do not fit are refused, with both sizes.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
@@ -14,6 +14,7 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerBase,
@@ -36,19 +37,29 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
+MAIN = "main"  # the branch that a Hub id without a revision means
+LATEST: Mapping[str, str] = {}  # revisions of no option: every Hub id means its branch main
 
 
 def build_config(
-    model: str | None, model_config: str | None, text_model: str | None, vision_model: str | None
+    model: str | None,
+    model_config: str | None,
+    text_model: str | None,
+    vision_model: str | None,
+    revisions: Mapping[str, str] = LATEST,
 ) -> COTSConfig:
-    """The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders."""
+    """
+    The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders.
+
+    `revisions` has the branch, tag or commit of each Hub id, by the name of the argument.
+    """
     if model is not None:
-        return COTSConfig.from_pretrained(model)
+        return COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
     config = COTSConfig() if model_config is None else _read_config(model_config)
     if text_model is not None:
-        config.text_config = AutoConfig.from_pretrained(text_model)
+        config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
     if vision_model is not None and not _is_timm(vision_model):
-        config.vision_config = AutoConfig.from_pretrained(vision_model)
+        config.vision_config = AutoConfig.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
     return config
 
 
@@ -90,9 +101,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZ
 
 
 def build_tokenizer(
-    tokenizer: str | None, text_model: str | None, captions: Iterable[str], max_text_length: int, vocab_size: int
+    tokenizer: str | None,
+    text_model: str | None,
+    captions: Iterable[str],
+    max_text_length: int,
+    vocab_size: int,
+    revisions: Mapping[str, str] = LATEST,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer given by id or folder; else that of the pre-trained text encoder; else one trained on `captions`.
+
+    `revisions` has the branch, tag or commit of each Hub id, by the name of the argument.
 
     Raises `ValueError` for one without padding or mask token.
     """
@@ -101,7 +119,8 @@ def build_tokenizer(
         built = train_tokenizer(captions, vocab_size)
         logger.warning(f"Trained a WordPiece tokenizer of {len(built)} tokens on the training captions.")
     else:
-        built = AutoTokenizer.from_pretrained(source)
+        option = "text_model" if tokenizer is None else "tokenizer"
+        built = AutoTokenizer.from_pretrained(source, revision=revisions.get(option, MAIN))
     for role in ("pad_token", "mask_token"):
         if getattr(built, role) is None:
             raise ValueError(f"The tokenizer {source} has no {role}, which padding and masked modeling need.")
@@ -120,23 +139,26 @@ def build_model(
     num_image_tokens: int,
     max_text_length: int,
     with_heads: bool = True,
+    revisions: Mapping[str, str] = LATEST,
 ) -> COTSForPreTraining:
     """
     The model to train: a COTS checkpoint to continue from, a pair of pre-trained encoders, or fresh weights.
 
     An encoder that is not pre-trained is built from `config`, with vocabulary sizes from the tokenizers. The heads of
-    masked modeling are loaded from a checkpoint only `with_heads`, as a shared checkpoint has none.
+    masked modeling are loaded from a checkpoint only `with_heads`, as a shared checkpoint has none. `revisions` has
+    the branch, tag or commit of each Hub id, by the name of the argument.
 
     Raises `ValueError` where an encoder and a tokenizer do not fit, and for captions longer than the positions.
     """
     if model is not None:
-        built = COTSForPreTraining.from_pretrained(model) if with_heads else _load_without_heads(model)
+        load = COTSForPreTraining.from_pretrained if with_heads else _load_without_heads
+        built = load(model, revision=revisions.get("model", MAIN))
     elif text_model is None and vision_model is None:
         config.text_config.vocab_size = len(tokenizer)
         config.image_vocab_size = num_image_tokens
         built = COTSForPreTraining(config)
     else:
-        built = _from_encoders(text_model, vision_model, config, tokenizer, num_image_tokens)
+        built = _from_encoders(text_model, vision_model, config, tokenizer, num_image_tokens, revisions)
         if config._attn_implementation is not None:  # set in the configuration file; encoders are loaded with another
             built.set_attn_implementation(config._attn_implementation)
     check_vocabulary(tokenizer, built.config)
@@ -153,24 +175,28 @@ def build_model(
     return built
 
 
-def _load_without_heads(model: str) -> COTSForPreTraining:
+def _load_without_heads(model: str, revision: str) -> COTSForPreTraining:
     """The encoders of a checkpoint with fresh heads, without the loader's report of missing heads."""
-    loaded = COTSModel.from_pretrained(model)
+    loaded = COTSModel.from_pretrained(model, revision=revision)
     built = COTSForPreTraining(loaded.config)
     missing, _ = built.cots.load_state_dict(loaded.state_dict(), strict=False)
     assert all(name.endswith("mask_token") for name in missing), missing
     return built
 
 
-def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_image_tokens: int):
+def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_image_tokens: int, revisions):
     """A model of pre-trained encoders; one that is not given is built from `config`."""
     if text_model is None:
         config.text_config.vocab_size = len(tokenizer)
         text_model = build_text_encoder(config.text_config)
+    else:
+        text_model = AutoModel.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
     if vision_model is None:
         vision_model = build_vision_encoder(config.vision_config, use_mask_token=False)
     elif _is_timm(vision_model):
-        vision_model = load_timm_vit(vision_model, image_size=config.image_size[0])
+        vision_model = load_timm_vit(vision_model, config.image_size[0], revisions.get("vision_model"))
+    else:
+        vision_model = AutoModel.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
     return COTSForPreTraining.from_encoders(
         text_model,
         vision_model,
@@ -180,13 +206,18 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_
     )
 
 
-def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, vision_model: str | None) -> COTSProcessor:
+def build_processor(
+    config: COTSConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vision_model: str | None,
+    revisions: Mapping[str, str] = LATEST,
+) -> COTSProcessor:
     """The processor of a model: it converts images to RGB, and resizes and normalizes them for the vision encoder."""
     height, width = config.image_size
     size = {"height": height, "width": width}
     normalization = {}
     if vision_model is not None and not _is_timm(vision_model):
-        given = AutoImageProcessor.from_pretrained(vision_model)
+        given = AutoImageProcessor.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
         normalization = {"image_mean": given.image_mean, "image_std": given.image_std}
     image_processor = COTSImageProcessor(size=size, **normalization)
     video_processor = COTSVideoProcessor(
@@ -195,7 +226,9 @@ def build_processor(config: COTSConfig, tokenizer: PreTrainedTokenizerBase, visi
     return COTSProcessor(image_processor, tokenizer, video_processor)
 
 
-def build_image_tokenizer(name_or_path: str, processor: COTSProcessor | None, vocab_size: int) -> ImageTokenizer:
+def build_image_tokenizer(
+    name_or_path: str, processor: COTSProcessor | None, vocab_size: int, revision: str = MAIN
+) -> ImageTokenizer:
     """
     The dVAE given by id or folder; for "random", a random codebook of `vocab_size` tokens, with a warning.
 
@@ -204,7 +237,7 @@ def build_image_tokenizer(name_or_path: str, processor: COTSProcessor | None, vo
     settings = None if processor is None else processor.image_processor
     mean, std = ([0.0] * 3, [1.0] * 3) if settings is None else (settings.image_mean, settings.image_std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
-        return ImageTokenizer.from_pretrained(name_or_path, mean, std)
+        return ImageTokenizer.from_pretrained(name_or_path, mean, std, revision)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "
         "are no substitute for those of the pre-trained dVAE that the paper uses (facebook/flava-image-codebook)."

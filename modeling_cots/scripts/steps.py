@@ -2,13 +2,14 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.utils.data import Dataset
 
 from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
+from ..data.revisions import check_revision
 from ..data.streaming.dataset import StreamingPairs, open_stream
 from ..evaluation.recall_table import rename_metrics
 from ..evaluation.report import format_report
@@ -21,7 +22,7 @@ from ..processing_cots import COTSProcessor
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
 from .command_line import option_names, parse_config_and_options
-from .factory import build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+from .factory import MAIN, build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
 from .starting_point import (
     describe_start,
     is_from_scratch,
@@ -30,6 +31,8 @@ from .starting_point import (
     set_initializer_range,
     starting_defaults,
 )
+
+VERSIONED = ("model", "text_model", "vision_model", "tokenizer", "image_tokenizer")  # options that may be Hub ids
 
 
 @dataclass
@@ -42,6 +45,10 @@ class DataArguments:
             ".jsonl, .csv or WebDataset .tar files, or dataset_flickr30k.json or dataset_coco.json of Karpathy."
         }
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub id, or of a folder with a card, if it has several."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     train_split: str = field(
         default="train", metadata={"help": "Split to train on; of dataset_coco.json `train` takes in `restval`."}
     )
@@ -75,6 +82,8 @@ class StreamArguments:
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Where eval_split is, if not in the data set that is trained on."}
     )
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, as dataset_config."})
+    eval_dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
 
 
 @dataclass
@@ -101,6 +110,19 @@ class ModelArguments:
         },
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    text_model_revision: str | None = field(default=None, metadata={"help": "That of `text_model`."})
+    vision_model_revision: str | None = field(default=None, metadata={"help": "That of `vision_model`."})
+    tokenizer_revision: str | None = field(default=None, metadata={"help": "That of `tokenizer`."})
+    image_tokenizer_revision: str | None = field(default=None, metadata={"help": "That of `image_tokenizer`."})
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Branch, tag or commit of each option that has one. Raises `ValueError` where the option is no Hub id."""
+        given = {name: getattr(self, f"{name}_revision") for name in VERSIONED}
+        for name, revision in given.items():
+            check_revision(name, getattr(self, name), revision)
+        return {name: revision for name, revision in given.items() if revision is not None}
 
 
 @dataclass
@@ -186,7 +208,9 @@ def read_config(options: ModelArguments) -> COTSConfig:
         for name in ("text_model", "vision_model", "model_config"):
             if getattr(options, name) is not None:
                 raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
-    config = build_config(options.model, options.model_config, options.text_model, options.vision_model)
+    config = build_config(
+        options.model, options.model_config, options.text_model, options.vision_model, options.revisions
+    )
     if is_from_scratch(options):
         set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
     return config
@@ -204,9 +228,28 @@ def open_split(options: DataArguments, split: str | None, *, image_size: int, se
         caption_column=options.caption_column,
         image_size=image_size,
         seed=seed,
+        dataset_config=options.dataset_config,
+        revision=options.dataset_revision,
     )
     check_readable(opened)
     return opened
+
+
+def held_out_options(options):
+    """
+    The options of data, by which [`open_split`] opens `eval_split`; `options` has [`StreamArguments`], too.
+
+    Raises `ValueError` for a configuration or revision of an `eval_dataset` that is not given.
+    """
+    given = {name: getattr(options, f"eval_dataset{name}") for name in ("", "_config", "_revision")}
+    if given[""] is not None:
+        return replace(options, **{f"dataset{name}": value for name, value in given.items()})
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"eval_dataset{name}={value} belongs to eval_dataset, which is not given: leave it out, or give both."
+            )
+    return options
 
 
 def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
@@ -232,6 +275,8 @@ def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
         image_column=options.image_column,
         caption_column=options.caption_column,
         seed=args.data_seed,
+        dataset_config=options.dataset_config,
+        revision=options.dataset_revision,
         **({} if options.shuffle_buffer is None else {"shuffle_buffer": options.shuffle_buffer}),
     )
 
@@ -240,21 +285,28 @@ def build_parts(
     options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
 ) -> TrainingParts:
     """Tokenizers, processor and model; a tokenizer is trained on the captions of `train_dataset` if none is given."""
+    revisions = options.revisions
+    of_tokenizer = revisions
+    if options.tokenizer is None and "model" in revisions:
+        of_tokenizer = {"tokenizer": revisions["model"]}
     tokenizer = build_tokenizer(
         options.tokenizer or options.model,
         options.text_model,
         train_dataset.iter_captions(),
         options.max_text_length,
         config.text_config.vocab_size,
+        of_tokenizer,
     )
     if options.model is None:
-        processor = build_processor(config, tokenizer, options.vision_model)
+        processor = build_processor(config, tokenizer, options.vision_model, revisions)
     else:  # images must be normalized as in the training of the checkpoint
-        processor = COTSProcessor.from_pretrained(options.model)
+        processor = COTSProcessor.from_pretrained(options.model, revision=revisions.get("model", MAIN))
         processor.tokenizer = tokenizer
     image_tokenizer = None
     if args.cmvm_weight > 0 and options.image_tokenizer != "none":
-        image_tokenizer = build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size)
+        image_tokenizer = build_image_tokenizer(
+            options.image_tokenizer, processor, config.image_vocab_size, revisions.get("image_tokenizer", MAIN)
+        )
     model = build_model(
         model=options.model,
         text_model=options.text_model,
@@ -264,6 +316,7 @@ def build_parts(
         num_image_tokens=config.image_vocab_size if image_tokenizer is None else image_tokenizer.vocab_size,
         max_text_length=options.max_text_length,
         with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
+        revisions=revisions,
     )
     return TrainingParts(model, processor, image_tokenizer)
 
@@ -318,11 +371,14 @@ def finish_retrieval(
         num_captions=sum(1 for _ in dataset.iter_captions()),
         **facts,
         model=options.model,
+        model_commit=getattr(trainer.model.config, "_commit_hash", None),
         trained_on=trained_on,
         num_steps=trainer.state.global_step,
     )
     if trained_on is None:
-        write_card_of_measured(args.output_dir, options.model, results, modality=modality)
+        write_card_of_measured(
+            args.output_dir, options.model, results, modality=modality, revision=options.model_revision
+        )
     num_folds = COCO_NUM_FOLDS if results["protocol"] == "coco-1k" else 1
     examples = trainer.example_retrievals
     assert examples is not None, "the trainer has evaluated"

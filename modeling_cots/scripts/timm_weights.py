@@ -30,7 +30,7 @@ RENAMES = (
 FORWARD_TOLERANCE = 1e-3  # of the largest output: far above rounding, far below what another activation makes
 
 
-def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> ViTModel:
+def load_timm_vit(name_or_path: str | Path, image_size: int | None = None, revision: str | None = None) -> ViTModel:
     """
     Load a pre-trained timm ViT as a `ViTModel` without pooler, for `from_encoders`.
 
@@ -41,6 +41,8 @@ def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> Vi
         image_size (`int`, *optional*):
             Side in pixels of the images; timm resamples the position embeddings (bicubic). By default the
             size that the checkpoint was trained at.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
 
     Returns the model in eval mode; its `last_hidden_state` (B, 1 + patches, hidden size) equals timm's
     `forward_features`. Pixels must be normalized as the timm configuration of the checkpoint says.
@@ -48,7 +50,7 @@ def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> Vi
     Raises `ValueError` for a folder without those files, a name that timm does not know, and a timm model that is not
     a plain ViT with a [CLS] token. All weights of a checkpoint but the classifier must have a place in ViTModel.
     """
-    timm_vit = _create_timm_vit(str(name_or_path))
+    timm_vit = _create_timm_vit(str(name_or_path), revision)
     if image_size is not None:
         timm_vit.set_input_size(img_size=(image_size, image_size))
     vit = ViTModel(_vit_config(timm_vit), add_pooling_layer=False).eval()
@@ -59,7 +61,7 @@ def load_timm_vit(name_or_path: str | Path, image_size: int | None = None) -> Vi
     return vit
 
 
-def _create_timm_vit(name_or_path: str) -> VisionTransformer:
+def _create_timm_vit(name_or_path: str, revision: str | None) -> VisionTransformer:
     """timm's own model with its weights, in eval mode, without the classifier."""
     if Path(name_or_path).is_dir():
         for file_name in ("config.json", "model.safetensors"):  # without the latter timm would unpickle another file
@@ -68,6 +70,8 @@ def _create_timm_vit(name_or_path: str) -> VisionTransformer:
         source = f"local-dir:{name_or_path}"
     else:
         source = f"hf-hub:{name_or_path}" if "/" in name_or_path else name_or_path
+        if revision is not None:
+            source += f"@{revision}"
     try:
         # With the classifier: for `num_classes=0` timm would load the rest and silently skip missing weights.
         model = timm.create_model(source, pretrained=True).eval()

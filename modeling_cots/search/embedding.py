@@ -7,62 +7,98 @@ hash of the name is the entry's id. By these ids a second run continues where th
 import hashlib
 import io
 import json
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..data.image_reading import UnreadableImageError, read_image
+from ..data.files import SAVED_FILES, holds_dataset
+from ..data.messages import printable, shown
+from ..data.paths import walk_visible
 from ..data.skip_report import and_more
-from .rows import FIXED_COLUMNS, fixed_features
+from ..image_reading_cots import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from .conditions import MAX_INTEGER, MIN_INTEGER
+from .rows import RESERVED_COLUMNS, fixed_features, free_name
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
 MAX_REPORTED = 10
+PATH_STARTS = ("/", "./", "../", "~/", "data:image/")  # of a query that names a file and is no text
+# How a configuration was saved and loaded, which changes no embedding.
+CONFIG_BOOKKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 class ImageFolder(Dataset):
     """
     The images in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
 
-    Hidden files and folders, and links that lead elsewhere, are left out. Raises `ValueError` for a folder that is not
-    there or has no image.
+    Links are followed, to images and to folders; no image is given twice. Hidden files and folders are left out, and
+    so are other files: a warning counts and names these, and links that lead to nothing. Raises `ValueError` for a
+    folder that is not there or has no image.
     """
 
     def __init__(self, folder: str | os.PathLike):
         root = os.path.realpath(folder)
         if not os.path.isdir(root):
             raise ValueError(f"There is no folder {str(folder)!r}.")
-        self.paths = []
-        for place, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
+        images: dict[str, str] = {}  # by the file that is meant, which links share
+        others = []
+        for place, names in walk_visible(root):
+            if set(SAVED_FILES) <= set(names):  # a search index
+                continue
+            for name in names:
                 path = os.path.join(place, name)
-                is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-                if is_image and os.path.realpath(path) == path:
-                    self.paths.append(path)
-        if not self.paths:
+                if name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
+                    images.setdefault(os.path.realpath(path), path)
+                    if not os.path.islink(path):
+                        images[os.path.realpath(path)] = path
+                else:
+                    others.append(printable(os.path.relpath(path, root)))
+        if not images:
             raise ValueError(f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}).")
-        self.name = root
+        if others:
+            logger.warning(
+                f"Left out {len(others)} files of {printable(root)}, which are no images of a known format: "
+                f"{and_more(others, MAX_REPORTED)}."
+            )
+        self.paths = sorted(images.values())
+        self.name = printable(root)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
         path = self.paths[index]
-        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": path}
+        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": printable(path)}
 
     def names(self) -> list[str]:
-        """All paths, without opening a file."""
-        return self.paths
+        """All paths, without opening a file; bytes in them that are no UTF-8 are escaped."""
+        return [printable(path) for path in self.paths]
+
+
+def check_text(text: str) -> None:
+    """Raise `ValueError` for an empty query, and for the name of an image, which would be searched for as words."""
+    if not text.strip():
+        raise ValueError("The text to search for is empty.")
+    words = text.strip()
+    is_image = os.path.splitext(words)[1].lower() in Image.registered_extensions()
+    if is_image or words.startswith(PATH_STARTS) or re.match(r"[A-Za-z]:\\|\w+://", words):
+        state = "which is a file" if os.path.isfile(words) else "which looks like a file that is not there"
+        raise ValueError(
+            f"The text to search for is {shown(text)}, {state}: to find images like an image, give it as `image` "
+            "(--image on the command line)."
+        )
 
 
 def entry_names(dataset, source: str) -> list[str]:
@@ -81,21 +117,27 @@ def entry_names(dataset, source: str) -> list[str]:
     return unique
 
 
+def known_names(name: str) -> list[str]:
+    """The names that an index may have for what a user types: an entry's own name, or a path with or without links."""
+    in_folder = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+    return list(dict.fromkeys([name, os.path.realpath(name), in_folder, os.path.abspath(name)]))
+
+
 def row_ids_of(names: list[str]) -> np.ndarray:
     """(n,) int64 from 0 to 2**63: a hash of each name, which is the same in every process and vector store."""
-    digests = b"".join(
-        hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names
-    )
+    digests = b"".join(hashlib.blake2b(printable(name).encode(), digest_size=8).digest() for name in names)
     return (np.frombuffer(digests, dtype=np.uint64) >> np.uint64(1)).astype(np.int64)
 
 
 def model_identity(model, processor) -> str:
     """
-    A digest of the weights, of the image processor's settings and of the tokenizer.
+    A digest of the configuration, of the weights, of the image processor's settings and of the tokenizer.
 
-    Weights are rounded to bfloat16 first, so that a model has the same identity in float32 and in bfloat16.
+    Weights are rounded to bfloat16 first, so that a model has the same identity in float32 and in bfloat16. Of the
+    configuration, the values count that differ from their defaults: a later transformers may have more values.
     """
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(_configuration(model.config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if tensor.is_floating_point():
@@ -111,6 +153,24 @@ def model_identity(model, processor) -> str:
         rules["truncation"] = rules["padding"] = None  # these depend on the tokenizer's last call
         digest.update(json.dumps(rules, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+_UNKNOWN = object()
+
+
+def _configuration(config) -> dict:
+    """The model type, and the values of a configuration, and of those inside it, that differ from their defaults."""
+    try:
+        defaults = type(config)().to_dict()
+    except (TypeError, ValueError):  # a class without defaults
+        defaults = {}
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in CONFIG_BOOKKEEPING and not name.startswith("_") and value != defaults.get(name, _UNKNOWN)
+    }
+    inner = {name: _configuration(getattr(config, name)) for name in config.sub_configs}
+    return {**values, **inner, "model_type": config.model_type}
 
 
 class _Collator:
@@ -162,8 +222,17 @@ class _WithMetadata(Dataset):
 
 
 def _plain(value):
-    """Return numbers, strings and booleans unchanged; dates as ISO text, which sorts in the same order."""
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    """
+    A value that every vector store holds alike, of the kind that conditions compare.
+
+    Dates become ISO text, which sorts in the same order, decimals floats, and integers beyond 64 bits the nearest
+    float. Numbers that are not finite count as missing.
+    """
+    if isinstance(value, Decimal) or (isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER):
+        value = float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def make_thumbnail(image, side: int) -> dict | None:
@@ -213,8 +282,8 @@ class Embedder:
     def report_skipped(self) -> None:
         """Warn of the images that could not be read, with their names."""
         if self.skipped:
-            shown = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
-            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {shown}.")
+            named = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
+            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {named}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
@@ -231,18 +300,21 @@ def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa
         **{name: pa.array(values, schema.field(name).type) for name, values in fixed.items()},
         "embedding": embedding,
     }
-    for name in sorted({name for row in batch["metadata"] for name in row}):
-        stored = f"{name}_" if name in FIXED_COLUMNS else name
-        columns[stored] = pa.array([row.get(name) for row in batch["metadata"]])
+    names_of_metadata = {name for row in batch["metadata"] for name in row}
+    for name in sorted(names_of_metadata):
+        stored = free_name(name, {*RESERVED_COLUMNS, *names_of_metadata}) if name in RESERVED_COLUMNS else name
+        columns[stored] = _metadata_array([row.get(name) for row in batch["metadata"]])
     return pa.table(columns)
 
 
+def _metadata_array(values: list) -> pa.Array:
+    """Values as an Arrow array; beside floats, integers become floats, too, also where these have to be rounded."""
+    if any(isinstance(value, float) for value in values):
+        values = [float(value) if isinstance(value, int) else value for value in values]
+    return pa.array(values)
+
+
 def as_image_folder(dataset: str) -> Path | None:
-    """The path if `dataset` is a folder of plain images, without files of a data set in it; else `None`."""
+    """The path if `dataset` is a folder of plain images, beside foreign files perhaps; else `None`."""
     path = Path(dataset).expanduser()
-    if not path.is_dir():
-        return None
-    for _, _, names in os.walk(path):
-        if any(name.endswith((".parquet", ".tar", ".jsonl", ".csv", ".arrow")) for name in names):
-            return None
-    return path
+    return path if path.is_dir() and not holds_dataset(path) else None

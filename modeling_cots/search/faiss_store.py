@@ -1,25 +1,104 @@
 """`FaissStore`: a search index in one local folder, rows as a `datasets` folder and vectors in FAISS.
 
-The rows are authoritative, and the vectors' index is derived from them. Rows that a killed run did not add to the
-vectors' index are added when the search index is next opened.
+The rows are authoritative, and the vectors' index is derived from them. The manifest, written last, makes both one
+generation (`manifest.py`). Each call looks for a newer generation first. A writer holds the lock, starts from the
+newest generation, and writes the next one whole or not at all. Rows that a killed run had written are taken up by the
+next writer.
 """
 
-import json
 import os
-import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..data.atomic_write import atomic_write
+from ..data.atomic_write import PARTIAL_SUFFIX
 from .conditions import Condition, matching_rows
 from .faiss_vectors import FaissVectors
-from .index_types import FAISS, check_index_type
-from .rows import RowFolder
+from .index_types import FAISS, INDEX_TYPES, check_index_type
+from .manifest import (
+    EIGHT_DIGITS,
+    MANIFEST,
+    Manifest,
+    MissingFileError,
+    checked_bytes,
+    describe_file,
+    holds_rows,
+    parse_manifest,
+    read_manifest,
+)
+from .rows import (
+    DATASETS_FILES,
+    METADATA,
+    Rows,
+    as_hit,
+    describe_for_datasets,
+    unify_metadata,
+    unlisted_parts,
+    write_deleted,
+    write_part,
+)
 
-INFO, LOCK = "index.json", "writer.lock"
+LOCK = "writer.lock"
+# What a writer may remove; it never touches any other file of the folder.
+OWN_FILES = (
+    f"data-{EIGHT_DIGITS}-*.arrow",
+    f"{METADATA}/data-{EIGHT_DIGITS}-*.parquet",
+    f"deleted-{EIGHT_DIGITS}.parquet",
+    f"vectors-{EIGHT_DIGITS}.faiss",
+    f"thresholds-{EIGHT_DIGITS}.npy",
+    MANIFEST,
+    *DATASETS_FILES,
+)
+
+
+class Generation:
+    """
+    One generation of an index, with its rows and vectors; nothing in it changes, so that threads can share it.
+
+    Args:
+        folder: The index.
+        manifest: The generation.
+        known: Another generation, whose files are not read again.
+
+    Raises `DamagedIndexError` for a file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, known: "Generation | None" = None):
+        self.folder, self.manifest = folder, manifest
+        self.rows = Rows(folder, manifest, None if known is None else known.rows)
+        self._vectors: FaissVectors | None = None
+        if known is not None and known._vectors is not None and known._vector_files() == self._vector_files():
+            self._vectors = known._vectors.over(self.rows.embeddings)
+
+    def vectors(self) -> FaissVectors:
+        """The vectors' index, which is read at the first call. Raises `DamagedIndexError`."""
+        if self._vectors is None:
+            self._vectors = self.read_vectors()
+        return self._vectors
+
+    def read_vectors(self) -> FaissVectors:
+        """The vectors' index as its files have it, to be changed. Raises `DamagedIndexError`."""
+        vectors = FaissVectors(self.manifest.info["engine"], self.manifest.info["dim"], self.rows.embeddings)
+        if self.manifest.vectors is None:
+            return vectors
+        for name, stored in self._vector_files():
+            checked_bytes(self.folder, name, stored)
+        paths = [self.folder / name for name, _ in self._vector_files()]
+        try:
+            vectors.load(*paths)
+        except (RuntimeError, OSError) as error:  # removed since it was checked
+            raise MissingFileError(f"{str(paths[0])!r} cannot be read: {error}") from error
+        return vectors
+
+    def _vector_files(self) -> list[tuple[str, tuple[int, int]]]:
+        names = [name for name in (self.manifest.vectors, self.manifest.thresholds) if name is not None]
+        return [(name, self.manifest.files[name]) for name in names]
 
 
 class FaissStore:
@@ -29,15 +108,18 @@ class FaissStore:
     Args:
         folder: The index.
 
-    Raises `ValueError` where there is no index.
+    Raises `ValueError` where there is no index, and `DamagedIndexError` for a damaged one.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if not (self.folder / INFO).is_file():
-            raise ValueError(f"There is no index in {str(folder)!r}: make one with `cots-search index`.")
-        self._lock = FileLock(self.folder / LOCK)
-        self._open()
+        self._loading = threading.Lock()
+        self._raw = b""
+        self._held: Generation | None = None
+        # The generation that `add` writes for, and the columns that it and these entries have.
+        self._session: int | None = None
+        self._schema = pa.schema([])
+        self._newest()
 
     @classmethod
     def create(cls, folder: str | os.PathLike, info: dict, index_type: str) -> "FaissStore":
@@ -47,121 +129,224 @@ class FaissStore:
         """
         folder = Path(folder)
         check_index_type(index_type, FAISS)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{str(folder)!r} exists and is not an empty folder: name a new folder for the index.")
-        RowFolder.create(folder, info["dim"])
-        # Written last: with this file the folder counts as an index.
-        with atomic_write(folder / INFO) as partial:
-            partial.write_text(json.dumps({**info, "engine": index_type}, indent=2), encoding="utf-8")
+        _check_is_free(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"The folder {str(folder)!r} cannot be made: {error}.") from error
+        with _lock(folder):
+            _check_is_free(folder)
+            with _as_value_error(folder):
+                Manifest(generation=1, info={**info, "engine": index_type}).write(folder)
         return cls(folder)
 
+    @property
+    def info(self) -> dict:
+        """The dictionary that `create` was given, and the present index type as `engine`."""
+        return self._newest().manifest.info
+
     def __len__(self) -> int:
-        return int(self._rows.is_alive.sum())
+        return int(self._newest().rows.is_alive.sum())
 
     @property
     def columns(self) -> list[str]:
         """The columns that conditions may name."""
-        return self._rows.filterable().column_names
+        return self._newest().rows.filterable.column_names
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
-        return np.isin(row_ids, self._rows.row_ids[self._rows.is_alive])
+        rows = self._newest().rows
+        return np.isin(row_ids, rows.row_ids[rows.is_alive])
 
-    def begin(self) -> None:
-        """Become the only writer, and list the parts of a killed one. Raises `ValueError` if there is another."""
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another process is writing to {str(self.folder)!r}: wait for its end.") from error
-        self._rows.remove_leftovers()
-        self._rows.adopt()
-
-    def add(self, rows: pa.Table) -> None:
-        """Write entries to the disk; they are found after `finish`."""
-        self._rows.check_metadata(rows.schema)
-        self._rows.append(rows)
-
-    def finish(self) -> None:
-        """Add to the vectors' index all rows that processes have written, and let another process write."""
-        self._rows.adopt()
-        num_before = len(self._vectors)
-        self._vectors.grow(len(self._rows))
-        if len(self._vectors) > num_before:
-            self._vectors.save(self.folder)
-        self._lock.release()
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Be the only writer, and take up what a killed one had written; see `VectorStore`."""
+        with self._writing() as newest:
+            self._commit(newest, newest.manifest)  # the next generation: late parts of older runs do not belong to it
+            self.refresh()
+            yield
+            self._session = None
+            newest = self._taken_up(self._newest())
+            self._commit(newest, newest.manifest, is_whole=True)
 
     def refresh(self) -> None:
-        """Read what other processes have written."""
-        self._rows.reload()
+        """Take part in the adding of another process, which has begun: `add` writes for the newest generation."""
+        newest = self._newest()
+        self._session, self._schema = newest.manifest.generation, newest.rows.filterable.schema
+
+    def add(self, rows: pa.Table) -> None:
+        """Write entries to the disk; they are found when `adding` ends."""
+        newest = self._newest()
+        if self._session != newest.manifest.generation:
+            raise ValueError(
+                f"Another process has written to {str(self.folder)!r} since this one began to add: repeat the "
+                "command; it continues."
+            )
+        self._schema = unify_metadata(self._schema, rows.schema)
+        if len(rows):
+            with _as_value_error(self.folder):
+                write_part(self.folder, rows, newest.rows.dim, self._session)
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
         """The best entries for each query; see `VectorStore`. Raises `ValueError` while a first run is unfinished."""
-        allowed = self._rows.is_alive
+        newest = self._newest(with_vectors=True)
+        allowed = newest.rows.is_alive
         if where:
-            allowed = allowed & matching_rows(self._rows.filterable(), where)
+            allowed = allowed & matching_rows(newest.rows.filterable, where, allowed)
         if not allowed.any():
             return [[] for _ in queries]
-        if len(self._vectors) < len(self._rows):
+        vectors = newest.vectors()
+        if len(vectors) < len(newest.rows):
             raise ValueError(f"{str(self.folder)!r} is unfinished: repeat the command that makes it; it continues.")
-        scores, positions = self._vectors.search(queries, top, allowed)
+        scores, positions = vectors.search(queries, top, allowed)
         results = []
         for row_scores, row_positions in zip(scores, positions, strict=True):
             found = row_positions >= 0
-            rows = self._rows.take(row_positions[found])
-            results.append(
-                [{**row, "score": float(score)} for row, score in zip(rows, row_scores[found], strict=True)]
-            )
+            rows = newest.rows.take(row_positions[found])
+            results.append([as_hit(row, float(score)) for row, score in zip(rows, row_scores[found], strict=True)])
         return results
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
-        return self._rows.row_ids[self._rows.is_alive & matching_rows(self._rows.filterable(), where)]
+        rows = self._newest().rows
+        return rows.row_ids[rows.is_alive & matching_rows(rows.filterable, where, rows.is_alive)]
 
     def delete(self, row_ids: np.ndarray) -> int:
         """Remove entries from all results; returns how many of these ids were in the index."""
-        self.begin()
-        try:
-            positions = self._rows.positions_of(row_ids)
+        with self._writing() as newest, _as_value_error(self.folder):
+            positions = newest.rows.positions_of(row_ids)
             if len(positions):
-                self._rows.delete(positions)
-        finally:
-            self._lock.release()
+                is_alive = newest.rows.is_alive.copy()
+                is_alive[positions] = False
+                name = f"deleted-{newest.manifest.generation + 1:08d}.parquet"
+                stored = write_deleted(self.folder, name, np.flatnonzero(~is_alive))
+                self._commit(newest, newest.manifest.with_files({name: stored}, deleted=name))
         return len(positions)
 
     def rebuild(self, index_type: str) -> None:
         """Write all entries that are not deleted again, with another index type; nothing is embedded again."""
-        self.begin()
-        fresh = self.folder.with_name(self.folder.name + ".rebuilding")
-        old = self.folder.with_name(self.folder.name + ".replaced")
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            store = FaissStore.create(fresh, self.info, index_type)
-            for table in self._rows.living_tables():
-                store.add(table)
-            store.finish()
-            self.folder.rename(old)
-            fresh.rename(self.folder)
-            shutil.rmtree(old)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        finally:
-            self._lock.release()
-        self._open()
+        check_index_type(index_type, FAISS)
+        with self._writing() as newest, _as_value_error(self.folder):
+            number, info = newest.manifest.generation, {**newest.manifest.info, "engine": index_type}
+            # Written for the next generation: if this is killed, nobody takes these parts up for the present one.
+            tables = newest.rows.living_tables()
+            parts = [write_part(self.folder, table, newest.rows.dim, number + 1) for table in tables]
+            self._commit(newest, Manifest(generation=number, info=info).with_parts(parts), is_whole=True)
 
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _open(self) -> None:
-        self.info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
-        self._rows = RowFolder(self.folder, self.info["dim"])
-        self._vectors = FaissVectors(self.info["engine"], self.info["dim"], self._rows_embeddings)
-        self._vectors.load(self.folder)
-        if len(self._vectors) > len(self._rows):
-            raise ValueError(f"{str(self.folder)!r} is damaged: it has more vectors than rows.")
-        # Add the rows of a killed run. Without trained codes this waits: the run itself has to continue to train them.
-        if len(self._rows) > len(self._vectors) > 0:
-            self._vectors.grow(len(self._rows))
+    def _newest(self, with_vectors: bool = False) -> Generation:
+        """The newest generation, read where it is another than the one that is held."""
+        with self._loading:
+            while True:
+                raw = read_manifest(self.folder)
+                try:
+                    newest = self._held
+                    if newest is None or raw != self._raw:
+                        newest = Generation(self.folder, parse_manifest(raw, self.folder), newest)
+                        self._raw, self._held = raw, newest
+                    if with_vectors:
+                        newest.vectors()
+                    return newest
+                except MissingFileError:
+                    if read_manifest(self.folder) == raw:  # else a newer generation has replaced the file
+                        raise
 
-    def _rows_embeddings(self, positions: np.ndarray | slice) -> np.ndarray:
-        return self._rows.embeddings(positions)
+    @contextmanager
+    def _writing(self) -> Iterator[Generation]:
+        """Hold the lock; gives the newest generation with the parts that a killed writer of it had written."""
+        with _lock(self.folder):
+            self._remove_unlisted()
+            try:
+                yield self._taken_up(self._newest())
+            finally:
+                self._session = None
+                self._remove_unlisted()
+
+    def _taken_up(self, newest: Generation) -> Generation:
+        """This generation with the parts that were written for it; the manifest on the disk does not list them yet."""
+        parts = unlisted_parts(self.folder, newest.manifest)
+        schema = newest.rows.filterable.schema
+        for part in parts:
+            try:
+                schema = unify_metadata(schema, part.looked_at)
+            except ValueError:  # of another process than the part before: neither could know
+                for name in part.files:
+                    (self.folder / name).unlink()
+                raise
+        return Generation(self.folder, newest.manifest.with_parts(parts), newest) if parts else newest
+
+    def _commit(self, newest: Generation, manifest: Manifest, is_whole: bool = False) -> None:
+        """Write the next generation: the vectors of new rows, then the manifest.
+
+        Args:
+            newest: The generation before it, whose loaded parts are kept.
+            manifest: The next one but for its number and its vectors; its rows are on the disk.
+            is_whole: Whether all rows are there, so that codes can be trained on them.
+        """
+        number = manifest.generation + 1
+        manifest = replace(manifest, generation=number)
+        following = Generation(self.folder, manifest, newest)
+        needs_training = manifest.vectors is None and INDEX_TYPES[manifest.info["engine"]].candidates is not None
+        with _as_value_error(self.folder):
+            if manifest.num_vectors < manifest.num_rows and (is_whole or not needs_training):
+                vectors = following.read_vectors()
+                vectors.grow(manifest.num_rows)
+                names = f"vectors-{number:08d}.faiss", f"thresholds-{number:08d}.npy"
+                written = vectors.save(*(self.folder / name for name in names))
+                manifest = manifest.with_files(
+                    {path.name: describe_file(path) for path in written},
+                    vectors=names[0],
+                    thresholds=names[1] if len(written) > 1 else None,
+                    num_vectors=manifest.num_rows,
+                )
+                following.manifest, following._vectors = manifest, vectors
+            describe_for_datasets(self.folder, manifest)
+            manifest.write(self.folder)
+        with self._loading:
+            self._raw, self._held = read_manifest(self.folder), following
+
+    def _remove_unlisted(self) -> None:
+        """Remove the files of older generations and of killed writers, as the only writer."""
+        manifest = parse_manifest(read_manifest(self.folder), self.folder)
+        unlisted = unlisted_parts(self.folder, manifest)
+        kept = {MANIFEST, *DATASETS_FILES, *manifest.files, *(name for part in unlisted for name in part.files)}
+        for pattern in OWN_FILES:
+            for path in (*self.folder.glob(pattern), *self.folder.glob(pattern + PARTIAL_SUFFIX)):
+                if path.relative_to(self.folder).as_posix() not in kept:
+                    path.unlink(missing_ok=True)
+
+
+def _check_is_free(folder: Path) -> None:
+    """Raise `ValueError` unless an index can be made in the folder; a killed `create` may have begun there."""
+    if holds_rows(folder) and not (folder / MANIFEST).exists():
+        read_manifest(folder)  # says that it is missing
+    of_killed_create = {LOCK, MANIFEST + PARTIAL_SUFFIX}
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - of_killed_create):
+        raise ValueError(f"{str(folder)!r} exists and is not an empty folder: name a new folder for the index.")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder's only writer. Raises `ValueError` if another holds it."""
+    try:
+        held = FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another process is writing to {str(folder)!r}: wait for its end.") from error
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} cannot be written to: {error}.") from error
+    with held:
+        yield
+
+
+@contextmanager
+def _as_value_error(folder: Path) -> Iterator[None]:
+    """Turn what a full or missing disk raises into a sentence; FAISS raises `RuntimeError` for it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"Writing to {str(folder)!r} failed, and the index is as it was: {error}; repeat the command when it can "
+            "be written to."
+        ) from error

@@ -6,7 +6,6 @@ float32 embeddings. Where a filter leaves few rows, these are compared directly,
 them.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from .index_types import FAISS, INDEX_TYPES, check_index_type
 NUM_TRAINING = 250_000  # vectors that codes are trained on, at most
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
 FEW_ROWS = 20_000  # a filter that leaves no more than these has them compared directly
-VECTORS, THRESHOLDS = "vectors.faiss", "thresholds.npy"
 
 
 class FaissVectors:
@@ -75,32 +73,38 @@ class FaissVectors:
         candidates = INDEX_TYPES[self.index_type].candidates
         wanted = top if candidates is None else max(candidates.times * top, candidates.minimum)
         num_candidates = min(wanted, num_allowed)
-        parameters = self._parameters(num_candidates, allowed, is_filtered=num_allowed < len(allowed))
+        # FAISS keeps no reference to the bits.
+        bits = np.packbits(allowed, bitorder="little") if num_allowed < len(allowed) else None
+        parameters = self._parameters(num_candidates, bits)
         scores, positions = self.index.search(self._code(queries, is_query=True), num_candidates, params=parameters)
         if candidates is None:
             return scores, positions
         return self._rescore(queries, [row[row >= 0] for row in positions], top)
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the index to vectors.faiss and, for binary codes, their thresholds to thresholds.npy."""
-        if self.index is None:
-            return
-        if self.thresholds is not None:
-            with atomic_write(Path(folder) / THRESHOLDS) as partial, open(partial, "wb") as file:
-                np.save(file, self.thresholds, allow_pickle=False)
-        write = faiss.write_index_binary if self.index_type == "binary" else faiss.write_index
-        with atomic_write(Path(folder) / VECTORS) as partial:
-            write(self.index, str(partial))
+    def over(self, fetch: Callable[[np.ndarray | slice], np.ndarray]) -> "FaissVectors":
+        """The same index, with its vectors stored elsewhere."""
+        other = FaissVectors(self.index_type, self.dim, fetch)
+        other.index, other.thresholds = self.index, self.thresholds
+        return other
 
-    def load(self, folder: str | os.PathLike) -> None:
-        """Read the files that `save` wrote; without them the index stays empty."""
-        path = Path(folder) / VECTORS
-        if not path.exists():
-            return
+    def save(self, vectors: Path, thresholds: Path) -> list[Path]:
+        """Write the index to one file and, for binary codes, their thresholds to another; returns what was written."""
+        written = [vectors]
+        if self.thresholds is not None:
+            with atomic_write(thresholds) as partial, open(partial, "wb") as file:
+                np.save(file, self.thresholds, allow_pickle=False)
+            written.append(thresholds)
+        write = faiss.write_index_binary if self.index_type == "binary" else faiss.write_index
+        with atomic_write(vectors) as partial:
+            write(self.index, str(partial))
+        return written
+
+    def load(self, vectors: Path, thresholds: Path | None = None) -> None:
+        """Read the files that `save` wrote. Raises `RuntimeError` for a file of something else."""
         read = faiss.read_index_binary if self.index_type == "binary" else faiss.read_index
-        self.index = read(str(path))
-        if self.index_type == "binary":
-            self.thresholds = np.load(Path(folder) / THRESHOLDS, allow_pickle=False)
+        self.index = read(str(vectors))
+        if thresholds is not None:
+            self.thresholds = np.load(thresholds, allow_pickle=False)
 
     def _check_enough(self, num_rows: int) -> None:
         min_vectors = INDEX_TYPES[self.index_type].min_vectors
@@ -149,11 +153,8 @@ class FaissVectors:
             return np.packbits(vectors > self.thresholds, axis=1)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def _parameters(self, num_candidates: int, allowed: np.ndarray, is_filtered: bool):
-        options = {}
-        if is_filtered:
-            self._selected = np.packbits(allowed, bitorder="little")  # FAISS keeps no reference to it
-            options["sel"] = faiss.IDSelectorBitmap(self._selected)
+    def _parameters(self, num_candidates: int, allowed_bits: np.ndarray | None):
+        options = {} if allowed_bits is None else {"sel": faiss.IDSelectorBitmap(allowed_bits)}
         if self.index_type == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, 2 * num_candidates), **options)
         if self.index_type == "ivfpq":

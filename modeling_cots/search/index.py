@@ -5,21 +5,23 @@ model that it was made with and refuses any other model, whose embeddings cannot
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.image_reading import read_image
+from ..image_reading_cots import read_image
 from .conditions import Condition, as_conditions
-from .embedding import THUMBNAIL_SIDE, Embedder, entry_names, model_identity, row_ids_of
+from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, model_identity, row_ids_of
+from .rows import join_tables
 from .stores import create_store, open_store
 
-FORMAT = 1
+FORMAT = 2  # 2: the model's identity covers its configuration
 ITEMS_PER_PART = 1_024  # a killed run loses at most one part in each process
 
 
@@ -38,14 +40,12 @@ class SearchIndex:
     def __init__(self, index: str | os.PathLike, model, processor):
         self.store = open_store(index)
         self.model, self.processor = model.eval(), processor
-        identity = model_identity(model, processor)
-        if self.store.info["model_identity"] != identity:
+        self._name, self._identity = os.fspath(index), model_identity(model, processor)
+        try:
+            self._check_model()
+        except ValueError:
             self.store.close()
-            raise ValueError(
-                f"The index {os.fspath(index)!r} was made with the model {self.store.info['model']!r} "
-                f"({self.store.info['model_identity'][:12]}); this is another one, or one with another processor "
-                f"({identity[:12]}): its embeddings cannot be compared with the stored ones."
-            )
+            raise
 
     @classmethod
     def create(cls, index, model, processor, *, engine: str = "exact", model_name: str | None = None) -> "SearchIndex":
@@ -65,6 +65,8 @@ class SearchIndex:
         info = {
             "format": FORMAT,
             "model": os.path.abspath(name) if os.path.isdir(name) else name,
+            # The commit of a Hub id, by which `cots-search` loads the same weights whatever is pushed later.
+            "model_commit": getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
             "model_identity": model_identity(model, processor),
             "dim": model.config.projection_dim,
         }
@@ -102,8 +104,6 @@ class SearchIndex:
         state = process_state()
         source = getattr(dataset, "name", "data") if source is None else source
         names = entry_names(dataset, source)
-        todo, num_before = self._begin(names, state)
-        parts = _local_parts(todo, state)
         embedder = Embedder(
             self.model,
             self.processor,
@@ -111,36 +111,54 @@ class SearchIndex:
             num_workers=num_workers,
             thumbnail_side=thumbnail_side,
         )
-        total, hidden = sum(len(part) for part in parts), not (progress and state.is_main_process)
-        with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
-            if len(todo) < len(names) and state.is_main_process:
-                bar.write(f"{len(names) - len(todo):,} of {len(names):,} images are in the index already.")
-            for part in parts:
-                tables = list(embedder.tables(dataset, part, names, source, bar))
-                if tables:
-                    self.store.add(pa.concat_tables(tables, promote_options="permissive"))
+        self._check_model()
+        with self._adding(state):
+            todo = np.flatnonzero(~self.store.has(row_ids_of(names)))
+            state.wait_for_everyone()  # no process writes before all have read
+            parts, num_added = _local_parts(todo, state), 0
+            total, hidden = sum(len(part) for part in parts), not (progress and state.is_main_process)
+            with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
+                if len(todo) < len(names) and state.is_main_process:
+                    bar.write(f"{len(names) - len(todo):,} of {len(names):,} images are in the index already.")
+                for part in parts:
+                    tables = list(embedder.tables(dataset, part, names, source, bar))
+                    if tables:
+                        self.store.add(join_tables(tables))
+                        num_added += sum(map(len, tables))
         embedder.report_skipped()
-        self._finish(state)
-        return len(self.store) - num_before
+        return sum(gather_object([num_added]))
 
-    def _begin(self, names: list[str], state: PartialState) -> tuple[np.ndarray, int]:
-        """Positions of the names that the index lacks, and how many entries it has, the same in every process."""
+    @contextmanager
+    def _adding(self, state: PartialState) -> Iterator[None]:
+        """The time of adding in all processes; the main process begins before the others and ends after them."""
         if state.is_main_process:
-            self.store.begin()
+            with self.store.adding():
+                state.wait_for_everyone()
+                yield
+                state.wait_for_everyone()
+        else:
+            state.wait_for_everyone()
+            self.store.refresh()
+            yield
+            state.wait_for_everyone()
         state.wait_for_everyone()
-        self.store.refresh()
-        missing = np.flatnonzero(~self.store.has(row_ids_of(names)))
-        num_entries = len(self.store)
-        state.wait_for_everyone()  # no process writes before all have read
-        return missing, num_entries
 
-    def _finish(self, state: PartialState) -> None:
-        """Let every process find what all processes have added."""
-        state.wait_for_everyone()
-        if state.is_main_process:
-            self.store.finish()
-        state.wait_for_everyone()
-        self.store.refresh()
+    def _check_model(self) -> None:
+        """Raise `ValueError` unless the index was made with this model; others may have made it anew."""
+        info = self.store.info
+        if info.get("format") != FORMAT:
+            raise ValueError(
+                f"The index {self._name!r} was made by another version of modeling_cots (its format is "
+                f"{info.get('format')}, and {FORMAT} here): make a new one, under another name, with "
+                "`cots-search index`."
+            )
+        if info["model_identity"] != self._identity:
+            raise ValueError(
+                f"The index {self._name!r} was made with the model {info['model']!r} ({info['model_identity'][:12]}); "
+                f"this is another one, or one with another configuration or processor ({self._identity[:12]}): its "
+                "embeddings cannot be compared with the stored ones. If the model has changed on the Hub, name the "
+                "commit that the index was made with by --revision."
+            )
 
     @torch.no_grad()
     def embed_query(self, text: str | None = None, image: Any = None, image_weight: float = 0.5) -> np.ndarray:
@@ -153,12 +171,13 @@ class SearchIndex:
             image_weight: w, used where both are given: the query is (1 - w) text + w image, at unit length, so that
                 images are ranked by the weighted mean of their similarities with text and image.
 
-        Raises `ValueError` without text and image, for an unreadable image, and for a weight outside 0 to 1.
+        Raises `ValueError` without text and image, for a text that is a path, for an unreadable image, and for a
+        weight outside 0 to 1.
         """
         if text is None and image is None:
             raise ValueError("Search for a text, an image or both: got neither.")
-        if text is not None and not text.strip():
-            raise ValueError("The text to search for is empty.")
+        if text is not None:
+            check_text(text)
         if not 0 <= image_weight <= 1:
             raise ValueError(f"`image_weight` lies between 0 (the text alone) and 1; got {image_weight}.")
         parts = []
@@ -195,6 +214,7 @@ class SearchIndex:
         if top < 1:
             raise ValueError(f"`top` must be at least 1, got {top}.")
         query = self.embed_query(text, image, image_weight)
+        self._check_model()
         return self.store.search(query[None], top, as_conditions(where))[0]
 
     def delete(self, names: Sequence[str] | None = None, where=None) -> int:
@@ -212,6 +232,12 @@ class SearchIndex:
     def close(self) -> None:
         """Close files and connections."""
         self.store.close()
+
+    def __enter__(self) -> "SearchIndex":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def process_state() -> PartialState:

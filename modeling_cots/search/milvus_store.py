@@ -10,14 +10,28 @@ import base64
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 
-from .conditions import Condition, milvus_expression, missing_column
+from .conditions import (
+    TEXT,
+    Condition,
+    Kind,
+    as_kind,
+    kind_of_type,
+    kind_of_value,
+    milvus_column,
+    milvus_expression,
+    missing_column,
+    mixed_kinds,
+)
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
-from .rows import FIXED_COLUMNS
+from .rows import FIXED_COLUMNS, as_hit
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 DEFAULT_COLLECTION = "cots"
@@ -26,6 +40,8 @@ MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
 MAX_INFO = 4_096  # characters of the description
+TEXT_FIELDS = ("name", "source")  # the fields of the collection that conditions may name
+METADATA = "$meta"  # the dynamic field, which has the metadata as its keys
 
 _open_clients: Counter[str] = Counter()
 
@@ -64,6 +80,16 @@ def disconnect(client, uri: str) -> None:
         server_manager_instance.release_server(uri)  # pymilvus would hold it until this process ends
 
 
+@contextmanager
+def _connected(uri: str) -> Iterator[Any]:
+    """A client, which is closed at the end of the block."""
+    client = connect(uri)
+    try:
+        yield client
+    finally:
+        disconnect(client, uri)
+
+
 def _redact(message: str) -> str:
     token = os.environ.get(TOKEN_VARIABLE)
     return message.replace(token, "***") if token else message
@@ -85,14 +111,15 @@ class MilvusStore:
         if _is_lite(uri) and not os.path.exists(uri):
             raise ValueError(f"There is no index in {index!r}: make one with `cots-search index`.")
         self._client = connect(uri)
-        if not self._client.has_collection(self.collection):
+        try:
+            self._open()
+        except BaseException as error:
             self.close()
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
             raise ValueError(
-                f"There is no collection {self.collection!r} at {uri!r}: make one with `cots-search index`."
-            )
-        self.info = self._read_info(uri)
-        self._client.load_collection(self.collection)
-        self._columns: list[str] | None = None
+                f"The collection {self.collection!r} at {uri!r} cannot be opened: {_redact(str(error))}"
+            ) from None
 
     @classmethod
     def exists(cls, index: str) -> bool:
@@ -100,10 +127,8 @@ class MilvusStore:
         uri, collection = _split(index)
         if _is_lite(uri) and not os.path.exists(uri):
             return False
-        client = connect(uri)
-        found = client.has_collection(collection)
-        disconnect(client, uri)
-        return found
+        with _connected(uri) as client:
+            return client.has_collection(collection)
 
     @classmethod
     def create(cls, index: str, info: dict, index_type: str) -> "MilvusStore":
@@ -116,32 +141,45 @@ class MilvusStore:
         text = json.dumps({**info, "engine": index_type})
         if len(text) > MAX_INFO:
             raise ValueError(f"The description of the index takes {len(text)} characters; at most {MAX_INFO} fit.")
-        client = connect(uri)
-        if client.has_collection(collection):
-            disconnect(client, uri)
-            raise ValueError(f"There is a collection {collection!r} at {uri!r} already.")
-        client.create_collection(
-            collection,
-            schema=_schema(info["dim"]),
-            index_params=_index_params(client, index_type, info["dim"]),
-            # An image is found as soon as it was added.
-            consistency_level="Strong",
-        )
-        client.alter_collection_properties(collection, {INFO_PROPERTY: text})
-        disconnect(client, uri)
+        with _connected(uri) as client:
+            if client.has_collection(collection):
+                raise ValueError(f"There is a collection {collection!r} at {uri!r} already.")
+            client.create_collection(
+                collection,
+                schema=_schema(info["dim"]),
+                index_params=_index_params(client, index_type, info["dim"]),
+                # An image is found as soon as it was added.
+                consistency_level="Strong",
+                # Together with the collection: a killed process leaves none without it.
+                properties={INFO_PROPERTY: text},
+            )
         return cls(index)
 
     def __len__(self) -> int:
         return self._client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
 
     @property
+    def info(self) -> dict:
+        """The dictionary that `create` was given, and the present index type as `engine`."""
+        text = self._client.describe_collection(self.collection)["properties"].get(INFO_PROPERTY)
+        if text is None:
+            raise ValueError(
+                f"The collection {self.collection!r} at {self._uri!r} was not made by `cots-search index`."
+            )
+        info = json.loads(text)
+        # What Milvus has built counts: a rebuild may have been killed before it changed the property.
+        index = self._client.describe_index(self.collection, "embedding") or {}
+        built = [
+            name for name, kind in INDEX_TYPES.items() if kind.milvus and kind.milvus.name == index.get("index_type")
+        ]
+        return {**info, "engine": built[0]} if built else info
+
+    @property
     def columns(self) -> list[str]:
         """The columns that conditions may name, collected from a thousand entries."""
-        if self._columns is None:
-            rows = self._client.query(self.collection, filter="", output_fields=["*"], limit=ROWS_PER_CALL)
-            names = {name for row in rows for name in row}
-            self._columns = ["name", "source", *sorted(names - set(FIXED_COLUMNS))]
-        return self._columns
+        rows = self._client.query(self.collection, filter="", output_fields=[METADATA], limit=ROWS_PER_CALL)
+        names = {name for row in rows for name in row}
+        return [*TEXT_FIELDS, *sorted(names - set(FIXED_COLUMNS))]
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
@@ -151,47 +189,43 @@ class MilvusStore:
             present.update(row["row_id"] for row in self._client.get(self.collection, ids, output_fields=["row_id"]))
         return np.fromiter((row_id in present for row_id in row_ids.tolist()), bool, len(row_ids))
 
-    def begin(self) -> None:
-        """Nothing to do: Milvus takes many writers, and stores each id once."""
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Make what is added durable and indexed at the end. Milvus takes many writers, and stores each id once."""
+        yield
+        self._client.flush(self.collection)
+
+    def refresh(self) -> None:
+        """Nothing to do: every call asks the server."""
 
     def add(self, rows: pa.Table) -> None:
         """Write entries; one with the same id is replaced."""
         names = [name for name in rows.column_names if name not in FIXED_COLUMNS]
-        self._columns = None
+        self._check_metadata(rows, names)
         for start in range(0, len(rows), ROWS_PER_CALL):
             entities = [_entity(row, names) for row in rows.slice(start, ROWS_PER_CALL).to_pylist()]
             self._client.upsert(self.collection, entities)
-
-    def finish(self) -> None:
-        """Make what was added durable and indexed."""
-        self._client.flush(self.collection)
-
-    def refresh(self) -> None:
-        """Nothing to do: every search asks the server."""
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
         """The best entries for each query; see `VectorStore`."""
         if len(queries) == 0 or top == 0:
             return [[] for _ in queries]
-        self._check_columns(where)
-        # All fields but the vectors: "*", which also names the dynamic fields, would send these too.
-        fields = [name for name in FIXED_COLUMNS if name != "embedding"]
-        extra = [name for name in self.columns if name not in fields]
+        # All fields but the vectors.
+        fields = [*(name for name in FIXED_COLUMNS if name != "embedding"), METADATA]
         found = self._client.search(
             self.collection,
             data=list(np.ascontiguousarray(queries, dtype=np.float32)),
-            filter=milvus_expression(where),
+            filter=self._filter(where),
             limit=top,
-            output_fields=[*fields, *extra],
+            output_fields=fields,
             search_params={"metric_type": "IP", "params": self._search_params(top)},
         )
-        return [[{**_row(hit["entity"]), "score": float(hit["distance"])} for hit in hits] for hits in found]
+        return [[as_hit(_row(hit["entity"]), float(hit["distance"])) for hit in hits] for hits in found]
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
-        self._check_columns(where)
         pages = self._client.query_iterator(
-            self.collection, filter=milvus_expression(where), output_fields=["row_id"], batch_size=ROWS_PER_CALL
+            self.collection, filter=self._filter(where), output_fields=["row_id"], batch_size=ROWS_PER_CALL
         )
         ids: list[int] = []
         while page := pages.next():
@@ -209,30 +243,58 @@ class MilvusStore:
     def rebuild(self, index_type: str) -> None:
         """Index the vectors again, with another index type."""
         check_index_type(index_type, _store_of(self._uri))
+        info = {**self.info, "engine": index_type}
+        # First: whoever opens the collection after a kill builds the index that this names.
+        self._client.alter_collection_properties(self.collection, {INFO_PROPERTY: json.dumps(info)})
         self._client.release_collection(self.collection)
         self._client.drop_index(self.collection, "embedding")
-        self._client.create_index(self.collection, _index_params(self._client, index_type, self.info["dim"]))
-        self.info = {**self.info, "engine": index_type}
-        self._client.alter_collection_properties(self.collection, {INFO_PROPERTY: json.dumps(self.info)})
-        self._client.load_collection(self.collection)
+        self._build_index(info)
 
     def close(self) -> None:
         """Close the connection, and free a Milvus Lite file for other processes."""
         disconnect(self._client, self._uri)
 
-    def _read_info(self, uri: str) -> dict:
-        text = self._client.describe_collection(self.collection)["properties"].get(INFO_PROPERTY)
-        if text is None:
-            raise ValueError(f"The collection {self.collection!r} at {uri!r} was not made by `cots-search index`.")
-        return json.loads(text)
+    def _open(self) -> None:
+        if not self._client.has_collection(self.collection):
+            raise ValueError(
+                f"There is no collection {self.collection!r} at {self._uri!r}: make one with `cots-search index`."
+            )
+        info = self.info
+        if "embedding" in self._client.list_indexes(self.collection):
+            self._client.load_collection(self.collection)
+        else:  # a rebuild was killed
+            self._build_index(info)
 
-    def _check_columns(self, where: list[Condition]) -> None:
+    def _build_index(self, info: dict) -> None:
+        parameters = _index_params(self._client, info["engine"], info["dim"])
+        self._client.create_index(self.collection, parameters)
+        self._client.load_collection(self.collection)
+
+    def _filter(self, where: list[Condition]) -> str:
+        """The filter for Milvus. Raises `ValueError` for a missing column and for a value of another kind."""
+        bound = []
         for condition in where:
-            # Later entries may have a column that the first thousand lack.
-            if condition.column not in self.columns and not self._client.query(
-                self.collection, filter=f"{condition.column} is not null", output_fields=["row_id"], limit=1
-            ):
+            kind = self._kind_of(condition.column)
+            if kind is None:
                 raise missing_column(condition.column, self.columns)
+            bound.append(as_kind(condition, kind))
+        return milvus_expression(bound, TEXT_FIELDS)
+
+    def _kind_of(self, column: str) -> Kind | None:
+        """What a column holds, by one entry that has it; `None` if there is none."""
+        is_field = column in TEXT_FIELDS
+        has_it = "" if is_field else f"exists {milvus_column(column)}"
+        rows = self._client.query(self.collection, filter=has_it, output_fields=[METADATA], limit=1)
+        if not rows:
+            return None
+        return TEXT if is_field else kind_of_value(rows[0][column])
+
+    def _check_metadata(self, rows: pa.Table, names: list[str]) -> None:
+        """Raise `ValueError` if a column holds another kind of values than the same column here, as FAISS does."""
+        for name in names:
+            present, new = self._kind_of(name), kind_of_type(rows[name].type)
+            if rows[name].null_count < len(rows) and present not in (None, new):
+                raise mixed_kinds(name, present, new)
 
     def _search_params(self, top: int) -> dict:
         params = INDEX_TYPES[self.info["engine"]].milvus.search_params

@@ -1,17 +1,17 @@
-"""The rows of a local search index: an append-only `datasets` folder with one row for each entry.
+"""The rows of one generation of a local search index, in parts that are never changed.
 
-`datasets.load_from_disk(folder)` opens it. A part (data-*.arrow) appears when its finished file is renamed, so that a
-killed run leaves no half-written part, and several processes can write at once. The next writer lists new parts in
-state.json. Metadata is in metadata/*.parquet, because its columns may differ between sources. Deleting writes
-positions to deleted.parquet; rebuilding the index frees the bytes. The index of the vectors is in faiss_vectors.py.
+A part is two files: data-*.arrow holds the entries, memory-mapped; metadata/data-*.parquet holds what conditions look
+at (ids, names, sources and metadata) in memory, because the columns of metadata may differ between sources. The name
+of a part holds the generation that it was written for and the checksum of the parquet file, which is written last and
+holds the checksum of the other: a killed run leaves no half-written part, and several processes can write parts at
+once. `datasets.load_from_disk(folder)` opens the parts, too.
 """
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -19,11 +19,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.atomic_write import PARTIAL_SUFFIX, atomic_write
+from ..data.atomic_write import atomic_write
+from .conditions import kind_of_type, mixed_kinds
+from .manifest import (
+    Manifest,
+    WrittenPart,
+    check_bytes,
+    checked_bytes,
+    describe_bytes,
+    describe_file,
+    open_file,
+)
 
 # Every entry has these columns; any other column of a table is metadata.
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
-STATE, DELETED, METADATA = "state.json", "deleted.parquet", "metadata"
+RESERVED_COLUMNS = (*FIXED_COLUMNS, "$meta", "_seq", "_partition")  # the last three are names of Milvus
+LOOKED_AT = ("row_id", "name", "source")  # these stand in both files of a part
+METADATA = "metadata"
+DATASETS_FILES = ("state.json", "dataset_info.json")
+ARROW_FILE = b"cots.arrow_file"  # bytes and CRC-32 of the other file of a part, in the parquet file
 
 
 def fixed_features(dim: int) -> datasets.Features:
@@ -40,164 +54,226 @@ def fixed_features(dim: int) -> datasets.Features:
     )
 
 
-class RowFolder:
+def as_hit(row: dict, score: float) -> dict:
+    """An entry that was found, with its cosine as `score`; the data's own column of that name is then `score_`."""
+    if "score" in row:
+        row = {**row, free_name("score", row): row["score"]}
+    return {**row, "score": score}
+
+
+def join_tables(tables: list[pa.Table]) -> pa.Table:
+    """One table of all rows and columns; a column of integers in one and of floats in another table becomes floats."""
+    floats = {field.name for table in tables for field in table.schema if pa.types.is_floating(field.type)}
+    rounded = []
+    for table in tables:
+        for place, field in enumerate(table.schema):
+            # Arrow itself refuses integers that a float has to round.
+            if field.name in floats and pa.types.is_integer(field.type):
+                table = table.set_column(place, field.name, table[field.name].cast(pa.float64(), safe=False))
+        rounded.append(table)
+    return pa.concat_tables(rounded, promote_options="permissive")
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name with as many underscores at its end as make it free."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def files_of(part: str) -> tuple[str, str]:
+    """The Arrow file and the parquet file of a part."""
+    return f"{part}.arrow", f"{METADATA}/{part}.parquet"
+
+
+def write_part(folder: Path, rows: pa.Table, dim: int, generation: int) -> WrittenPart:
+    """Write rows as one part for a generation. Several processes may do so at the same time."""
+    schema = fixed_features(dim).arrow_schema
+    fixed = pa.table([rows[name].cast(schema.field(name).type) for name in FIXED_COLUMNS], schema=schema)
+    entries = pa.BufferOutputStream()
+    with pa.ipc.new_stream(entries, schema) as writer:
+        writer.write_table(fixed.combine_chunks())
+    content = entries.getvalue()
+    stored = describe_bytes(content)
+    looked_at = rows.drop_columns([name for name in FIXED_COLUMNS if name not in LOOKED_AT])
+    columns = pa.BufferOutputStream()
+    pq.write_table(looked_at.replace_schema_metadata({ARROW_FILE: json.dumps(stored)}), columns)
+    size, checksum = describe_bytes(columns.getvalue())
+    name = f"data-{generation:08d}-{time.time_ns():020d}-{checksum:08x}"
+    arrow_file, parquet_file = files_of(name)
+    (folder / METADATA).mkdir(exist_ok=True)
+    for file, written in ((arrow_file, content), (parquet_file, columns.getvalue())):
+        with atomic_write(folder / file) as partial:
+            partial.write_bytes(written)
+    return WrittenPart(name, len(rows), {arrow_file: stored, parquet_file: (size, checksum)}, looked_at.schema)
+
+
+def unlisted_parts(folder: Path, manifest: Manifest) -> list[WrittenPart]:
+    """The whole parts that were written for this generation and are not in it."""
+    listed, parts = {name for name, _ in manifest.parts}, []
+    for path in sorted(folder.glob(f"{METADATA}/data-{manifest.generation:08d}-*.parquet")):
+        if path.stem in listed:
+            continue
+        arrow_file, parquet_file = files_of(path.stem)
+        try:
+            files = {parquet_file: (path.stat().st_size, int(path.stem.rpartition("-")[2], base=16))}
+            looked_at = pq.read_table(pa.BufferReader(checked_bytes(folder, parquet_file, files[parquet_file])))
+            files[arrow_file] = tuple(json.loads(looked_at.schema.metadata[ARROW_FILE]))
+            checked_bytes(folder, arrow_file, files[arrow_file])
+        except (OSError, ValueError):
+            continue  # damaged: its images are embedded again
+        parts.append(WrittenPart(path.stem, len(looked_at), files, looked_at.schema))
+    return parts
+
+
+class Part:
     """
-    The rows of an index of embeddings of `dim` numbers.
+    One part of the rows.
 
     Args:
-        folder: A folder that `create` made.
-        dim: The numbers of an embedding.
+        folder: The index.
+        name, num_rows: As the manifest lists them.
+        files: The files of the index with their sizes and checksums.
+
+    Raises `DamagedIndexError` for a file that is missing or damaged; the Arrow file's bytes are checked before the
+    first row is taken from it.
     """
 
-    def __init__(self, folder: str | os.PathLike, dim: int):
-        self.folder, self.dim = Path(folder), dim
-        self.reload()
+    def __init__(self, folder: Path, name: str, num_rows: int, files: dict[str, tuple[int, int]]):
+        self.folder, self.num_rows = folder, num_rows
+        self._arrow_file, parquet_file = files_of(name)
+        self.stored = files[self._arrow_file], files[parquet_file]
+        self._content = open_file(folder, self._arrow_file, self.stored[0])
+        looked_at = checked_bytes(folder, parquet_file, self.stored[1])
+        self.looked_at = pq.read_table(pa.BufferReader(looked_at)).replace_schema_metadata(None)
 
-    @classmethod
-    def create(cls, folder: str | os.PathLike, dim: int) -> "RowFolder":
-        """Make a folder without rows; `datasets` itself writes the files that describe it."""
-        empty = pa.Table.from_pylist([], schema=fixed_features(dim).arrow_schema)
-        with _quiet():
-            datasets.Dataset(empty).save_to_disk(folder)
-        (Path(folder) / METADATA).mkdir()
-        # `datasets` cannot open a folder without a part.
-        first = "data-00000.arrow"
-        _write_arrow(Path(folder) / first, empty)
-        state = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
-        with atomic_write(Path(folder) / STATE) as partial:
-            partial.write_text(json.dumps({**state, "_data_files": [{"filename": first}]}), encoding="utf-8")
-        return cls(folder, dim)
+    @cached_property
+    def table(self) -> pa.Table:
+        """The fixed columns, memory-mapped."""
+        check_bytes(self._content, self.folder, self._arrow_file, self.stored[0])
+        return pa.ipc.open_stream(self._content).read_all()
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """(rows, dim) float32, memory-mapped."""
+        (column,) = self.table["embedding"].chunks  # a part is written as one batch
+        return column.flatten().to_numpy().reshape(self.num_rows, -1)
+
+
+class Rows:
+    """
+    The rows of one generation; nothing in it changes.
+
+    Args:
+        folder: The index.
+        manifest: The generation.
+        known: The rows of another generation, whose parts are not read again.
+
+    Raises `DamagedIndexError` for a file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, known: "Rows | None" = None):
+        self.dim = manifest.info["dim"]
+        known_parts = {} if known is None else known.parts
+        self.parts: dict[str, Part] = {}
+        for name, num_rows in manifest.parts:
+            stored = tuple(manifest.files[file] for file in files_of(name))
+            part = known_parts.get(name)
+            is_same = part is not None and part.stored == stored
+            self.parts[name] = part if is_same else Part(folder, name, num_rows, manifest.files)
+        empty = fixed_features(self.dim).arrow_schema.empty_table().select(LOOKED_AT).replace_schema_metadata(None)
+        tables = [empty, *(part.looked_at for part in self.parts.values())]
+        looked_at = join_tables(tables)
+        self.row_ids = looked_at["row_id"].to_numpy()
+        self.filterable = looked_at.drop_columns(["row_id"])  # names, sources and metadata
+        self.is_alive = np.ones(len(self), dtype=bool)
+        if manifest.deleted is not None:
+            content = checked_bytes(folder, manifest.deleted, manifest.files[manifest.deleted])
+            self.is_alive[pq.read_table(pa.BufferReader(content))["position"].to_numpy()] = False
+        self._starts = np.cumsum([0, *(part.num_rows for part in self.parts.values())])
 
     def __len__(self) -> int:
         return len(self.row_ids)
-
-    def append(self, rows: pa.Table) -> None:
-        """Write one part, which `adopt` adds to the index. Several processes may write at the same time."""
-        features = fixed_features(self.dim)
-        schema = features.arrow_schema
-        part = f"data-{time.time_ns():020d}-{os.getpid():07d}"
-        extra = rows.drop_columns(list(FIXED_COLUMNS))
-        if extra.num_columns:
-            with atomic_write(self.folder / METADATA / f"{part}.parquet") as partial:
-                pq.write_table(extra, partial)
-        fixed = pa.table([rows[name].cast(schema.field(name).type) for name in FIXED_COLUMNS], schema=schema)
-        _write_arrow(self.folder / f"{part}.arrow", fixed)
-
-    def adopt(self) -> int:
-        """Add parts that are not listed yet to state.json, as the only writer; returns their number."""
-        state = self._state()
-        listed = [entry["filename"] for entry in state["_data_files"]]
-        new = sorted(path.name for path in self.folder.glob("data-*.arrow") if path.name not in set(listed))
-        if new:
-            files = [*listed, *new]
-            state["_data_files"] = [{"filename": name} for name in files]
-            state["_fingerprint"] = hashlib.blake2b("/".join(files).encode(), digest_size=8).hexdigest()
-            with atomic_write(self.folder / STATE) as partial:
-                partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
-        self.reload()
-        return len(new)
-
-    def remove_leftovers(self) -> None:
-        """Remove the half-written files of a killed writer, as the only writer."""
-        for path in (*self.folder.glob(f"*{PARTIAL_SUFFIX}"), *self.folder.glob(f"{METADATA}/*{PARTIAL_SUFFIX}")):
-            path.unlink()
-
-    def reload(self) -> None:
-        """Open the listed parts: rows are memory-mapped, ids and metadata are read into memory."""
-        self.rows = datasets.load_from_disk(str(self.folder)).with_format("arrow")
-        self.row_ids = self.rows.data.column("row_id").to_numpy() if len(self.rows) else np.zeros(0, np.int64)
-        self.metadata = self._load_metadata()
-        self.is_alive = np.ones(len(self), dtype=bool)
-        if (self.folder / DELETED).exists():
-            self.is_alive[pq.read_table(self.folder / DELETED)["position"].to_numpy()] = False
 
     def positions_of(self, row_ids: np.ndarray) -> np.ndarray:
         """The positions of the rows with these ids, without deleted ones."""
         return np.flatnonzero(np.isin(self.row_ids, row_ids) & self.is_alive)
 
     def embeddings(self, positions: np.ndarray | slice) -> np.ndarray:
-        """(n, dim) float32, copied from the mapped file."""
-        rows = self.rows.data.column("embedding")
+        """(n, dim) float32, copied from the mapped files."""
         if isinstance(positions, slice):
-            start, stop, _ = positions.indices(len(self))
-            values = rows.slice(start, stop - start).combine_chunks()
-        else:
-            values = rows.take(pa.array(positions)).combine_chunks()
-        return values.flatten().to_numpy().reshape(-1, self.dim)
+            positions = np.arange(*positions.indices(len(self)))
+        vectors = np.empty((len(positions), self.dim), np.float32)
+        parts, numbers = list(self.parts.values()), self._part_numbers(positions)
+        for number in np.unique(numbers):
+            inside = numbers == number
+            vectors[inside] = parts[number].embeddings[positions[inside] - self._starts[number]]
+        return vectors
 
-    def take(self, positions: np.ndarray, columns: list[str] | None = None) -> list[dict]:
-        """Rows as dictionaries, metadata included."""
-        columns = [name for name in FIXED_COLUMNS if name != "embedding"] if columns is None else columns
+    def take(self, positions: np.ndarray) -> list[dict]:
+        """Rows as dictionaries, with metadata and without embeddings."""
+        columns = [name for name in FIXED_COLUMNS if name != "embedding"]
+        parts, rows = list(self.parts.values()), []
         # Row by row, because `Table.take` would copy and join the chunks of all columns.
-        rows = [self.rows.data.table.select(columns).slice(int(position), 1).to_pylist()[0] for position in positions]
-        extra = self.metadata.take(pa.array(positions)).to_pylist() if self.metadata.num_columns else [{}] * len(rows)
-        return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
-
-    def filterable(self) -> pa.Table:
-        """Name, source and metadata of all rows."""
-        columns = {name: self.rows.data.column(name) for name in ("name", "source")}
-        return pa.table({**columns, **{name: self.metadata[name] for name in self.metadata.column_names}})
-
-    def delete(self, positions: np.ndarray) -> None:
-        """Mark rows as deleted, here and in deleted.parquet."""
-        self.is_alive[positions] = False
-        with atomic_write(self.folder / DELETED) as partial:
-            pq.write_table(pa.table({"position": np.flatnonzero(~self.is_alive)}), partial)
+        for position, number in zip(positions, self._part_numbers(positions), strict=True):
+            entry = parts[number].table.select(columns).slice(int(position - self._starts[number]), 1)
+            metadata = self.filterable.slice(int(position), 1)
+            rows.append({**metadata.to_pylist()[0], **entry.to_pylist()[0]})
+        return rows
 
     def living_tables(self, rows_per_table: int = 4096) -> Iterator[pa.Table]:
         """All rows that are not deleted, as tables with their metadata, to write them again."""
-        table = self.rows.data.table
-        for name in self.metadata.column_names:
-            table = table.append_column(name, self.metadata[name])
+        if len(self) == 0:
+            return
+        table = pa.concat_tables([part.table for part in self.parts.values()])
+        for name in self.filterable.column_names:
+            if name not in LOOKED_AT:
+                table = table.append_column(name, self.filterable[name])
         for start in range(0, len(self), rows_per_table):
             alive = self.is_alive[start : start + rows_per_table]
             if alive.any():
                 yield table.slice(start, rows_per_table).filter(pa.array(alive))
 
-    def check_metadata(self, schema: pa.Schema) -> None:
-        """Raise `ValueError` if a column of metadata in `schema` has another type than the same column here."""
-        for field in schema:
-            if field.name in FIXED_COLUMNS or field.name not in self.metadata.column_names:
-                continue
-            present = self.metadata.schema.field(field.name)
-            try:
-                pa.unify_schemas([pa.schema([present]), pa.schema([field])], promote_options="permissive")
-            except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-                raise ValueError(
-                    f"The metadata {field.name!r} holds {present.type} in this index and {field.type} in the new "
-                    f"entries: rename one of them, or keep an index for each."
-                ) from error
-
-    def _state(self) -> dict:
-        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-
-    def _load_metadata(self) -> pa.Table:
-        tables = []
-        for entry in self._state()["_data_files"]:
-            path = self.folder / METADATA / Path(entry["filename"]).with_suffix(".parquet").name
-            if path.exists():
-                tables.append(pq.read_table(path))
-            else:  # the empty first part, and sources without metadata: only the number of rows matters
-                with pa.memory_map(str(self.folder / entry["filename"])) as source:
-                    num_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
-                tables.append(pa.table({"": pa.nulls(num_rows)}))
-        joined = pa.concat_tables(tables, promote_options="permissive")
-        return joined.drop_columns([""]) if "" in joined.column_names else joined
+    def _part_numbers(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, positions, side="right") - 1
 
 
-def _write_arrow(path: Path, table: pa.Table) -> None:
-    with atomic_write(path) as partial:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
+def unify_metadata(present: pa.Schema, new: pa.Schema) -> pa.Schema:
+    """The columns of both. Raises `ValueError` for a column of metadata that holds another kind of values in one."""
+    fields = {field.name: field for field in present}
+    for field in new:
+        if field.name not in fields:
+            fields[field.name] = field
+        elif field.name not in FIXED_COLUMNS:
+            both = fields[field.name], field
+            if not any(pa.types.is_null(one.type) for one in both):
+                present, new = (kind_of_type(one.type) for one in both)
+                if present != new:
+                    raise mixed_kinds(field.name, present, new)
+            (fields[field.name],) = pa.unify_schemas([pa.schema([one]) for one in both], promote_options="permissive")
+    return pa.schema(list(fields.values()))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar of `datasets`, which would announce a file of no rows."""
-    was_on = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_on:
-            datasets.enable_progress_bars()
+def write_deleted(folder: Path, name: str, positions: np.ndarray) -> tuple[int, int]:
+    """Write the positions of all deleted rows; returns what the manifest lists of the file."""
+    with atomic_write(folder / name) as partial:
+        pq.write_table(pa.table({"position": positions}), partial)
+    return describe_file(folder / name)
+
+
+def describe_for_datasets(folder: Path, manifest: Manifest) -> None:
+    """Write the two files by which `datasets.load_from_disk` opens the parts; an index does not read them."""
+    names = [files_of(part)[0] for part, _ in manifest.parts]
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.blake2b("/".join(names).encode(), digest_size=8).hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info = {"features": fixed_features(manifest.info["dim"]).to_dict()}
+    for name, content in zip(DATASETS_FILES, (state, info), strict=True):
+        with atomic_write(folder / name) as partial:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,13 +18,24 @@ class VectorStore(Protocol):
 
     An entry has the columns row_id (int64), name, source, captions, thumbnail (a JPEG or none), embedding (float32,
     unit length), and any metadata. `info` is the dictionary that `create` was given, with the index type as `engine`.
+    Every call answers from the newest state of the index, whoever has written it.
     """
 
-    info: dict
-    columns: list[str]
+    @property
+    def info(self) -> dict: ...
+
+    @property
+    def columns(self) -> list[str]: ...
+
+    def adding(self) -> AbstractContextManager[None]:
+        """The time of adding, in the main process: what all processes added is found from its end on. Where the block
+        raises, others may write again, and the next writer takes up what was written."""
+
+    def refresh(self) -> None:
+        """Take part in the `adding` of the main process, in another process, once it has begun."""
 
     def add(self, rows: pa.Table) -> None:
-        """Write entries between `begin` and `finish`; they are found after `finish`."""
+        """Write entries during `adding`, in any process; they are found after it."""
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
         """For each of (Q, d) unit-length queries at most `top` entries that satisfy all conditions, best first, with
@@ -37,15 +49,6 @@ class VectorStore(Protocol):
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
-
-    def begin(self) -> None:
-        """Prepare for adding; called in the main process."""
-
-    def finish(self) -> None:
-        """End the adding; called in the main process. What all processes added is found from now on."""
-
-    def refresh(self) -> None:
-        """Read what other processes have written."""
 
     def rebuild(self, index_type: str) -> None:
         """Change the index type without embedding anything again, and drop deleted entries."""

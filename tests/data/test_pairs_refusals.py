@@ -35,36 +35,34 @@ def cache(tmp_path_factory, monkeypatch):
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     write_parquet(tmp_path / "any.parquet", {"photo": embedded(), "words": CAPTIONS})
     dataset = str(tmp_path / "any.parquet")
-    with pytest.raises(ValueError, match="no image column 'image'; there are photo, words"):
+    with pytest.raises(ValueError, match="no image in one of image, file_name; there is photo, words"):
         open_pairs(dataset, "train", image_column="image", caption_column="words")
-    with pytest.raises(ValueError, match="no caption column 'caption'; there are photo, words"):
+    with pytest.raises(ValueError, match="has a caption in caption; name the column .*: there are photo, words"):
         open_pairs(dataset, "train", image_column="photo", caption_column="caption")
-    with pytest.raises(ValueError, match="Name the image column.* there are photo, words"):
+    with pytest.raises(ValueError, match="no image in one of image, file_name, jpg, .*; there is photo, words"):
         open_pairs(dataset, "train")
-    with pytest.raises(ValueError, match="Name the caption column.* there are photo, words"):
+    with pytest.raises(ValueError, match="has a caption in caption or captions or .*: there are photo, words"):
         open_pairs(dataset, "train", image_column="photo")
     check_pairs(open_pairs(dataset, "train", image_column="photo", caption_column="words"))
 
 
-@pytest.mark.parametrize(
-    "captions", [[1, 2, 3], [[1.5], [2.5], [3.5]], [[["x"]], [["y"]], [["z"]]], [b"x", b"y", b"z"]]
-)
+@pytest.mark.parametrize("captions", [[1, 2, 3], [[1.5], [2.5], [3.5]], [[["x"]], [["y"]], [["z"]]]])
 def test_captions_that_are_no_strings_are_refused(tmp_path, captions):
     write_parquet(tmp_path / "any.parquet", {"image": embedded(), "caption": captions})
-    with pytest.raises(ValueError, match="strings or lists of strings; 'caption' holds"):
+    with pytest.raises(ValueError, match="any.parquet/0: its captions in 'caption' hold .*, which is no text"):
         open_pairs(str(tmp_path / "any.parquet"), "train")
 
 
 def test_images_that_are_none_are_refused(tmp_path):
     write_parquet(tmp_path / "any.parquet", {"image": [1, 2, 3], "caption": CAPTIONS})
-    with pytest.raises(ValueError, match="'image' holds int64, neither images nor paths"):
+    with pytest.raises(ValueError, match="any.parquet/0: its image column 'image' holds 1, neither an image"):
         open_pairs(str(tmp_path / "any.parquet"), "train")
 
 
 @pytest.mark.parametrize("name", ["any.parquet", "any.jsonl", "any.csv", "any.tar"])
 def test_empty_data_sets_are_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match=rf"is empty|{name}: it cannot be read"):
         open_pairs(str(tmp_path / name), "train")
 
 
@@ -76,7 +74,7 @@ def test_a_data_set_without_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         open_pairs(str(tmp_path / "a.csv"), "train")
     write_parquet(tmp_path / "b.parquet", {"image": embedded(), "caption": pa.array([None] * 3, pa.string())})
-    with pytest.raises(ValueError, match="No image .* has a caption"):
+    with pytest.raises(ValueError, match="No image .* has a caption in"):
         open_pairs(str(tmp_path / "b.parquet"), "train")
 
 
@@ -99,29 +97,25 @@ def test_an_empty_shard_among_others_does_no_harm(tmp_path):
     check_pairs(open_pairs(str(tmp_path), "train"))
 
 
-def test_an_id_that_cannot_be_fetched_is_refused(monkeypatch):
-    def refuse(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(ValueError, match="'some/pairs': this path does not exist, .* cannot be opened: no network"):
+def test_an_id_that_cannot_be_fetched_is_refused():
+    with pytest.raises(ValueError, match="'some/pairs': this path does not exist, .* cannot be opened: .* the Hub"):
         open_pairs("some/pairs", "train")
 
 
 def test_a_folder_or_glob_without_captions_is_refused(tmp_path):
     write_images(tmp_path)
-    with pytest.raises(ValueError, match="has no metadata.jsonl or metadata.csv"):
+    with pytest.raises(ValueError, match="has no metadata.jsonl, metadata.csv or metadata.parquet"):
         open_pairs(str(tmp_path), "train")
     with pytest.raises(ValueError, match="No file matches"):
         open_pairs(str(tmp_path / "*.parquet"), "train")
-    with pytest.raises(ValueError, match="files of one kind out of .parquet"):
+    with pytest.raises(ValueError, match="files that end in .parquet, .*; got .*a.png"):
         open_pairs(str(tmp_path / "*.png"), "train")
 
 
 @pytest.mark.parametrize("name", ["any.parquet", "any.jsonl", "any.tar"])
 def test_damaged_files_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"{not any of these formats" * 50)
-    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+    with pytest.raises(ValueError, match=rf"{name}(/0)?: (it cannot be read|its line is no JSON)"):
         open_pairs(str(tmp_path / name), "train")
 
 
@@ -149,7 +143,7 @@ def test_paths_in_files_of_several_folders_are_refused(tmp_path):
     for part in ("one", "two"):
         write_images(tmp_path / part)
         write_jsonl(tmp_path / part / "part.jsonl", a_row_an_image())
-    with pytest.raises(ValueError, match="no one folder that paths could start from"):
+    with pytest.raises(ValueError, match="no one folder that their paths could start from"):
         open_pairs(str(tmp_path / "*" / "part.jsonl"), "train")
 
 
@@ -198,11 +192,11 @@ def test_links_out_of_the_folder_are_refused_one_by_one_and_never_read(tmp_path)
     rows = [{"image": name, "caption": name} for name in ("a.png", "b.png", "sub/c.png", "inside.png")]
     write_jsonl(tmp_path / "data" / "pairs.jsonl", rows)
     images = [item["image"] for item in open_pairs(str(tmp_path / "data" / "pairs.jsonl"), "train")]
-    assert [image["path"] is None for image in images] == [False, True, True, False]
-    for image in images[1:3]:
-        with pytest.raises(UnreadableImageError, match="is a link that leads out of"):
-            read_image(image)
-    read_image(images[3])
+    assert [image["path"] is None for image in images] == [False, True, False, False]
+    with pytest.raises(UnreadableImageError, match="is a link that leads out of"):
+        read_image(images[1])
+    for image in images[2:]:
+        read_image(image)
 
 
 def test_the_links_of_the_hub_s_own_cache_are_read(tmp_path):

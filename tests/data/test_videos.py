@@ -147,7 +147,7 @@ def test_two_files_of_one_video_are_refused(msrvtt):
 )
 def test_annotations_of_another_form_are_refused(tmp_path, content):
     (tmp_path / "MSRVTT_data.json").write_text(content)
-    with pytest.raises(ValueError, match="MSRVTT_data.json is not in the form of MSR-VTT"):
+    with pytest.raises(ValueError, match="MSRVTT_data.json is not in MSR-VTT's form"):
         open_videos(str(tmp_path), "train")
 
 
@@ -209,15 +209,15 @@ def test_a_metadata_file_with_videos_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"movie": "a.mp4", "caption": "x"}, "Name the video column: it is none of .* there are movie, caption"),
-        ({"video": "a.mp4", "label": "x"}, "Name the caption column: .* there are video, label"),
+        ({"movie": "a.mp4", "caption": "x"}, "no video in one of video, file_name, path; there is movie, caption"),
+        ({"video": "a.mp4", "label": "x"}, "has a caption in caption or .*: there are video, label"),
         ({"video": "../a.mp4", "caption": "x"}, "leads out of"),
         ({"video": "/etc/a.mp4", "caption": "x"}, "leads out of"),
         ({"video": "b.mp4", "caption": "x"}, "None of the 1 videos exists: 'b.mp4'"),
-        ({"video": "a.mp4", "caption": 3}, "Captions must be strings or lists of strings; 'caption' holds 3"),
-        ({"video": "a.mp4", "caption": [3]}, "Captions must be strings"),
-        ({"video": 7, "caption": "x"}, "'video' must hold paths; row 0 holds 7"),
-        ({"video": "a.mp4", "caption": []}, "No video of the split 'train' .* has a caption"),
+        ({"video": "a.mp4", "caption": 3}, "its captions in 'caption' hold 3, which is no text"),
+        ({"video": "a.mp4", "caption": [3]}, "hold 3, which is no text"),
+        ({"video": 7, "caption": "x"}, "metadata.jsonl/0: its video column 'video' holds 7"),
+        ({"video": "a.mp4", "caption": []}, "No video of the split 'train' .* has a caption in"),
     ],
 )
 def test_metadata_that_cannot_be_used_is_refused(tmp_path, row, message):
@@ -231,7 +231,10 @@ def test_a_named_column_that_is_not_there(tmp_path):
     touch_videos(tmp_path, "a.mp4")
     write_csv(tmp_path / "metadata.csv", [{"video": "a.mp4", "caption": "x"}])
     for kind in ("video", "caption"):
-        with pytest.raises(ValueError, match=f"There is no {kind} column 'it'; there are video, caption"):
+        with pytest.raises(
+            ValueError,
+            match=f"it has no {kind} in 'it'; there is video, caption|caption in it; .*: there are video, caption",
+        ):
             open_videos(str(tmp_path), "train", **{f"{kind}_column": "it"})
 
 

@@ -187,10 +187,11 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, answer: Answer) -> None:
         content = answer.content
         if (part := self.headers.get("Range")) is not None and answer.status == 200:
-            start = int(re.fullmatch(r"bytes=(\d+)-", part)[1])
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", part).groups()
+            start, stop = int(first), min(int(last or len(content)) + 1, len(content))
             answer.status = 206 if start < len(content) else 416
-            answer.headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            content = content[start:]
+            answer.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            content = content[start:stop]
         if self.server.network.loses_answer(self.line):
             raise ConnectionCut
         self.send_response(answer.status)

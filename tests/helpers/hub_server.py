@@ -5,8 +5,8 @@ accounts and tokens, creating and deleting repositories, private ones, preupload
 commits, tags, branches, trees, model info, and resolve with range requests. Large files lie behind signed addresses of
 a second server, which is another origin, as the Hub's storage is: a client that sends its token there is caught.
 
-Not here: pull requests, datasets, spaces, and xet. The client uses xet for every upload if `hf_xet` is installed,
-whatever the server says, unless `HF_HUB_DISABLE_XET` is set; `hub_client.py` sets it.
+Data sets and models share ids and routes. Not here: pull requests, spaces, and xet. The client uses xet for every
+upload if `hf_xet` is installed, whatever the server says, unless `HF_HUB_DISABLE_XET` is set; `hub_client.py` sets it.
 """
 
 import base64
@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from hub_network import Answer, Network, Request, Server
 from hub_repository import Account, Commit, File, Hub, HubError, Repository
@@ -29,7 +29,7 @@ TOKENS = {
     STRANGERS_TOKEN: Account("stranger", can_write=True),
 }
 REPO = r"(?P<repo>[^/]+/[^/]+)"
-MODEL = f"/api/models/{REPO}"
+MODEL = f"/api/(?:models|datasets)/{REPO}"
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
@@ -123,8 +123,8 @@ class HubServer:
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request, account: Account | None):
         payload = request.json()
-        if payload.get("type", "model") != "model":
-            raise HubError(501, "This hub has models only")
+        if payload.get("type", "model") not in ("model", "dataset"):
+            raise HubError(501, "This hub has models and data sets only")
         self.hub.writer(account, payload.get("organization") or account and account.user)
         id = f"{payload.get('organization') or account.user}/{payload['name']}"
         facts = {"url": f"{self.url}/{id}", "name": id}
@@ -200,7 +200,14 @@ class HubServer:
             "converts": [],
         }
 
-    @route("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route("POST", f"{MODEL}/paths-info/(?P<revision>[^/]+)")
+    def paths_info(self, request: Request, account: Account | None, repo: str, revision: str):
+        files = self.hub.find(repo, account).resolve(revision).files
+        body = request.body.decode()
+        wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        return [file_info(path, files[path]) for path in wanted if path in files]
+
+    @route("GET", f"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, request: Request, account: Account | None, repo: str, revision: str, path: str):
         repository = self.hub.find(repo, account)
         try:
@@ -236,7 +243,7 @@ class HubServer:
             ]
         }
 
-    @route("POST", f"/{REPO}[.]git/info/lfs/objects/batch")
+    @route("POST", f"/(?:datasets/)?{REPO}[.]git/info/lfs/objects/batch")
     def lfs_batch(self, request: Request, account: Account | None, repo: str):
         repository = self.hub.find(repo, account, to_write=True)
         objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in request.json()["objects"]]

@@ -36,9 +36,8 @@ def make_rows(vectors: np.ndarray, first: int = 0, **metadata) -> pa.Table:
 
 def fill(store, rows: pa.Table) -> None:
     """Add rows as `SearchIndex.add` does."""
-    store.begin()
-    store.add(rows)
-    store.finish()
+    with store.adding():
+        store.add(rows)
 
 
 def names(hits: list[dict]) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from card_records import METRICS, check_metadata, make_record
 from huggingface_hub import ModelCard
 
-from modeling_cots.hub.model_card import build_model_card
+from modeling_cots.hub.model_card import build_model_card, write_card_of_measured
 from modeling_cots.training.record import REPORTED_SETTINGS
 
 
@@ -23,6 +23,16 @@ def test_metadata_survives_the_file(tiny_config, tmp_path, name):
         and "# first" in loaded.text
         and 'from_pretrained("me/first"' in loaded.text
     )
+
+
+@pytest.mark.parametrize("name", ["/home/me/secret/*.tar", "/home/me/{secret,other}/*.tar", "~/secret/x test"])
+def test_a_card_names_no_folder_of_this_machine(tiny_config, tmp_path, name):
+    card = build_model_card(tiny_config, make_record(name), model_name="first")
+    card.save(tmp_path / "model" / "README.md")
+    results = {"metrics": METRICS, "measured_on": name, "protocol": None, "zero_shot_protocol": "none"}
+    write_card_of_measured(str(tmp_path), str(tmp_path / "model"), results)
+    for content in (str(card), (tmp_path / "README.md").read_text(encoding="utf-8")):
+        assert "secret" not in content and "/home" not in content and "~" not in content
 
 
 def test_license_and_language_are_claimed_for_known_data_only(tiny_config):

@@ -4,18 +4,24 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from transformers import BertModel, FlavaImageCodebook, FlavaImageCodebookConfig, ViTImageProcessor, ViTModel
 
-from modeling_cots import COTSForPreTraining, COTSModel, COTSTrainingArguments
+from modeling_cots import COTSForPreTraining, COTSModel, COTSProcessor, COTSTrainingArguments
 from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
     ModelArguments,
+    StreamArguments,
     build_parts,
     check_measuring,
+    held_out_options,
     open_split,
     parse_options,
     read_config,
 )
+
+pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.mark.parametrize("name", ["text_model", "vision_model", "model_config"])
@@ -79,3 +85,91 @@ def test_heads_are_loaded_where_token_losses_need_them(tiny_config, checkpoint, 
     model.save_pretrained(checkpoint)
     found = build(checkpoint, tmp_path, cmvm_weight=1, cmlm_weight=1).model.cmvm_head.weight
     assert torch.equal(found, model.cmvm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["model", "text_model", "vision_model", "tokenizer", "image_tokenizer"])
+def test_a_revision_of_what_is_no_hub_id_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}={tmp_path} is no Hub id and has no revision 'v1'"):
+        read_config(ModelArguments(**{name: str(tmp_path), f"{name}_revision": "v1"}))
+
+
+def test_the_versions_of_the_held_out_data_are_its_own():
+    @dataclass
+    class Options(StreamArguments, DataArguments):
+        pass
+
+    options = Options("some/pairs", dataset_config="small", dataset_revision="v1")
+    assert held_out_options(options) is options
+    options.eval_dataset, options.eval_dataset_revision = "some/others", "v2"
+    held_out = held_out_options(options)
+    assert (held_out.dataset, held_out.dataset_config, held_out.dataset_revision) == ("some/others", None, "v2")
+    with pytest.raises(ValueError, match="eval_dataset_config=small belongs to eval_dataset"):
+        held_out_options(Options("some/pairs", eval_dataset_config="small"))
+
+
+# --- what clients of a hub do
+
+
+def upload(folder: str, repo_id: str) -> str:
+    HfApi().create_repo(repo_id, exist_ok=True)
+    return HfApi().upload_folder(folder_path=folder, repo_id=repo_id).oid
+
+
+def numbers_of(output_dir: str, **options) -> list[float]:
+    """The sum of each part's weights: text encoder, vision encoder, dVAE; the size of the vocabulary; the mean."""
+    args = COTSTrainingArguments(output_dir=output_dir, use_cpu=True)
+    options = ModelArguments(**{"image_tokenizer": "random", "max_text_length": 24, **options})
+    data = open_split(DataArguments("scenes"), "validation", image_size=32, seed=0)
+    parts = build_parts(options, read_config(options), args, data)
+    encoders = parts.model.cots.text_model, parts.model.cots.vision_model, parts.image_tokenizer
+    numbers = [sum(weight.double().sum().item() for weight in encoder.parameters()) for encoder in encoders]
+    return [*numbers, len(parts.processor.tokenizer), parts.processor.image_processor.image_mean[0]]
+
+
+# --- tests with a hub
+
+
+def test_a_checkpoint_of_the_hub_is_taken_at_its_revision(hub, checkpoint, tiny_config, tmp_path):
+    repo_id = hub.new_repo_id()
+    commit = hub.run(upload, checkpoint, repo_id)
+    before = hub.run(numbers_of, str(tmp_path), model=repo_id)
+    COTSModel(tiny_config).save_pretrained(checkpoint)
+    change_mean(checkpoint)
+    hub.run(upload, checkpoint, repo_id)
+    after = hub.run(numbers_of, str(tmp_path), model=repo_id)
+    assert before[0] != after[0] and before[1] != after[1] and after[4] == 0.5
+    assert hub.run(numbers_of, str(tmp_path), model=repo_id, model_revision=commit)[:2] == before[:2]
+    assert hub.run(numbers_of, str(tmp_path), model=repo_id, model_revision=commit)[4] == 0.1
+
+
+def change_mean(folder: str) -> None:
+    processor = COTSProcessor.from_pretrained(folder)
+    processor.image_processor.image_mean = [0.5] * 3
+    processor.save_pretrained(folder)
+
+
+def test_encoders_and_tokenizers_of_the_hub_are_taken_at_their_revisions(hub, tiny_config, tiny_tokenizer, tmp_path):
+    writers = {
+        "text_model": lambda: BertModel(tiny_config.text_config, add_pooling_layer=False),
+        "vision_model": lambda: ViTModel(tiny_config.vision_config, add_pooling_layer=False),
+        "image_tokenizer": lambda: FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=20)),
+    }
+    repo_ids = {name: hub.new_repo_id() for name in (*writers, "tokenizer")}
+    commits = {}
+    for attempt in range(2):
+        for name, build in writers.items():
+            build().save_pretrained(tmp_path / name)
+        mean = 0.1 + 0.2 * attempt
+        ViTImageProcessor(image_mean=[mean] * 3).save_pretrained(tmp_path / "vision_model")
+        tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+        written = {name: hub.run(upload, str(tmp_path / name), repo_id) for name, repo_id in repo_ids.items()}
+        commits = commits or written
+        if attempt == 0:
+            before = hub.run(numbers_of, str(tmp_path), **repo_ids)
+            tiny_tokenizer = type(tiny_tokenizer).from_pretrained(tmp_path / "tokenizer")
+            tiny_tokenizer.add_tokens(["another"])
+            tiny_config.text_config.vocab_size += 1
+    after = hub.run(numbers_of, str(tmp_path), **repo_ids)
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    pinned = {f"{name}_revision": commit for name, commit in commits.items()}
+    assert hub.run(numbers_of, str(tmp_path), **repo_ids, **pinned) == before

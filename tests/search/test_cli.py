@@ -1,6 +1,8 @@
 """`cots-search` from the first image to the page, in this process."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -72,8 +74,55 @@ def test_index_query_add_delete_rebuild(folder, capsys):
     ],
 )
 def test_says_what_is_wrong_in_one_line(folder, command, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main(command.split())
+
+
+def test_a_path_is_never_taken_for_a_text(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    capsys.readouterr()
+    for text, state in [
+        ("photos/train-00004.png", "which is a file"),
+        ("photos/trian-00004.png", "which looks like a file that is not there"),
+        ("dog.JPG", "which looks like a file"),
+        ("my dog.webp", "which looks like a file"),
+        ("/photos/dog", "which looks like a file"),
+        ("./dog", "which looks like a file"),
+        ("~/dog", "which looks like a file"),
+        ("C:\\photos\\dog", "which looks like a file"),
+        ("https://host/dog", "which looks like a file"),
+        ("data:image/png;base64," + "A" * 100_000, "which looks like a file"),
+    ]:
+        with pytest.raises(ValueError, match=state) as caught:
+            main(["query", "IDX", text])
+        assert "--image" in str(caught.value) and len(str(caught.value)) < 500
+    for text in ("a black/white cat", "red. green", "10:30", "and/or"):
+        main(["query", "IDX", text])
+    with pytest.raises(ValueError, match="No such file"):
+        main("query IDX --image photos/trian-00004.png".split())
+
+
+def test_a_folder_that_has_moved(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    main("query IDX dog --top 2".split())
+    assert capsys.readouterr().err.count("no longer") == 0
+    (folder / "photos").rename(folder / "old 'photos'")
+    main("query IDX dog --top 2 --html out.html".split())
+    said = capsys.readouterr().err
+    assert "2 of these images are no longer at their paths" in said and "index the folder at its new place" in said
+    (command,) = re.findall("cots-search (delete .*)", said)
+    main(shlex.split(command))
+    assert "Deleted 6 images; 0 are left." in capsys.readouterr().out
+
+
+def test_deletes_by_a_path_whose_file_is_gone_and_names_what_is_not_there(folder, capsys):
+    main("index photos --model model --index IDX".split())
+    (folder / "photos" / "train-00004.png").unlink()
+    main("delete IDX photos/train-00004.png".split())
+    assert "Deleted 1 images; 5 are left." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 of 2 names are not in the index .photos/trian-1.png.: give the names"):
+        main("delete IDX photos/train-00001.png photos/trian-1.png".split())
+    assert "Deleted 1 images; 4 are left." in capsys.readouterr().out
 
 
 def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processor):
@@ -81,9 +130,9 @@ def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processo
     torch.manual_seed(5)
     COTSModel(tiny_config).save_pretrained(folder / "other")
     tiny_processor.save_pretrained(folder / "other")
-    with pytest.raises(SystemExit, match="another one"):
+    with pytest.raises(ValueError, match="another one"):
         main("query IDX dog --model other".split())
-    with pytest.raises(SystemExit, match="rebuild IDX --engine hnsw"):
+    with pytest.raises(ValueError, match="rebuild IDX --engine hnsw"):
         main("index photos --model model --index IDX --engine hnsw".split())
 
 
@@ -121,7 +170,7 @@ def test_indexes_shards_and_tables(folder, capsys):
 
 @pytest.mark.slow
 def test_several_processes_make_one_index(folder, capsys):
-    command = "modeling_cots.search.cli index photos --model model --index IDX".split()
+    command = "modeling_cots.scripts.cots_search index photos --model model --index IDX".split()
     said = run_python("-m", *TORCHRUN, "2", "-m", *command).stdout
     assert said.count("Added 6 images; IDX has 6.") == 1
     main("query IDX --image photos/train-00004.png --top 20".split())

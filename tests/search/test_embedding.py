@@ -1,7 +1,10 @@
 """Images become entries: folders, stable names, the model's identity."""
 
 import copy
+import datetime
+import math
 import os
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from PIL import Image
 
 from modeling_cots import COTSModel, ScenesDataset, export_repository
+from modeling_cots.search import embedding
 from modeling_cots.search.embedding import (
     Embedder,
     ImageFolder,
@@ -17,6 +21,23 @@ from modeling_cots.search.embedding import (
     model_identity,
     row_ids_of,
 )
+from modeling_cots.search.rows import join_tables
+
+ODD_METADATA = [  # of the items 3, 1 and 4, and 2 and 5
+    {"hash": 2**53 + 1, "price": math.inf},
+    {
+        "captions": 1,
+        "captions_": 2,
+        "": 3,
+        "$meta": 4,
+        "_seq": 5,
+        "score": 0.4,
+        "price": Decimal("9.5"),
+        "day": datetime.date(2020, 2, 1),
+        "hash": 2**63,
+    },
+    {"hash": math.nan, "price": 10**20},
+]
 
 
 @pytest.fixture
@@ -32,9 +53,21 @@ def photos(tmp_path):
     return folder
 
 
-def test_a_folder_gives_its_own_visible_images(photos, tmp_path):
+def test_a_folder_gives_its_visible_images_and_those_it_links_to(photos, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(embedding.logger, "warning", messages.append)
+    (photos / "again.png").symlink_to("a.png")
+    (photos / "gone.png").symlink_to("nowhere.png")
+    (photos / "circle").symlink_to(photos)
+    (tmp_path / "disk").mkdir()
+    for name in ("d.avif", "e.jp2", "f.ppm", "g.jfif", "h.jpe"):
+        (tmp_path / "disk" / name).touch()
+    (photos / "disk").symlink_to(tmp_path / "disk")
     folder = ImageFolder(photos)
-    assert [os.path.relpath(path, photos) for path in folder.names()] == ["a.png", "b.JPG", "sub/c.webp"]
+    linked = [f"disk/{name}" for name in ("d.avif", "e.jp2", "f.ppm", "g.jfif", "h.jpe")]
+    found = [os.path.relpath(path, photos) for path in folder.names()]
+    assert found == ["a.png", "b.JPG", *linked, "link.png", "sub/c.webp"]
+    assert len(messages) == 1 and "Left out 2 files" in messages[0] and messages[0].endswith("gone.png, notes.txt.")
     assert folder[1]["image"]["path"] == str(photos / "b.JPG")
     assert entry_names(folder, "any") == folder.names()
     assert as_image_folder(str(photos)) == photos
@@ -72,6 +105,12 @@ def test_identity_is_that_of_weights_and_processing(tiny_config, tiny_processor,
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [0.1, 0.1, 0.1]
     assert model_identity(loaded, other) != identity
+    for change in ({"num_attention_heads": 1}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}):
+        config = copy.deepcopy(loaded.config)
+        for name, value in change.items():
+            setattr(config.vision_config, name, value)
+        assert model_identity(COTSModel.from_pretrained(tmp_path, config=config), processor) != identity
+    assert model_identity(COTSModel.from_pretrained(tmp_path, attn_implementation="eager"), processor) == identity
     with torch.no_grad():
         loaded.text_projection.bias[3] += 0.01
     assert model_identity(loaded, processor) != identity
@@ -85,7 +124,7 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
             return {**item, "image": b"no image"} if index == 2 else item
 
         def metadata(self, index):
-            return {"number": index, "name": "taken", "date": None}
+            return {"number": index, "name": "taken", "date": None, **ODD_METADATA[index % 3]}
 
     model, scenes = COTSModel(tiny_config), Data("train", 6, 32)
     embedder = Embedder(model, tiny_processor, batch_size=2, num_workers=num_workers, thumbnail_side=16)
@@ -98,9 +137,14 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
 
     progress, names = Progress(), [f"n{index}" for index in range(6)]
     tables = list(embedder.tables(scenes, np.array([1, 2, 3, 5]), names, "s", progress))
-    rows = [row for table in tables for row in table.to_pylist()]
+    rows = join_tables(tables).to_pylist()
     assert [row["name"] for row in rows] == ["n1", "n3", "n5"] and progress.total == 4
     assert [row["number"] for row in rows] == [1, 3, 5] and rows[0]["name_"] == "taken"
+    # What stores keep for themselves gets another name, and what they do not hold alike another form.
+    expected = {"captions__": 1, "captions_": 2, "": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
+    assert {name: rows[0][name] for name in expected} == expected
+    assert [row["price"] for row in rows] == [9.5, None, 1e20] and rows[0]["day"] == "2020-02-01"
+    assert [row["hash"] for row in rows] == [2.0**63, 2.0**53, None]
     assert rows[1]["captions"] == scenes[3]["captions"]
     pixels = tiny_processor.image_processor([scenes[5]["image"]], return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(rows[2]["embedding"], model.encode_image(pixels)[0].detach().numpy(), atol=1e-5)

@@ -31,9 +31,9 @@ def test_finds_the_best_allowed_rows_with_their_exact_scores(index_type, tmp_pat
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(positions, exact, strict=True)])
     assert recall == 1 if index_type == "exact" else recall > 0.9
 
-    vectors.save(tmp_path)
+    written = vectors.save(tmp_path / "v", tmp_path / "t")
     again = FaissVectors(index_type, DIM, lambda positions: VECTORS[positions])
-    again.load(tmp_path)
+    again.load(*written)
     assert len(again) == 3000
     np.testing.assert_array_equal(again.search(VECTORS[:30], 10, allowed)[1], positions)
 

@@ -1,6 +1,7 @@
 """`SearchIndex` with a tiny model: queries, the model's identity, killed runs, several processes."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -34,7 +35,8 @@ index = SearchIndex(sys.argv[2], model, processor)
 added = index.add(Slow("train", 70, 32), batch_size=4)
 # A file for each process, because their printed lines may mix.
 with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.txt", "w") as file:
-    file.write(f"added {added} of {len(index)}")
+    found = index.search(image=ScenesDataset("train", 70, 32)[69]["image"], top=1)[0]["name"]
+    file.write(f"added {added} of {len(index)}, found {found}")
 search_index.process_state().destroy_process_group()
 """
 
@@ -62,7 +64,7 @@ def test_finds_by_text_image_and_both(index, model, tiny_processor):
         image_embed = model.encode_image(pixels)[0].numpy()
     np.testing.assert_allclose(index.embed_query("a red circle"), text_embed, atol=1e-6)
     # A query by text and image ranks by the weighted mean of the two similarities.
-    stored = index.store._rows.embeddings(slice(0, 30))
+    stored = index.store._newest().rows.embeddings(slice(0, 30))
     mean = 0.75 * stored @ text_embed + 0.25 * stored @ image_embed
     found = index.search("a red circle", image, image_weight=0.25, top=30)
     assert [hit["name"] for hit in found] == [f"scenes: row {row}" for row in np.argsort(-mean)]
@@ -95,6 +97,72 @@ def test_refuses_another_model(index, tiny_config, tiny_processor, tmp_path):
         SearchIndex(tmp_path / "index", index.model, tiny_processor)
 
 
+def test_refuses_an_index_that_another_model_made_anew(index, tiny_config, tiny_processor, tmp_path):
+    torch.manual_seed(1)
+    shutil.rmtree(tmp_path / "index")
+    SearchIndex.create(tmp_path / "index", COTSModel(tiny_config), tiny_processor)
+    for call in (lambda: index.search("a"), lambda: index.add(ScenesDataset("train", 2, 32), progress=False)):
+        with pytest.raises(ValueError, match="another one"):
+            call()
+
+
+def test_refuses_an_index_of_another_version(model, tiny_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_cots.search.index.FORMAT", 1)
+    with pytest.raises(ValueError, match="made by another version .* make a new one"):
+        with SearchIndex.create(tmp_path / "index", model, tiny_processor):
+            monkeypatch.undo()
+            SearchIndex(tmp_path / "index", model, tiny_processor)
+
+
+def test_notices_what_others_write(index, model, tiny_processor, tmp_path):
+    """A service holds an index open while others delete, rebuild and add; then it adds, too."""
+    scenes = ScenesDataset("train", 40, 32)
+    SearchIndex(tmp_path / "index", model, tiny_processor).delete([f"scenes: row {row}" for row in range(5)])
+    assert len(index) == 25
+    assert index.search(image=scenes[3]["image"], top=1)[0]["name"] != "scenes: row 3"
+    with SearchIndex(tmp_path / "index", model, tiny_processor) as other:
+        other.rebuild("hnsw")
+        other.add(ScenesDataset("train", 35, 32), source="scenes", progress=False)
+    assert index.add(scenes, source="scenes", progress=False) == 5
+    for handle in (index, SearchIndex(tmp_path / "index", model, tiny_processor)):
+        found = [handle.search(image=scenes[row]["image"], top=1)[0]["name"] for row in range(40)]
+        assert found == [f"scenes: row {row}" for row in range(40)] and len(handle) == 40
+
+
+class Stopping(ScenesDataset):
+    """Scenes with years; Ctrl-C comes at the eleventh, or a year that is a text."""
+
+    def __init__(self, fault: str):
+        super().__init__("train", 20, 32)
+        self.fault = fault
+
+    def __getitem__(self, index):
+        if index == 10 and self.fault == "interrupted":
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+    def metadata(self, index):
+        return {"year": "unknown" if self.fault == "refused" else 2020}
+
+
+@pytest.mark.parametrize("fault", ["interrupted", "refused"])
+def test_others_may_write_after_an_add_that_did_not_end(index, model, tiny_processor, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("modeling_cots.search.index.ITEMS_PER_PART", 4)
+    index.add(Stopping("none"), source="years", progress=False)
+    other = SearchIndex(tmp_path / "index", model, tiny_processor)
+    error, said = (KeyboardInterrupt, None) if fault == "interrupted" else (ValueError, "'year' holds numbers")
+    with pytest.raises(error, match=said):
+        index.add(Stopping(fault), source="more", progress=False)
+    assert other.delete(["scenes: row 3"]) == 1
+    num_before = len(other)
+    index.add(ScenesDataset("train", 20, 32), source="more", progress=False)
+    assert other.delete(["scenes: row 4"]) == 1 and len(index) == len(other) == 50 - 2 + 20
+    index.close()
+    assert other.delete(["scenes: row 5"]) == 1
+    # The parts of four that the interrupted call had written were taken up.
+    assert num_before == 49 + (8 if fault == "interrupted" else 0)
+
+
 def test_adds_what_is_new_and_deletes(index):
     assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 5
     assert index.delete(["scenes: row 3", "never there"]) == 1
@@ -123,7 +191,7 @@ def test_a_killed_run_goes_on(model, tiny_processor, tmp_path, place):
     result = server_with_package().run_python(*command)
     # The killed run had embedded 50 images, of which 48 were in finished parts of 8.
     assert "48 of 70 images are in the index already" in result.stderr + result.stdout
-    assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70"
+    assert (tmp_path / f"{place}-0.txt").read_text() == "added 22 of 70, found scenes: scene 69"
     index = SearchIndex(tmp_path / place, model, tiny_processor)
     scenes = ScenesDataset("train", 70, 32)
     for number in (0, 47, 48, 69):
@@ -138,10 +206,12 @@ def test_processes_share_the_images(model, tiny_processor, tmp_path):
     SearchIndex.create(tmp_path / "index", model, tiny_processor).close()
     (tmp_path / "run.py").write_text(RUN)
     run_python("-m", *TORCHRUN, "2", tmp_path / "run.py", tmp_path / "model", tmp_path / "index")
-    assert [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)] == ["added 70 of 70"] * 2
+    assert [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)] == [
+        "added 70 of 70, found scenes: scene 69"
+    ] * 2
     assert len(list((tmp_path / "index").glob("data-*-*.arrow"))) == 9  # parts of eight, none written twice
     index = SearchIndex(tmp_path / "index", model, tiny_processor)
-    assert len(index) == 70 and len(set(index.store._rows.row_ids.tolist())) == 70
+    assert len(index) == 70 and len(set(index.store._newest().rows.row_ids.tolist())) == 70
     for number in (0, 35, 69):
         found = index.search(image=ScenesDataset("train", 70, 32)[number]["image"], top=1)
         assert found[0]["name"] == f"scenes: scene {number}"

@@ -1,11 +1,13 @@
 """What only Milvus has: names of indexes, the token, several collections in one file. test_stores.py has the rest."""
 
+from unittest.mock import Mock
+
 import pytest
 from search_stores import INFO, fill, make_rows, make_vectors, names
 
 pytest.importorskip("milvus_lite")
 
-from modeling_cots.search.milvus_store import MilvusStore, connect, is_milvus_uri
+from modeling_cots.search.milvus_store import MilvusStore, _connected, _open_clients, connect, is_milvus_uri
 
 
 def test_tells_milvus_by_the_name():
@@ -25,6 +27,46 @@ def test_collections_share_a_file(tmp_path):
         MilvusStore(f"{tmp_path}/a.db#third")
     first.close()
     second.close()
+
+
+def test_a_killed_rebuild_is_finished_when_the_collection_is_opened(tmp_path, monkeypatch):
+    store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
+    fill(store, make_rows(make_vectors(4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(store._client, "create_index", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.rebuild("hnsw")
+    store.close()
+    again = MilvusStore(f"{tmp_path}/a.db")
+    assert again.info["engine"] == "hnsw"
+    assert names(again.search(make_vectors(4)[2:3], 1, [])[0]) == ["pic2"]
+    again.close()
+
+
+def test_what_cannot_be_opened_or_made_is_closed(tmp_path):
+    place = f"{tmp_path}/a.db"
+    with _connected(place) as client:
+        client.create_collection("foreign", dimension=4)
+    for call in (
+        lambda: MilvusStore(f"{place}#foreign"),
+        lambda: MilvusStore(f"{place}#nothing"),
+        lambda: MilvusStore.create(f"{place}#foreign", INFO, "exact"),
+    ):
+        with pytest.raises(ValueError, match="not made by|no collection|already"):
+            call()
+        assert _open_clients[place] == 0
+
+
+def test_results_have_the_metadata_that_another_handle_added(tmp_path):
+    store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
+    fill(store, make_rows(make_vectors(2), year=[1, 2]))
+    assert store.columns == ["name", "source", "year"]
+    other = MilvusStore(f"{tmp_path}/a.db")
+    fill(other, make_rows(make_vectors(3, seed=1), first=2, place=["Oslo"] * 3))
+    (hit,) = store.search(make_vectors(3, seed=1)[:1], 1, [])[0]
+    assert hit["place"] == "Oslo" and "year" not in hit and "embedding" not in hit
+    store.close()
+    other.close()
 
 
 def test_binary_codes_are_not_offered(tmp_path):

@@ -1,4 +1,6 @@
-"""The rows of a local index: appending, deleting, and half-written files in a folder of `datasets`."""
+"""The rows of a local index: parts, deleted rows, and half-written files in a folder of `datasets`."""
+
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -6,52 +8,82 @@ import pyarrow as pa
 import pytest
 from search_stores import DIM, make_rows, make_vectors
 
-from modeling_cots.search.rows import RowFolder
+from modeling_cots.search.manifest import Manifest
+from modeling_cots.search.rows import (
+    Rows,
+    describe_for_datasets,
+    unify_metadata,
+    unlisted_parts,
+    write_deleted,
+    write_part,
+)
+
+EMPTY = Manifest(generation=7, info={"dim": DIM})
+
+
+def written(folder, *tables: pa.Table, manifest: Manifest = EMPTY) -> Manifest:
+    """The manifest with these tables as parts."""
+    return manifest.with_parts([write_part(folder, table, DIM, manifest.generation) for table in tables])
 
 
 @pytest.fixture
-def folder(tmp_path):
-    rows = RowFolder.create(tmp_path / "rows", DIM)
-    rows.append(make_rows(make_vectors(5), year=[1, 2, 3, 4, 5]))
-    rows.append(make_rows(make_vectors(3, seed=1), first=5))
-    assert len(rows) == 0 and rows.adopt() == 2
-    return rows
+def manifest(tmp_path):
+    return written(tmp_path, make_rows(make_vectors(5), year=[1, 2, 3, 4, 5]), make_rows(make_vectors(3, 1), first=5))
 
 
-def test_datasets_opens_it(folder):
-    opened = datasets.load_from_disk(str(folder.folder))
+def test_datasets_opens_the_parts(manifest, tmp_path):
+    rows = Rows(tmp_path, manifest)
+    describe_for_datasets(tmp_path, manifest)
+    opened = datasets.load_from_disk(str(tmp_path))
     assert opened["name"][:] == [f"pic{number}" for number in range(8)]
     np.testing.assert_array_equal(np.array(opened["embedding"][:5], np.float32), make_vectors(5))
-    np.testing.assert_array_equal(folder.embeddings(slice(0, 5)), make_vectors(5))
-    np.testing.assert_array_equal(folder.embeddings(np.array([6, 0])), np.array(opened[[6, 0]]["embedding"], "f4"))
+    np.testing.assert_array_equal(rows.embeddings(slice(0, 5)), make_vectors(5))
+    np.testing.assert_array_equal(rows.embeddings(np.array([6, 0])), np.array(opened[[6, 0]]["embedding"], "f4"))
 
 
-def test_metadata_of_different_sources_is_joined(folder):
-    folder.append(make_rows(make_vectors(1), first=8, year=[2.5], place=["Oslo"]))
-    folder.adopt()
-    assert folder.metadata.to_pydict() == {
+def test_metadata_of_different_sources_is_joined(manifest, tmp_path):
+    more = make_rows(make_vectors(1), first=8, year=[2.5], place=["Oslo"])
+    rows = Rows(tmp_path, written(tmp_path, more, manifest=manifest))
+    assert rows.filterable.select(["year", "place"]).to_pydict() == {
         "year": [1, 2, 3, 4, 5, None, None, None, 2.5],
         "place": [None] * 8 + ["Oslo"],
     }
-    assert folder.take(np.array([8, 6]))[0]["place"] == "Oslo"
-    folder.check_metadata(pa.schema([("year", pa.int64())]))
-    with pytest.raises(ValueError, match="'year' holds double in this index and string"):
-        folder.check_metadata(pa.schema([("year", pa.string())]))
+    assert [row["place"] for row in rows.take(np.array([8, 6]))] == ["Oslo", None]
+    present = rows.filterable.schema
+    assert unify_metadata(present, pa.schema([("year", pa.int64()), ("new", pa.bool_())])).field("new")
+    with pytest.raises(ValueError, match="'year' holds numbers in this index and texts"):
+        unify_metadata(present, pa.schema([("year", pa.string())]))
 
 
-def test_half_written_files_are_no_parts(folder):
-    for name in ("data-9-1.arrow.partial", "data-9-2.partial", "metadata/data-9-1.parquet.partial"):
-        (folder.folder / name).write_bytes(b"half")
-    assert folder.adopt() == 0 and len(folder) == 8
-    folder.remove_leftovers()
-    assert not list(folder.folder.rglob("*.partial"))
+def test_whole_parts_of_the_same_generation_are_taken_up(manifest, tmp_path):
+    parts = unlisted_parts(tmp_path, EMPTY)
+    assert EMPTY.with_parts(parts) == manifest
+    assert unlisted_parts(tmp_path, manifest) == [] == unlisted_parts(tmp_path, replace(EMPTY, generation=8))
 
 
-def test_deleted_rows_stay_deleted(folder):
-    folder.delete(np.array([1, 6]))
-    again = RowFolder(folder.folder, DIM)
-    assert again.is_alive.tolist() == [True, False, True, True, True, True, False, True]
-    assert again.positions_of(again.row_ids).tolist() == [0, 2, 3, 4, 5, 7]
-    kept = pa.concat_tables(again.living_tables(rows_per_table=3))
+@pytest.mark.parametrize("damage", ["missing", "cut short", "changed"])
+@pytest.mark.parametrize("file", [0, 1])
+def test_damaged_parts_are_not_taken_up(manifest, tmp_path, damage, file):
+    path = tmp_path / sorted(name for name in manifest.files if name.endswith((".arrow", ".parquet")[file]))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content if damage == "changed" else content[: len(content) // 2])
+    assert [part.num_rows for part in unlisted_parts(tmp_path, EMPTY)] == [3]
+
+
+def test_deleted_rows_are_left_out(manifest, tmp_path):
+    files = {"deleted-1.parquet": write_deleted(tmp_path, "deleted-1.parquet", np.array([1, 6]))}
+    rows = Rows(tmp_path, manifest.with_files(files, deleted="deleted-1.parquet"))
+    assert rows.is_alive.tolist() == [True, False, True, True, True, True, False, True]
+    assert rows.positions_of(rows.row_ids).tolist() == [0, 2, 3, 4, 5, 7]
+    kept = pa.concat_tables(rows.living_tables(rows_per_table=3))
     assert kept["name"].to_pylist() == ["pic0", "pic2", "pic3", "pic4", "pic5", "pic7"]
     assert kept["year"].to_pylist() == [1, 3, 4, 5, None, None]
+
+
+def test_no_rows(tmp_path):
+    rows = Rows(tmp_path, EMPTY)
+    assert len(rows) == 0 and list(rows.living_tables()) == [] and rows.take(np.zeros(0, int)) == []
+    assert rows.embeddings(slice(0, 0)).shape == (0, DIM) and rows.filterable.column_names == ["name", "source"]

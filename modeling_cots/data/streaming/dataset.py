@@ -16,9 +16,9 @@ from typing import NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..items import EpochSeeds
-from ..rows import BadRowError, cached_tokens, read_row
+from ..rows import BadRowError, Columns, cached_tokens, image_columns, read_row
 from ..skip_report import StreamReport
-from .names import display_name
+from .names import public_name
 from .shards import FileShards, RowShards, open_shards
 
 MAX_EMPTY_PASSES = 20
@@ -43,7 +43,7 @@ class StreamingPairs(IterableDataset):
 
     Args:
         shards: The shards to read.
-        image_column, caption_column: See `read_row`.
+        columns: Where images and captions are.
         shuffle_buffer: Number of encoded samples that each worker keeps in memory, from which it draws the next one.
             The order of shards is also drawn anew in every pass. With 0 all samples come in the order of the files.
         seed: Seed of the order, and of the random draws for each item in training.
@@ -54,15 +54,14 @@ class StreamingPairs(IterableDataset):
     def __init__(
         self,
         shards: FileShards | RowShards,
-        image_column: str | None = None,
-        caption_column: str | None = None,
+        columns: Columns,
         *,
         shuffle_buffer: int = 1000,
         seed: int = 0,
     ):
         if shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be 0 or more samples, got {shuffle_buffer}.")
-        self._shards, self._columns = shards, (image_column, caption_column)
+        self._shards, self._columns = shards, columns
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self._process_index, self._num_processes = 0, 1
         self._epoch = EpochSeeds(seed)
@@ -128,7 +127,7 @@ class StreamingPairs(IterableDataset):
 
     def _read_shard(self, shard: int) -> Iterator[Sample | None]:
         """The samples of a shard, up to its end or to where it breaks. A refused sample is `None`."""
-        rows = self._shards.read(shard, self.report)
+        rows = self._shards.read(shard)
         num_read = 0
         while True:
             try:
@@ -143,7 +142,13 @@ class StreamingPairs(IterableDataset):
             num_read += 1
             name = f"{self._shards.name(shard)}/{key}"
             try:
-                yield Sample(name, *read_row(row, *self._columns), cached_tokens(row))
+                if isinstance(row, BadRowError):
+                    raise row
+                media, captions = read_row(row, self._columns)
+                image = media["bytes"]
+                if image is None:
+                    image = self._shards.read_file(shard, media["path"])
+                yield Sample(name, image, captions, cached_tokens(row))
             except BadRowError as error:
                 self.report.add_sample(name, str(error))
                 yield None
@@ -209,26 +214,31 @@ def open_stream(
     caption_column: str | None = None,
     shuffle_buffer: int = 1000,
     seed: int = 0,
+    dataset_config: str | None = None,
+    revision: str | None = None,
 ) -> StreamingPairs:
     """
     Open a stream of pairs, which has no length.
 
     Args:
-        dataset: Paths or addresses (https://, s3:// and whatever else fsspec knows) of WebDataset .tar or of .parquet
-            shards, with braces ("{000..009}") and stars; a folder of such files; or a Hub id.
+        dataset: Paths or addresses (https://, s3:// and whatever else fsspec knows) of WebDataset .tar, .parquet,
+            .jsonl, .json or .csv files, with braces ("{000..009}") and stars; a folder of such files, also as
+            img2dataset writes it; or a Hub id.
         split: Its name, in a Hub data set or in the file names of a folder or glob. A list in braces and an address
             name the files of the split, whatever it is called.
-        image_column, caption_column: See `read_row`.
+        image_column, caption_column: See `open_pairs`.
         shuffle_buffer, seed: See [`StreamingPairs`].
+        dataset_config, revision: Configuration and version of a Hub id, see `load_rows`.
 
     Raises `ValueError` for data that does not exist, cannot be streamed, or gives no pair.
     """
     if "[" in split:
         raise ValueError(f"A stream has no length to cut {split!r} from; give the name of the split alone.")
-    shards = open_shards(dataset, split, image_column, caption_column)
-    pairs = StreamingPairs(shards, image_column, caption_column, shuffle_buffer=shuffle_buffer, seed=seed)
+    columns = image_columns(image_column, caption_column)
+    shards = open_shards(dataset, split, columns, dataset_config, revision)
+    pairs = StreamingPairs(shards, columns, shuffle_buffer=shuffle_buffer, seed=seed)
     pairs.first_item()
-    pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else display_name(dataset)
+    pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else public_name(dataset)
     return pairs
 
 

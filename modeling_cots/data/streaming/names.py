@@ -1,6 +1,7 @@
 """Expands braces and stars in the names of shards, on this machine or at any address that fsspec knows."""
 
 import itertools
+import posixpath
 import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -9,6 +10,8 @@ import fsspec
 
 MAX_NAMES = 1_000_000
 BRACES = re.compile(r"\{([^{}]*)\}")
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+( [^/\\]*)?")
+LOCAL_URL = re.compile(r"(file|local)://", re.IGNORECASE)
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -77,3 +80,20 @@ def display_name(name: str) -> str:
         return name
     parts = urlsplit(name)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def public_name(dataset: str) -> str:
+    """
+    What a published card may say of a data set: a Hub id, an address without user and query, a name without its path.
+
+    Folders of this machine are left out, also of globs, lists in braces and file:// addresses.
+
+    Args:
+        dataset: As a user names it, or a name of it with the split behind ("scenes validation").
+    """
+    if is_url(dataset) and not LOCAL_URL.match(dataset):
+        return display_name(dataset)
+    if HUB_ID.fullmatch(dataset):
+        return dataset
+    path = re.sub(r"\{[^{}]*[/\\][^{}]*\}", "{...}", dataset).replace("\\", "/")
+    return posixpath.basename(posixpath.normpath(path))

@@ -1,37 +1,37 @@
-"""Finds the shards of a stream and reads their rows: .tar and .parquet itself, other Hub formats by `datasets`."""
+"""Finds the shards of a stream: files that formats.py reads, and other forms of the Hub by `datasets`."""
 
 import os
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
 import datasets
 import fsspec
-import pyarrow.parquet as pq
 from aiohttp import ClientTimeout
 
-from ..files import find_files
-from ..rows import wanted_columns
-from ..skip_report import StreamReport
+from ..files import FORMATS, find_files
+from ..formats import Rows, read_folder, read_rows
+from ..messages import shown
+from ..paths import RefusedPathError, open_door
+from ..repositories import HUB, OUR_BUILDERS, files_of_split, open_builder, readable_files
+from ..revisions import refuse_version
+from ..rows import BadRowError, Columns
 from .names import display_name, expand_braces, expand_urls, is_url
-from .tar import MAX_MEMBER_BYTES, read_samples
+from .tar import MAX_MEMBER_BYTES
 
-HUB = "hf://"
-ROWS_AT_ONCE = 16
 SILENCE = 60  # seconds to wait for a web server that sends nothing
 
 
 class FileShards:
     """
-    Shards of which each is one file, on this machine or at any address that fsspec knows.
+    Shards of which each is one file, on this machine or at any address that fsspec knows, or a folder of samples here.
 
     Args:
-        names: Paths and addresses, either all of .tar files (WebDataset) or all of .parquet files.
+        names: Paths and addresses.
         columns: Columns or extensions to read. All others are skipped.
     """
 
-    def __init__(self, names: list[str], columns: set[str]):
+    def __init__(self, names: list[str], columns: Columns):
         self._names, self._columns = names, columns
 
     def __len__(self) -> int:
@@ -41,13 +41,24 @@ class FileShards:
         """The name of a shard in reports."""
         return display_name(self._names[shard])
 
-    def read(self, shard: int, report: StreamReport) -> Iterator[tuple[str, dict]]:
-        """The key and row of each sample in a shard, in its order. Refused files in a .tar go to the report."""
-        read_rows = _read_tar if self.name(shard).endswith(".tar") else _read_parquet
-        with _open(self._names[shard]) as stream:
-            yield from read_rows(
-                stream, self._columns, lambda name, reason: report.add_sample(f"{self.name(shard)}/{name}", reason)
-            )
+    def read(self, shard: int) -> Rows:
+        """The key and row of each sample in a shard, in its order, or what is wrong with it in place of the row."""
+        name = self._names[shard]
+        if not is_url(name) and os.path.isdir(name):
+            yield from read_folder(Path(name), self._columns)
+            return
+        with _open(name) as stream:
+            yield from read_rows(stream, Path(display_name(name)).suffix, self._columns)
+
+    def read_file(self, shard: int, path: str) -> bytes:
+        """The file that a row of a shard names as its image. Raises [`BadRowError`] unless it is beside the shard."""
+        name = self._names[shard]
+        if is_url(name):
+            raise BadRowError("it has no image inside, only the name of a file, and the shard is not on this machine")
+        try:
+            return read_bounded(open_door(path, os.path.dirname(name)))
+        except (OSError, RefusedPathError) as error:
+            raise BadRowError(str(error)) from error
 
 
 class RowShards:
@@ -73,26 +84,26 @@ class RowShards:
         """The name of a shard in reports."""
         return display_name(self._names[shard])
 
-    def read(self, shard: int, report: StreamReport) -> Iterator[tuple[str, dict]]:
+    def read(self, shard: int) -> Rows:
         """The number and the content of each row in a shard, in its order."""
         for number, row in enumerate(self._rows.shard(num_shards=len(self), index=shard)):
-            for column, value in row.items():
-                if self._is_beside(value):
-                    row[column] = {**value, "bytes": _read_bounded(value["path"])}
             yield str(number), row
 
-    def _is_beside(self, value) -> bool:
-        """Whether the image is a file of the same repository; no other file of a machine or a server is ever read."""
-        if self._repository is None or not isinstance(value, dict) or value.get("bytes") is not None:
-            return False
-        path = value.get("path")
-        if not isinstance(path, str) or ".." in path.split("/"):
-            return False
-        return path.rpartition("::")[2].startswith(self._repository)
+    def read_file(self, shard: int, path: str) -> bytes:
+        """The file that a row names as its image. Raises [`BadRowError`] unless it is one of the same repository."""
+        is_beside = self._repository is not None and path.rpartition("::")[2].startswith(self._repository)
+        if not is_beside or ".." in path.split("/"):
+            raise BadRowError(
+                f"it has no image inside, only the name of a file that is not to be read ({shown(path)})"
+            )
+        try:
+            return read_bounded(path)
+        except OSError as error:
+            raise BadRowError(str(error)) from error
 
 
 def open_shards(
-    dataset: str, split: str, image_column: str | None, caption_column: str | None
+    dataset: str, split: str, columns: Columns, dataset_config: str | None = None, revision: str | None = None
 ) -> FileShards | RowShards:
     """
     Find the shards of a split, see `open_stream`.
@@ -100,17 +111,32 @@ def open_shards(
     Raises `ValueError` for data that does not exist or cannot be streamed. Single files of a list in braces may be
     missing.
     """
-    columns = wanted_columns(image_column, caption_column)
     names = _find_names(dataset, split)
     if names is None:
-        return _open_repository(dataset, split, columns)
-    suffixes = {Path(display_name(name)).suffix for name in names}
-    if suffixes not in ({".tar"}, {".parquet"}):
+        builder = open_builder(dataset, dataset_config, revision)
+        files = files_of_split(builder, dataset, split)
+        # Our own reader finds no image beside a table at an address; `datasets` gives the address of each.
+        readable = readable_files(builder, files)
+        if readable is not None and (builder.name in OUR_BUILDERS or os.path.isdir(dataset)):
+            return FileShards(readable, columns)
+        return row_shards(builder, dataset, split, files)
+    refuse_version(display_name(dataset), dataset_config, revision)
+    odd = [name for name in names if not (os.path.isdir(name) or Path(display_name(name)).suffix in FORMATS)]
+    if odd:
         raise ValueError(
-            f"A stream is made of .tar or of .parquet files; {display_name(dataset)} has "
-            f"{', '.join(sorted(suffixes))}. Other files of this machine are opened without streaming."
+            f"A stream is made of files that end in {', '.join(FORMATS)}; {display_name(dataset)} has "
+            f"{display_name(odd[0])}."
         )
     return FileShards(names, columns)
+
+
+def row_shards(builder, dataset: str, split: str, files: list[str]) -> RowShards:
+    """The shards of a repository in a format that `datasets` alone reads."""
+    try:
+        rows = builder.as_streaming_dataset(split).decode(False)
+    except Exception as error:  # each builder has its own
+        raise ValueError(f"{dataset!r} cannot be streamed: {type(error).__name__}: {error}") from error
+    return RowShards(rows, files, None if os.path.isdir(dataset) else f"{HUB}datasets/{dataset}@")
 
 
 def _find_names(dataset: str, split: str) -> list[str] | None:
@@ -126,44 +152,6 @@ def _find_names(dataset: str, split: str) -> list[str] | None:
     return [os.path.abspath(file.expanduser()) for file in files]
 
 
-def _open_repository(dataset: str, split: str, columns: set[str]) -> FileShards | RowShards:
-    """The shards of a repository: a Hub id, or a folder with a data set card."""
-    try:
-        builder = datasets.load_dataset_builder(dataset)
-    except Exception as error:  # not found, gated, offline, several configurations, ...
-        raise ValueError(f"{dataset!r} cannot be opened as a data set of the Hub: {error}") from error
-    files = {str(name): list(map(str, found)) for name, found in (builder.config.data_files or {}).items()}
-    if split not in files:
-        raise ValueError(f"{dataset!r} has no split {split!r}; it has {', '.join(sorted(files)) or 'none'}.")
-    if builder.name in ("webdataset", "parquet"):
-        return FileShards(files[split], columns)
-    try:
-        rows = builder.as_streaming_dataset(split).decode(False)
-    except Exception as error:  # each builder has its own
-        raise ValueError(f"{dataset!r} cannot be streamed: {type(error).__name__}: {error}") from error
-    return RowShards(rows, files[split], None if os.path.isdir(dataset) else f"{HUB}datasets/{dataset}@")
-
-
-def _read_tar(
-    stream: BinaryIO, columns: set[str], refuse: Callable[[str, str], None]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for sample, refused in read_samples(stream, {column.lower() for column in columns}):
-        for member in refused:
-            refuse(member.name, f"it is {member.refusal}")
-        if sample:
-            yield sample["__key__"], sample  # type: ignore[misc]
-
-
-def _read_parquet(stream: BinaryIO, columns: set[str], refuse) -> Iterator[tuple[str, dict]]:
-    file = pq.ParquetFile(stream)
-    there = [name for name in file.schema_arrow.names if name in columns]
-    number = 0
-    for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=there):
-        for row in batch.to_pylist():
-            yield str(number), row
-            number += 1
-
-
 def _open(name: str) -> AbstractContextManager[BinaryIO]:
     if not is_url(name):
         return open(name, "rb")
@@ -176,7 +164,10 @@ def _open(name: str) -> AbstractContextManager[BinaryIO]:
     return fsspec.open(name, "rb", **options)
 
 
-def _read_bounded(name: str) -> bytes | None:
+def read_bounded(name: str) -> bytes:
+    """The content of a file, here or at an address. Raises `OSError` for one over 64 MiB."""
     with _open(name) as file:
         content = file.read(MAX_MEMBER_BYTES + 1)
-    return content if len(content) <= MAX_MEMBER_BYTES else None
+    if len(content) > MAX_MEMBER_BYTES:
+        raise OSError(f"{display_name(name)} has more than {MAX_MEMBER_BYTES:,} bytes")
+    return content

@@ -7,7 +7,7 @@ content of a shard is never written to a disk or unpacked, and its names are nev
 
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
@@ -79,24 +79,23 @@ def read_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Me
             yield Member(name, None, refusal)
 
 
-def read_samples(stream: BinaryIO, fields: set[str]) -> Iterator[tuple[dict[str, bytes | str], list[Member]]]:
+def gather_samples(members: Iterable[Member]) -> Iterator[tuple[dict[str, bytes | str], list[Member]]]:
     """
     The samples of a WebDataset shard: neighboring files whose names agree up to the first dot of the file name.
 
     Args:
-        stream: See `read_members`.
-        fields: Lower-case extensions to read ("jpg", "txt"). All others are skipped.
+        members: The files to take, in their order.
 
     Yields a dict {"__key__": name up to that dot, extension: bytes}, and the members refused since the last sample.
-    Raises [`DamagedShardError`] after the last whole sample.
+    Raises [`DamagedShardError`] as `read_members` does, after the last whole sample.
     """
     sample: dict[str, bytes | str] = {}
     refused: list[Member] = []
-    for member in read_members(stream, lambda name: _split_name(name)[1] in fields):
+    for member in members:
         if member.content is None:
             refused.append(member)
             continue
-        key, extension = _split_name(member.name)
+        key, extension = key_of(member.name)
         if sample and sample["__key__"] != key:
             yield sample, refused
             sample, refused = {}, []
@@ -109,8 +108,12 @@ def read_samples(stream: BinaryIO, fields: set[str]) -> Iterator[tuple[dict[str,
         yield sample, refused
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """ "a/b.seg.JPG" -> ("a/b", "seg.jpg"). Hidden files, such as macOS adds, get no extension and are not read."""
+def key_of(name: str) -> tuple[str, str]:
+    """
+    The sample and the field of a file: "a/b.seg.JPG" -> ("a/b", "seg.jpg").
+
+    Hidden files, such as macOS adds, get no field, and are not read.
+    """
     folder, base = posixpath.split(posixpath.normpath(name))
     stem, _, extension = base.partition(".")
     if base.startswith((".", "__")):

@@ -268,18 +268,18 @@ def test_more_workers_than_pairs_is_an_error_and_not_a_hang(tmp_path):
 def test_what_cannot_be_streamed_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "x", [1])
-    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "a.txt").write_text("{}")
     for dataset, message in [
         ("x/train-{3..1}.tar", "runs backwards"),
         ("x/train-{abc}.tar", "neither a range"),
         ("x/*.parquet", "No file matches"),
-        ("a.jsonl", "made of .tar or of .parquet files"),
+        ("a.txt", "Expected files that end in .parquet, .tar, .*; got a.txt"),
         ("./nowhere", "does not exist"),
         ("x/gone-{000..002}.tar", "None of the 3 shards gives a pair.*gone-002.tar.*FileNotFoundError"),
         ("bucket3://x/a.tar", "Protocol not known"),
         ("memory://nothing/*.tar", "No file matches"),
         ("", "Name a data set"),
-        ("some/pairs", "cannot be opened as a data set of the Hub"),
+        ("some/pairs", "as a data set of the Hub it cannot be opened"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_stream(dataset, "train")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_cots.data.streaming.names import display_name, expand_braces, expand_urls, is_url
+from modeling_cots.data.streaming.names import display_name, expand_braces, expand_urls, is_url, public_name
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,28 @@ def test_braces(pattern, names):
 def test_braces_that_make_no_names_are_refused(pattern, message):
     with pytest.raises(ValueError, match=message):
         expand_braces(pattern)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("/home/me/secret/*.tar", "*.tar"),
+        ("/home/me/secret/{a,b}/train-{000..009}.tar", "train-{000..009}.tar"),
+        ("{/home/me/a,/home/me/b}.tar", "{...}.tar"),
+        ("~/photos", "photos"),
+        ("../mine/*/x.parquet", "x.parquet"),
+        ("mine/*.parquet", "*.parquet"),
+        ("file:///home/me/secret/a.tar", "a.tar"),
+        ("C:\\Users\\me\\*.tar", "*.tar"),
+        ("https://me:key@host/shards/a.tar?signature=x", "https://host/shards/a.tar"),
+        ("someone/pairs", "someone/pairs"),
+        ("someone/pairs test", "someone/pairs test"),
+        ("flickr30k test", "flickr30k test"),
+        ("a data set of pairs", "a data set of pairs"),
+    ],
+)
+def test_what_may_be_published_of_a_name(dataset, name):
+    assert public_name(dataset) == public_name(public_name(dataset)) == name
 
 
 def test_a_protocol_whose_package_is_missing_is_named():

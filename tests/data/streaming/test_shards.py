@@ -12,6 +12,7 @@ from dataset_hub import OWNER, dataset_hub
 from programs import run_python
 from stream_files import number_of, png, write_shards
 
+from modeling_cots.data.rows import image_columns
 from modeling_cots.data.streaming.dataset import StreamingPairs, open_stream
 from modeling_cots.data.streaming.shards import RowShards
 
@@ -72,7 +73,7 @@ def test_images_beside_the_rows_are_read_from_the_repository_alone():
     try:
         for repository, expected in [("memory://repo/", [0]), (None, [])]:
             rows = rows_of([{"bytes": None, "path": path} for path in paths[:4]])
-            pairs = StreamingPairs(RowShards(rows, [], repository), shuffle_buffer=0)
+            pairs = StreamingPairs(RowShards(rows, [], repository), image_columns(), shuffle_buffer=0)
             assert [number_of(item) for item in pairs] == expected
             assert pairs.report.skipped_samples == 4 - len(expected)
     finally:
@@ -89,7 +90,7 @@ def test_a_shard_that_fails_inside_datasets_ends_alone():
             yield {"image": {"bytes": png(10 + shard), "path": None}, "caption": f"caption {10 + shard}"}
 
     stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2]})
-    pairs = StreamingPairs(RowShards(stream, ["a", "b", "c"], None), shuffle_buffer=0)
+    pairs = StreamingPairs(RowShards(stream, ["a", "b", "c"], None), image_columns(), shuffle_buffer=0)
     assert [number_of(item) for item in pairs] == [0, 10, 1, 2, 12]
     assert pairs.report.skipped_shards == 1 and "shard b after 1 samples" in pairs.report.last
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stream_files import sample_members, shard_bytes, tar_bytes
 
 from modeling_cots.data.streaming import tar
-from modeling_cots.data.streaming.tar import DamagedShardError, read_members, read_samples
+from modeling_cots.data.streaming.tar import DamagedShardError, gather_samples, key_of, read_members
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 FIELDS = {"png", "txt"}
@@ -26,6 +26,11 @@ class OneWay(io.RawIOBase):
         self.rest = self.rest[len(part) :]
         self.given += len(part)
         return part
+
+
+def read_samples(stream, fields):
+    """The samples with these fields, as streams read them."""
+    return gather_samples(read_members(stream, lambda name: key_of(name)[1] in fields))
 
 
 def samples_of(content: bytes) -> tuple[list[str], list[tuple[str, str]], str | None]:

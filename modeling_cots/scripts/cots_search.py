@@ -1,0 +1,13 @@
+"""The program `cots-search`: the commands of `search/cli.py`, whose errors end in one sentence."""
+
+from ..search import cli
+from .error_boundary import run_script
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names."""
+    run_script(cli.main, go_on="Run the same command again: it continues.")
+
+
+if __name__ == "__main__":
+    main()
