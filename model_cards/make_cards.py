@@ -11,6 +11,7 @@ written by hand; the title is `--name`, by default the file's name.
 import argparse
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -18,8 +19,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_cots import COTSConfig, COTSModel, COTSTrainingArguments
 from modeling_cots.hub.model_card import build_model_card, describe_encoder
+from modeling_cots.scripts.starting_point import name_start
 from modeling_cots.training.record import REPORTED_SETTINGS, load_record
 
+STARTS = "model", "text_model", "vision_model"
 RECIPE_TEMPLATE = Path(__file__).parent / "recipe_template.md"
 # Facts that are not in the configurations. Data: Lu et al., CVPR 2022. Reported: its supplement, MSR-VTT full split.
 RECIPES = {
@@ -54,6 +57,7 @@ def card_of_recipe(path: Path, name: str) -> ModelCard:
     known = {field.name for field in dataclasses.fields(COTSTrainingArguments)}
     given = {option: value for option, value in options.items() if option in known}
     args = COTSTrainingArguments(**{**given, "use_cpu": True, "bf16": False})  # nothing is trained here
+    args.starting_point = name_start(SimpleNamespace(**{name: options.get(name) for name in STARTS}))
     config = COTSConfig()
     with torch.device("meta"):
         num_parameters = COTSModel(config).num_parameters()
