@@ -47,6 +47,7 @@ def test_a_batch_has_the_agreed_format(tiny_processor, mask_images, mask_texts):
     expected = {
         "pixel_values": ((3, 3, SIZE, SIZE), torch.uint8),
         "pair_ids": ((3,), torch.int64),
+        "caption_ids": ((3,), torch.int64),
         "valid": ((3,), torch.bool),
         "names": ((3, NAME_BYTES), torch.uint8),
         "input_ids": ((3, length), torch.int64),

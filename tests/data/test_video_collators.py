@@ -80,6 +80,7 @@ def test_training_takes_a_random_frame_of_each_segment_by_the_items_seed(tmp_pat
         "input_ids",
         "attention_mask",
         "pair_ids",
+        "caption_ids",
         "valid",
     }
     torch.manual_seed(5)  # neither the ambient randomness nor the neighbors count

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from operator import le
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,8 @@ def paint(folder: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["karpathy", "one caption a row"])
-def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch, form):
+@pytest.mark.parametrize("fresh_keys", [True, False])
+def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, monkeypatch, form, fresh_keys):
     """By what the images show, not by the ids that the code goes by: a candidate counts if it is another image."""
     queue_size, history, checked = 8, [], []
 
@@ -164,19 +166,31 @@ def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, 
             self.contrast, self.objective.contrast = self.objective.contrast, self.checked_contrast
 
         def checked_contrast(self, *args):
-            logits = self.contrast(*args)
+            logits, drift = self.contrast(*args)
             slots = [None] * queue_size
             for number, color in enumerate(history):
                 slots[number % queue_size] = color
             for side in logits:
                 for row, color in zip(side.tolist(), self.colors.tolist(), strict=True):
                     counts = [logit > -1e6 for logit in row[1:]]
-                    assert counts == [slot is not None and abs(slot - color) > 1e-3 for slot in slots]
+                    in_queue, in_batch = counts[:queue_size], counts[queue_size:]
+                    others = [slot is not None and abs(slot - color) > 1e-3 for slot in slots]
+                    if fresh_keys:  # stale keys of the queue are left out, too
+                        assert all(map(le, in_queue, others))
+                        assert in_batch == [abs(each - color) > 1e-3 for each in self.colors.tolist()]
+                    else:
+                        assert in_queue == others and in_batch == []
                     checked.append(sum(slot is not None and abs(slot - color) <= 1e-3 for slot in slots))
-            return logits
+            return logits, drift
 
     monkeypatch.setattr(run_retrieval, "COTSTrainer", Watching)
-    run(paint(tmp_path / "data", form), max_steps=6, queue_size=queue_size, per_device_train_batch_size=3)
+    run(
+        paint(tmp_path / "data", form),
+        max_steps=6,
+        queue_size=queue_size,
+        per_device_train_batch_size=3,
+        batch_candidates=fresh_keys,
+    )
     assert len(set(history)) == 4
     assert max(checked) >= 2 and len(checked) > 20, "images met their own in the queue, several times"
 
