@@ -42,6 +42,7 @@ from modeling_cots.scripts.factory import (
     build_processor,
     build_tokenizer,
 )
+from modeling_cots.scripts.starting_point import FROM_SCRATCH
 from modeling_cots.training.setup import build_training_collator
 
 EXAMPLES = Path(__file__).parents[1]
@@ -49,7 +50,9 @@ RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"
 PROTOCOL = "flickr8k-1k"  # of the test images
 SEEDS = 0, 1, 2
 NOISE = 0.2  # share of the training captions that the arms e move to other images
-SLOW_KEYS = {"momentum": 0.95, "queue_size": 128}  # the filter's statistics need more than a few scores
+KL = {"kl_weight": 0.3, "kl_warmup_steps": 600}
+# The filter's statistics need more than a few scores, and then every queued key counts.
+SLOW_KEYS = {"momentum": 0.95, "queue_size": 128, "max_key_drift": 1e9}
 
 
 @dataclass
@@ -64,14 +67,13 @@ class Arm:
 
 ARMS = {
     "a": Arm("in-batch contrast (VisionTextDualEncoder)", {"weight_decay": 0.2}, is_peer=True),
-    "b": Arm("MCL", {"kl_weight": 0.0}),
-    "c": Arm("MCL + KL"),
-    "d": Arm("MCL + KL + CMVM + CMLM", {"cmvm_weight": 0.1, "cmlm_weight": 0.2}),
-    "e-off": Arm("MCL + KL on noisy captions, filter off", SLOW_KEYS, is_noisy=True),
-    "e-on": Arm("MCL + KL on noisy captions, filter on", {"adaptive_filter": True, **SLOW_KEYS}, is_noisy=True),
+    "b": Arm("MCL"),
+    "c": Arm("MCL + KL", KL),
+    "d": Arm("MCL + KL + CMVM + CMLM", {"cmvm_weight": 0.1, "cmlm_weight": 0.2, **KL}),
+    "e-off": Arm("MCL + KL on noisy captions, filter off", {**KL, **SLOW_KEYS}, is_noisy=True),
+    "e-on": Arm("MCL + KL on noisy captions, filter on", {"adaptive_filter": True, **KL, **SLOW_KEYS}, is_noisy=True),
 }
 HALF_KEYS = {"momentum": 0.5}
-WARMUPS = "warmup_steps", "kl_warmup_steps"
 # What each is given otherwise than the recipe, as many times for the peer as for COTS. `temperature` is the model's:
 # the peer learns its own from there.
 TRIALS = {
@@ -138,7 +140,7 @@ class Ablation:
         options = {name: value for name, value in self.recipe.items() if name in known}
         of_this_run = {"seed": seed, "max_steps": steps, "output_dir": output_dir, "save_strategy": "no"}
         of_this_run["use_cpu"] = not torch.cuda.is_available()
-        return COTSTrainingArguments(**{**options, **overrides, **of_this_run})
+        return COTSTrainingArguments(**{**FROM_SCRATCH, **options, **overrides, **of_this_run})
 
     def settings(self) -> dict:
         """What the numbers depend on beside the options of each run."""
@@ -237,7 +239,9 @@ def runs_wanted(ablation: Ablation, steps: int, results: dict) -> list[dict]:
         wanted += [{"arm": name, "seed": seed, "steps": steps} for name in ARMS]
         for name in "bcd":
             fewer = round(steps * flop["a"] / flop[name])
-            shorter = {warmup: round(ablation.recipe[warmup] * fewer / steps) for warmup in WARMUPS}
+            # The warm-up of the learning rate is a share of the steps in any case.
+            warmup = ARMS[name].overrides.get("kl_warmup_steps")
+            shorter = {} if warmup is None else {"kl_warmup_steps": round(warmup * fewer / steps)}
             wanted.append({"arm": name, "seed": seed, "steps": fewer, "overrides": shorter})
     return wanted
 
