@@ -73,7 +73,9 @@ def test_scores_equal_those_of_one_pair_at_a_time(model, tiny_processor, tmp_pat
 
 
 def test_a_checkpoint_is_scored_by_its_momentum_copy(make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="steps", save_steps=3, momentum=0.5, learning_rate=0.1)
+    trainer = make_trainer(
+        save_strategy="steps", save_steps=3, momentum=0.5, learning_rate=0.1, batch_candidates=False
+    )
     trainer.train()
     loaded, which = load_scoring_model(str(tmp_path / "run" / "checkpoint-3"))
     assert "momentum copy" in which and not loaded.training

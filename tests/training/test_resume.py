@@ -7,7 +7,7 @@ import torch
 from trainer_states import state_of
 
 from modeling_cots.method.momentum import MOMENTUM_STATE_NAME
-from modeling_cots.training import log, trainer
+from modeling_cots.training import learning_watch, trainer
 from modeling_cots.training.checkpoints import MANIFEST_NAME, latest_checkpoint
 
 ARGUMENTS = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1, "momentum": 0.9}
@@ -69,20 +69,20 @@ def test_averages_of_a_log_line_reach_back_over_the_checkpoint(make_trainer, tmp
     assert resumed_loss == pytest.approx(sums[1] / 3, rel=1e-6)
 
 
-@pytest.mark.parametrize(("stopped_at", "said_at"), [(3, ["Step 4"]), (5, [])])
-def test_the_watch_for_a_collapse_goes_on(make_trainer, tmp_path, monkeypatch, stopped_at, said_at):
-    """Every line with a full queue counts as flat here: the third of them is the one to warn at, stopped or not."""
-    monkeypatch.setattr(log, "CHANCE_SHARE", 0.0)
-    monkeypatch.setattr(log, "FLAT_KL", 1e9)
+@pytest.mark.parametrize("stopped_at", [3, 5])
+def test_the_watch_for_a_collapse_goes_on(make_trainer, tmp_path, monkeypatch, stopped_at):
+    """Every line counts as flat here, those before the stop too: it is said at the first line after it, and once."""
+    monkeypatch.setattr(learning_watch, "CHANCE_SHARE", 0.0)
+    monkeypatch.setattr(learning_watch, "FLAT_KL", 1e9)
     warnings = []
     monkeypatch.setattr(trainer.logger, "warning", warnings.append)
-    arguments = {**ARGUMENTS, "queue_size": 8, "kl_warmup_steps": 0, "num_train_epochs": 3}
+    arguments = {**ARGUMENTS, "queue_size": 8, "num_train_epochs": 3}
     make_trainer(**arguments).train()
-    assert [message.split(":")[0] for message in warnings] == ["Step 4"]
+    assert [message.split(":")[0] for message in warnings] == ["Step 2"]
     warnings.clear()
     resumed = make_trainer(**arguments, output_dir=str(tmp_path / "resumed"))
     resumed.train(str(tmp_path / "run" / f"checkpoint-{stopped_at}"))
-    assert [message.split(":")[0] for message in warnings if "collapsed" in message] == said_at
+    assert [message.split(":")[0] for message in warnings if "collapsed" in message] == [f"Step {stopped_at + 1}"]
 
 
 def test_latest_is_the_whole_one_written_last(make_trainer, tmp_path):
