@@ -7,9 +7,9 @@ run from the queue together. The loss falls by that and nothing is learned. Whil
 step old are enough.
 
 So the drift of keys is measured in the unit of the loss: how much lower a query's logits are with queued keys than
-with the fresh keys of its own batch, on average over queries and keys. The newest `num_fresh` keys of the queue count.
-They become more by one batch with every batch whose drift is small, and half as many with any other. Their share of
-the queue decides all else:
+with the fresh keys of its own batch, on average over queries and keys (`mean_drift`). The newest `num_fresh` keys of
+the queue count. They become more by one batch with every batch whose drift is small, and half as many with any other.
+Their share of the queue decides all else:
 
 * share 0: in-batch contrast. The momentum is 0, so that the keys are those of the weights as they are, and the
   gradient flows through the keys of the batch too.
@@ -79,20 +79,34 @@ def pass_gradient(keys: torch.Tensor, embeds: torch.Tensor, weight: torch.Tensor
 
 def key_drift(
     queue_logits: torch.Tensor, fresh_logits: torch.Tensor, queue_counts: torch.Tensor, fresh_counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
-    How much lower the logits of each query are with queued keys than with fresh ones, summed over the queries.
+    Sums over the queries, from which `mean_drift` makes the drift: how much lower the logits of each query are with
+    queued keys than with fresh ones, the variance of those with fresh ones, and the number of queries that have both.
 
     Args:
         queue_logits: (B, N_Q), queries and queued keys.
         fresh_logits: (B, G), the same queries and the keys of their own batch.
         queue_counts, fresh_counts: Of the same shapes, bool: negatives of the query, to be averaged over.
 
-    Returns the sum () over the queries that have negatives of both kinds, and their number ().
+    Returns the three sums, (3,).
     """
-    difference = _row_means(fresh_logits, fresh_counts) - _row_means(queue_logits, queue_counts)
+    fresh = _row_means(fresh_logits, fresh_counts)
+    variance = _row_means((fresh_logits - fresh.unsqueeze(1)).square(), fresh_counts)
+    difference = fresh - _row_means(queue_logits, queue_counts)
     has_both = queue_counts.any(dim=1) & fresh_counts.any(dim=1)
-    return torch.where(has_both, difference, 0.0).sum(), has_both.sum()
+    return torch.stack([torch.where(has_both, each, 0.0).sum() for each in (difference, variance, has_both.float())])
+
+
+def mean_drift(sums: torch.Tensor) -> torch.Tensor:
+    """
+    The drift, (), of the sums of `key_drift` over all queries; NaN where there are none.
+
+    In nats; where the logits of a query spread by less than one nat, as a model's do that tells nothing apart yet, in
+    their standard deviations.
+    """
+    difference, variance, count = sums
+    return (difference / count).abs() / (variance / count).sqrt().clamp(min=1e-6, max=1.0)
 
 
 def _row_means(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from ..method.feature_queue import PairQueue
 from ..method.filtering import adaptive_momentum_filter
-from ..method.fresh_keys import key_drift, pass_gradient
+from ..method.fresh_keys import key_drift, mean_drift, pass_gradient
 from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.losses import (
@@ -241,9 +241,8 @@ class COTSObjective:
         measured = is_negative[:, :size] & self.queue.fresh_keys.is_measured(self.queue.age, batch_size)
         of_direction = []
         for each in logits:
-            total, count = key_drift(each[:, 1 : 1 + size], each[:, 1 + size :], measured, is_negative[:, size:])
-            total, count = self.processes.sum(total), self.processes.sum(count)
-            of_direction.append((total / count).abs())  # 0 / 0 is NaN
+            sums = key_drift(each[:, 1 : 1 + size], each[:, 1 + size :], measured, is_negative[:, size:])
+            of_direction.append(mean_drift(self.processes.sum(sums)))
         return torch.stack(of_direction).amax()
 
     def contrastive_losses(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_cots.method.fresh_keys import SMOOTHING, FreshKeys, key_drift, pass_gradient
+from modeling_cots.method.fresh_keys import SMOOTHING, FreshKeys, key_drift, mean_drift, pass_gradient
 from modeling_cots.method.losses import momentum_contrastive_loss
 
 
@@ -20,15 +20,26 @@ def test_drift_equals_its_slow_twin():
     queued, fresh = (torch.randn(4, size, generator=generator) for size in (6, 3))
     of_queue, of_batch = (torch.rand(4, size, generator=generator) < 0.6 for size in (6, 3))
     of_queue[1], of_batch[2] = False, False  # two queries that have nothing to compare
-    expected = []
+    differences, variances = [], []
     for row in range(4):
         old = [value for value, counts in zip(queued[row].tolist(), of_queue[row].tolist(), strict=True) if counts]
         new = [value for value, counts in zip(fresh[row].tolist(), of_batch[row].tolist(), strict=True) if counts]
         if old and new:
-            expected.append(math.fsum(new) / len(new) - math.fsum(old) / len(old))
-    total, count = key_drift(queued, fresh, of_queue, of_batch)
-    assert count.item() == len(expected) == 2
-    assert total.item() == pytest.approx(math.fsum(expected), rel=1e-5)
+            mean = math.fsum(new) / len(new)
+            differences.append(mean - math.fsum(old) / len(old))
+            variances.append(math.fsum((value - mean) ** 2 for value in new) / len(new))
+    sums = key_drift(queued, fresh, of_queue, of_batch)
+    assert sums.tolist() == pytest.approx([math.fsum(differences), math.fsum(variances), 2], rel=1e-5)
+    deviation = math.sqrt(math.fsum(variances) / 2)
+    expected = abs(math.fsum(differences) / 2) / min(1.0, deviation)
+    assert mean_drift(sums).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_drift_is_in_nats_or_in_deviations_of_logits_that_hardly_spread():
+    assert mean_drift(torch.tensor([0.4, 50.0, 2.0])).item() == pytest.approx(0.2)  # deviation 5
+    assert mean_drift(torch.tensor([0.4, 0.08, 2.0])).item() == pytest.approx(1.0)  # deviation 0.2
+    assert mean_drift(torch.tensor([0.0, 0.0, 0.0])).isnan()
+    assert mean_drift(torch.tensor([0.0, 0.0, 2.0])) == 0
 
 
 def test_keys_become_more_by_a_batch_and_fewer_by_half():

@@ -153,7 +153,7 @@ def test_candidates_are_fresh_keys_of_other_images_and_captions(make_trainer, ma
     of_queue = {"i2t": queue.text_embeds, "t2i": queue.image_embeds}
     expected, drifts = 0.0, []
     for side, (queries, keys) in sides.items():
-        drift = []
+        drift, variance = [], []
         for i in range(6):
             alike = {j for j in range(6) if mask and i % 2 == j % 2 == 0} | {i}
             newest_first = list(range(19, -1, -1))  # 20 pairs were pushed at once
@@ -166,7 +166,8 @@ def test_candidates_are_fresh_keys_of_other_images_and_captions(make_trainer, ma
             measured = [of_queue[side][j] for j in newest_first[: num_fresh + 6] if j not in excluded]
             difference = torch.stack(fresh) @ queries[i] / tau, torch.stack(measured) @ queries[i] / tau
             drift.append((difference[0].mean() - difference[1].mean()).item())
-        drifts.append(abs(sum(drift) / 6))
+            variance.append(difference[0].var(correction=0).item())
+        drifts.append(abs(sum(drift) / 6) / min(1.0, math.sqrt(sum(variance) / 6)))
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert result.key_drift.item() == pytest.approx(max(drifts), rel=1e-4)
 
