@@ -23,9 +23,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-import run_pretraining
 import torch
 from any_data_sets import PROMPTS, SOURCES, write_set
 from torch.nn import functional as F
@@ -35,6 +35,7 @@ from modeling_cots import COTSModel, COTSTrainer
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.image_reading_cots import read_image
 
+SCRIPT = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
 SEEDS = 0, 1, 2
 START, END = "<!-- what any_data.py writes -->", "<!-- end of what any_data.py writes -->"
 
@@ -142,6 +143,7 @@ def run(dataset: str, task: Task, arm: str, seed: int, folder: Path) -> COTSMode
         "disable_tqdm": True,
         **settings.options,
     }
+    run_pretraining = SourceFileLoader("run_pretraining", str(SCRIPT)).load_module()
     run_pretraining.COTSTrainer = settings.trainer  # type: ignore[attr-defined]
     sys.argv = ["run_pretraining.py", *(f"--{name}={value}" for name, value in options.items())]
     run_pretraining.main()
@@ -271,9 +273,11 @@ def write_table(results: list[dict], page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
+    table = "\n".join([*head, *table_rows(results)])
     sets = [name for name in TASKS if any(each["set"] == name and each["arm"] in VARIANTS for each in results)]
-    variants = [f"| one default otherwise | {' | '.join(sets)} |", "|---" * (1 + len(sets)) + "|"]
-    table = "\n".join([*head, *table_rows(results), "", *variants, *variant_rows(results, sets)])
+    if sets:
+        variants = [f"| one default otherwise | {' | '.join(sets)} |", "|---" * (1 + len(sets)) + "|"]
+        table = "\n".join([table, "", *variants, *variant_rows(results, sets)])
     page.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
 
 
