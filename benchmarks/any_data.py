@@ -18,12 +18,12 @@ given are left out. Runs that stand in the JSON are not run again.
 import argparse
 import json
 import random
+import runpy
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import torch
@@ -143,10 +143,10 @@ def run(dataset: str, task: Task, arm: str, seed: int, folder: Path) -> COTSMode
         "disable_tqdm": True,
         **settings.options,
     }
-    run_pretraining = SourceFileLoader("run_pretraining", str(SCRIPT)).load_module()
-    run_pretraining.COTSTrainer = settings.trainer  # type: ignore[attr-defined]
+    script = runpy.run_path(str(SCRIPT))
+    script["main"].__globals__["COTSTrainer"] = settings.trainer
     sys.argv = ["run_pretraining.py", *(f"--{name}={value}" for name, value in options.items())]
-    run_pretraining.main()
+    script["main"]()
     return COTSModel.from_pretrained(folder / "run").eval()
 
 
