@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "demo")]
 
 import app  # noqa: E402
 from browser import open_browser, save_page  # noqa: E402
