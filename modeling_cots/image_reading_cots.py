@@ -10,8 +10,8 @@ import os
 import threading
 from contextlib import contextmanager
 
-import httpx
 import numpy as np
+from huggingface_hub.utils import httpx  # what it is made with: httpx, and from its version 2 on httpx2
 from PIL import ExifTags, Image
 
 # The longest side that a JPEG can have. A resize to a square of S pixels first makes S x the height: of an image of

@@ -42,8 +42,7 @@ FILES = {
     "1_Normalize/config.json",
 }
 # What may be imported by a repository's files: with transformers, torch and torchvision installed, all are there.
-# httpx: huggingface_hub itself needs it.
-ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "httpx"}
+ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
 
 @pytest.fixture

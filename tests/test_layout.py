@@ -32,8 +32,8 @@ ALLOWED = {
 NOT_CARRIED = {"__init__.py", "modeling_cots_pretraining.py"}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
 # `av` is imported inside functions only, behind transformers' own check for it.
-# PIL is what image processors of transformers need; httpx is what huggingface_hub is made with.
-CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "httpx", "av"}
+# PIL is what image processors of transformers need.
+CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av"}
 THIRD_PARTY = {
     TOP: CARRIED_PACKAGES,
     "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},

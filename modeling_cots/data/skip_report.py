@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
-from .messages import shorten
+from .messages import printable, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class NamedOnce:
         if name in self.names or len(self.names) >= MAX_REPORTED_NAMES:
             return
         self.names.add(name)
-        logger.warning(message)
+        logger.warning(printable(message))
         if len(self.names) == MAX_REPORTED_NAMES:
             logger.warning(self.further)
 

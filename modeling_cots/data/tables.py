@@ -110,7 +110,8 @@ def report_problems(table: datasets.Dataset, dataset: str) -> None:
         ]
         if len(by_problem) > MAX_PROBLEMS:
             told.append(f"and {len(by_problem) - MAX_PROBLEMS} other problems")
-        logger.warning(f"{num_rows} of {len(table)} rows of {dataset} were left out, or in part. {'. '.join(told)}.")
+        report = f"{num_rows} of {len(table)} rows of {dataset} were left out, or in part. {'. '.join(told)}."
+        logger.warning(printable(report))
 
 
 def count_captions(table: datasets.Dataset) -> np.ndarray:

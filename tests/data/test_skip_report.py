@@ -44,3 +44,8 @@ def test_a_list_is_cut_and_says_by_how_much():
     assert and_more([], 2) == ""
     assert and_more(["a", "b"], 2) == "a, b"
     assert and_more(["a", "b", "c"], 2) == "a, b and 1 more"
+
+
+def test_a_name_that_is_no_utf8_is_logged_as_text_that_any_file_takes(caplog):
+    NamedOnce("There are more.").warn("caf\udce9", "Skipped caf\udce9.")
+    assert [record.getMessage() for record in caplog.records] == ["Skipped caf\\udce9."]
