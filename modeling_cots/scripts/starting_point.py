@@ -37,7 +37,10 @@ def starting_defaults(options) -> dict[str, float | bool]:
         return {}
     given = {} if options.model_config is None else read_json(options.model_config)
     widths = [given.get(name, {}).get("hidden_size", PAPER_WIDTH) for name in ("text_config", "vision_config")]
-    return {"learning_rate": RATE_TIMES_WIDTH / max(widths), **FROM_SCRATCH}
+    defaults = {"learning_rate": RATE_TIMES_WIDTH / max(widths), **FROM_SCRATCH}
+    if getattr(options, "filter_log", None) is not None:  # who wants the filter's log wants the filter
+        del defaults["adaptive_filter"]
+    return defaults
 
 
 def read_json(path: str) -> dict:

@@ -184,7 +184,8 @@ def parse_options(*script_types: type, argv: list[str] | None = None, defaults: 
     if has_model:
         options = next(each for each in script_args if isinstance(each, ModelArguments))
         given = option_names(argv)
-        chosen = {name: value for name, value in starting_defaults(options).items() if name not in given}
+        defaults = {name: value for name, value in starting_defaults(options).items() if name not in given}
+        chosen = {name: value for name, value in defaults.items() if getattr(args, name) == value}
         args.starting_point = name_start(options)
         if args.process_index == 0:
             print(describe_start(options, chosen))

@@ -59,6 +59,11 @@ def test_what_the_user_sets_wins_on_the_command_line_and_in_the_file(tmp_path, c
     )
 
 
+def test_a_log_of_the_filter_keeps_the_filter_on(tmp_path, capsys):
+    _, args = parse(tmp_path, "--filter_log", str(tmp_path / "log"))
+    assert args.adaptive_filter is True and "adaptive_filter" not in capsys.readouterr().out
+
+
 def test_a_model_that_the_file_names_counts(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("model: runs/mine\n", encoding="utf-8")
