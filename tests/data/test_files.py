@@ -23,11 +23,6 @@ from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
 def warnings_logged(monkeypatch) -> list[str]:
     messages: list[str] = []

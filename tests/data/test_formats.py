@@ -3,7 +3,6 @@
 import io
 import json
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +14,6 @@ from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.rows import BadRowError, image_columns
 from modeling_cots.data.streaming.dataset import open_stream
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def rows_of(content: bytes, suffix: str) -> list[dict | str]:

@@ -3,7 +3,6 @@
 import json
 import os
 
-import datasets
 import pytest
 from dataset_hub import OWNER, dataset_hub
 from pair_writers import (
@@ -22,11 +21,6 @@ from programs import run_python
 from modeling_cots.data.pairs import open_pairs
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '*.jsonl'\n---\n"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def captions_of(dataset, split: str = "train") -> list[list[str]]:

@@ -12,11 +12,6 @@ from modeling_cots.data.other_columns import OtherColumns
 from modeling_cots.data.pairs import open_pairs
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def columns_of(values: list, are_text: bool = False) -> OtherColumns:
     rows = {"others": [json.dumps({"x": value}) for value in values], "are_text": [are_text] * len(values)}
     return OtherColumns(datasets.Dataset.from_dict(rows))

@@ -28,12 +28,6 @@ from modeling_cots.data import files
 from modeling_cots.data.pairs import open_pairs
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Converted files go to a folder of the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 @pytest.mark.parametrize("write", [write_jsonl, write_csv])
 def test_folder_of_images_with_metadata(tmp_path, write):
     write_images(tmp_path)

@@ -1,6 +1,5 @@
 """What `open_pairs` refuses, and how its data set behaves."""
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,13 +20,6 @@ from torch.utils.data import DataLoader
 from modeling_cots.data import files
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Converted files go to a folder of the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
 
 # What is refused
 

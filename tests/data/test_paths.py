@@ -2,7 +2,6 @@
 
 import os
 
-import datasets
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,11 +15,6 @@ from modeling_cots.data.paths import RefusedPathError, is_inside, open_door, wal
 from modeling_cots.data.streaming.dataset import open_stream
 from modeling_cots.data.videos import open_videos
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import csv
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from torch.utils.data import DataLoader
 from video_files import numbers_of, write_video
@@ -16,12 +15,6 @@ from modeling_cots.data.videos import open_videos
 from modeling_cots.video_reading_cots import read_video
 
 SPLITS = {"train": ["video0", "video1"], "validate": ["video2"], "test": ["video3", "video4"]}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Converted files go to a folder of the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def annotations(*splits: str) -> dict:

@@ -17,11 +17,6 @@ from modeling_cots.data.streaming.dataset import StreamingPairs, open_stream
 from modeling_cots.data.streaming.shards import RowShards
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def write_arrow(folder, numbers) -> None:
     rows = {
         "image": [{"bytes": png(number), "path": None} for number in numbers],
