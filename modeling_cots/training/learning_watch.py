@@ -108,11 +108,13 @@ def recall_warning(
     recall = f"{metrics['t2i_recall_at_10']:.1f} and {metrics['i2t_recall_at_10']:.1f} %"
     start = f"Retrieval among {num_images:,} held-out images is at chance (R@10 {recall})"
     if line is not None and _contrastive(line) < STALE_SHARE * line["chance_loss"]:
+        freshness = line.get("queue_freshness")
+        cosine = "" if freshness is None else f", and queued keys have a cosine of {freshness:.2f} to fresh ones"
         return (
             f"{start}, while the contrastive losses, {_contrastive(line):.2f}, are far below chance, "
-            f"{line['chance_loss']:.2f}. The model tells training pairs apart by something that held-out pairs do not "
-            "share: keys of earlier steps (set batch_candidates, a smaller max_key_drift and queue_size), a text or "
-            "an image that gives the pair away, or too few pairs for so many steps."
+            f"{line['chance_loss']:.2f}{cosine}. The model tells training pairs apart by something that held-out "
+            "pairs do not share: keys of earlier steps (set batch_candidates, a smaller max_key_drift, queue_size), "
+            "a text or an image that gives the pair away, or too few pairs for so many steps."
         )
     if is_early:
         return f"{start} after a tenth of the run. If that stays, stop: {_WHAT_TO_DO}"

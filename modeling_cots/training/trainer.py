@@ -41,6 +41,7 @@ from .processes import (
     use_float16_on_cpu,
 )
 from .publishing import build_card, prepare_push, push_in_background, repository_name
+from .queue_freshness import QueueFreshness
 from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
 from .setup import (
     build_training_collator,
@@ -135,6 +136,7 @@ class COTSTrainer(Trainer):
             ProcessGroup.of(self.accelerator),
         )
         self.training_log = TrainingLog()
+        self.queue_freshness = QueueFreshness(self.objective)
         self._warned_of: set[str] = set()
         self.recall_is_chance: bool | None = None  # of the last evaluation; None where that cannot be told
         self.stream_loader = None
@@ -234,6 +236,7 @@ class COTSTrainer(Trainer):
             self.finite_check.add(result.losses, result.logits, inputs)
             if self.filter_log is not None:
                 self.filter_log.add(self.state.global_step + 1, result, inputs)
+            self.queue_freshness.add(inputs, result)
             self.objective.push(result)
         return (result.loss, result.model_output) if return_outputs else result.loss
 
@@ -328,6 +331,8 @@ class COTSTrainer(Trainer):
             # The history survives a resumed run, so the count goes on where it stopped.
             counts = [entry["skipped_images"] for entry in self.state.log_history if "skipped_images" in entry]
             method_logs = self.training_log.drain(self.accelerator, skipped_before=counts[-1] if counts else 0)
+            if (freshness := self.queue_freshness.drain(self.accelerator)) is not None:
+                method_logs["queue_freshness"] = freshness
             logs = {**logs, **method_logs, **stream_counts(self.stream_loader, self.accelerator)}
             self._warn_of_losses({**logs, "step": self.state.global_step})
         super().log(logs, start_time)
@@ -342,11 +347,13 @@ class COTSTrainer(Trainer):
 
     def _averages(self) -> dict[str, torch.Tensor]:
         """Copies of what this process has summed up since the last line of logs, the Trainer's own loss included."""
-        return {**self.training_log.state_dict(), "loss": self._tr_loss.clone()}
+        own = {**self.training_log.state_dict(), **self.queue_freshness.state_dict()}
+        return {**own, "loss": self._tr_loss.clone()}
 
     def _load_averages(self, averages: dict[str, torch.Tensor]) -> None:
         self._tr_loss = averages["loss"]
         self.training_log.load_state_dict(averages)
+        self.queue_freshness.load_state_dict(averages)
 
     def _resume_averages(self) -> None:
         averages = self.checkpoints.load_averages()
