@@ -35,6 +35,7 @@ from modeling_cots.evaluation.pair_scores import score_pairs
 from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.cost import flop_counter
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import (
     build_config,
     build_image_tokenizer,
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

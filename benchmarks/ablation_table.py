@@ -12,6 +12,8 @@ from pathlib import Path
 from ablation import ARMS
 from side_by_side import write_between
 
+from modeling_cots.scripts.error_boundary import run_script
+
 BEGIN, END = "<!-- written by benchmarks/ablation_table.py -->", "<!-- end of what it writes -->"
 MEASURES = "recall_at_1", "recall_at_5", "recall_at_10", "median_rank"
 DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
@@ -92,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

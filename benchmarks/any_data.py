@@ -34,6 +34,7 @@ from transformers import AutoProcessor
 from modeling_cots import COTSModel, COTSTrainer
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.image_reading_cots import read_image
+from modeling_cots.scripts.error_boundary import run_script
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
 SEEDS = 0, 1, 2
@@ -282,4 +283,4 @@ def write_table(results: list[dict], page: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

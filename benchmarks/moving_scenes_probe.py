@@ -24,6 +24,7 @@ from modeling_cots.data.scenes.moving import (
     write_captions,
     write_moving_scenes,
 )
+from modeling_cots.scripts.error_boundary import run_script
 
 OPPOSITES = {"left": "right", "up": "down", "grow": "shrink"}
 OPPOSITES |= {end: start for start, end in OPPOSITES.items()}
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modeling_cots import ScenesDataset
+from modeling_cots.scripts.error_boundary import run_script
 
 NUM_STDS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

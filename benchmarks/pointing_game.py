@@ -26,6 +26,7 @@ from transformers import AutoProcessor
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.data.scenes.drawing import SHAPES
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.relevance import find_words, image_relevance, word_targets
 
 KINDS = ("color and shape", "color", "shape")
@@ -169,4 +170,4 @@ def targets_of(model, tokenizer, caption: str, words: list[str]) -> dict[str, to
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

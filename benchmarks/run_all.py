@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from side_by_side import format_ratio, print_rows, versions, write_between
 
+from modeling_cots.scripts.error_boundary import run_script
+
 FOLDER = Path(__file__).parent
 TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
 ON_ONE_THREAD = ("search",)  # its rows say so; this holds for matrix products, too. `data` sets it itself.
@@ -169,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

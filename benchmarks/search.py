@@ -30,6 +30,8 @@ import numpy as np
 from embeddings import DIM, MODEL, NUM_IMAGES, embed_scenes, enlarge, train_model
 from side_by_side import optional, row
 
+from modeling_cots.scripts.error_boundary import run_script
+
 faiss = optional("faiss")
 if faiss is not None:
     from modeling_cots.search.faiss_vectors import FaissVectors
@@ -206,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

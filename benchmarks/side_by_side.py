@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_cots.scripts.error_boundary import run_script
+
 PEERS = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "faiss-cpu", "torch")
 ALSO_CALLED = {"faiss-cpu": ("faiss-gpu", "faiss-gpu-cu12")}  # other packages with the same module
 HEAD_START, TIMED, LEFT = 2, 10, 2  # batches of a worker: prefetched before the timing, timed, left after the timing
@@ -148,7 +150,11 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def run_alone(measure: Callable[[str, bool], list[dict]], description: str) -> None:
-    """The command line of a topic's script."""
+    """The command line of a topic's script, whose errors end in one sentence."""
+    run_script(lambda: _print_measured(measure, description))
+
+
+def _print_measured(measure: Callable[[str, bool], list[dict]], description: str) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")

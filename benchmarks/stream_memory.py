@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from modeling_cots.data.image_augmentation import ImageTransform
 from modeling_cots.data.streaming.dataset import EndlessPairs, open_stream
+from modeling_cots.scripts.error_boundary import run_script
 
 SAMPLES_A_SHARD = 200
 IMAGE_SIZE = (700, 500)  # of a bitmap: a megabyte that costs little time to decode
@@ -115,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

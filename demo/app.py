@@ -26,6 +26,7 @@ from modeling_cots.data.revisions import check_revision
 from modeling_cots.evaluation.embedding import PairEmbeddings, embed_pairs
 from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 from modeling_cots.processing_cots import TOKENIZER_LOCK
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.visualization.heat_maps import overlay
 from modeling_cots.visualization.relevance import explain_pair, find_words
 
@@ -320,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

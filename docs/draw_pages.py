@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
 
 from modeling_cots import ScenesDataset  # noqa: E402
+from modeling_cots.scripts.error_boundary import run_script  # noqa: E402
 
 QUERY, WORD, WIDTH, SIDE = "a large purple square", "purple", 860, 160
 
@@ -70,4 +71,4 @@ def main(model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_script(lambda: main(*sys.argv[1:]))

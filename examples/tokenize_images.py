@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, go_on="Run the same command again: it writes what is missing.")
+    run_script(main, go_on="To write what is missing: {command}")

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_cots import COTSConfig, COTSModel, COTSTrainingArguments
 from modeling_cots.hub.model_card import build_model_card, describe_encoder
+from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.starting_point import name_start
 from modeling_cots.training.record import REPORTED_SETTINGS, load_record
 
@@ -104,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

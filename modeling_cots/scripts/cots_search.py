@@ -6,7 +6,7 @@ from .error_boundary import run_script
 
 def main() -> None:
     """Run the command that `sys.argv` names."""
-    run_script(cli.main, go_on="Run the same command again: it continues.")
+    run_script(cli.main, go_on="To go on: {command}")
 
 
 if __name__ == "__main__":

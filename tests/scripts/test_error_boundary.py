@@ -5,17 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import httpx
+import pyarrow
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from programs import kill_with_children
 from safetensors import SafetensorError
 from scene_files import write_folder
+from transformers.debug_utils import DebugOption
 
 from modeling_cots import ScenesDataset
 from modeling_cots.hub_push import HubPushError
-from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
+from modeling_cots.scripts import error_boundary
+from modeling_cots.scripts.error_boundary import DEBUG_FEATURES, GO_ON_TRAINING, run_script
 from modeling_cots.training.finite_check import NonFiniteLossError
 from modeling_cots.training.recovery import CheckpointError
 
@@ -43,7 +50,8 @@ def raising(error: BaseException):
     [
         (ValueError("two\nlines"), "ValueError: two lines"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.json"), "FileNotFoundError: No such file: a.json"),
-        (OSError(errno.ENOSPC, "No space left on device"), "OSError: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "run"), "PermissionError: Permission denied: run"),
+        (OSError(errno.EROFS, "Read-only file system", "run"), "OSError: Read-only file system: run"),
         (
             CheckpointError("run/checkpoint-2 could not be saved."),
             "CheckpointError: run/checkpoint-2 could not be saved.",
@@ -61,6 +69,11 @@ def raising(error: BaseException):
             RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."),
             "RuntimeError: DataLoader worker (pid 3) is",
         ),
+        (httpx.ConnectError("Connection refused"), "ConnectError: Connection refused"),
+        (OfflineModeIsEnabled("No network."), "OfflineModeIsEnabled: No network."),
+        (DatasetGenerationError("Broken."), "DatasetGenerationError: Broken."),
+        (pyarrow.lib.ArrowKeyError("no column"), "ArrowKeyError: "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "RuntimeError: DefaultCPUAllocator"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -71,11 +84,74 @@ def test_what_a_user_can_mend_is_one_sentence(error, said):
     assert ended.value.__suppress_context__ and ended.value.__cause__ is None
 
 
-@pytest.mark.parametrize("error", [KeyError("a"), AssertionError(), RuntimeError("a fault"), SystemExit(2)], ids=repr)
-def test_a_fault_of_the_program_keeps_its_traceback(error):
-    with pytest.raises(type(error)) as raised:
+@pytest.mark.parametrize("error", [KeyError("a"), AssertionError(), RuntimeError("a fault")], ids=repr)
+def test_the_traceback_of_a_fault_of_the_program_is_kept(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
         run_script(raising(error))
-    assert raised.value is error
+    (file,) = tmp_path.iterdir()
+    assert ended.value.code.startswith(type(error).__name__) and str(file) in ended.value.code
+    assert "\n" not in ended.value.code and "--debug" in ended.value.code
+    kept = file.read_text()
+    assert kept.startswith("Traceback") and "raise error" in kept and type(error).__name__ in kept
+
+
+def test_where_no_traceback_can_be_kept_the_sentence_is_all(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(SystemExit, match=r"KeyError: 'a' \(a fault of the program; --debug shows where"):
+        run_script(raising(KeyError("a")))
+
+
+def test_the_status_that_a_program_chooses_stays():
+    with pytest.raises(SystemExit) as ended:
+        run_script(raising(SystemExit(2)))
+    assert ended.value.code == 2
+
+
+def test_of_a_data_loaders_worker_only_the_error_is_told():
+    text = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File...\n"
+    with pytest.raises(SystemExit, match="^OSError: a.jpg is gone "):
+        run_script(raising(OSError(f"{text}OSError: a.jpg is gone")))
+
+
+def write_to_full_device() -> None:
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+def write_inside_a_library() -> None:
+    try:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise DatasetGenerationError("An error occurred while generating the data set") from error
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device that is always full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_to_full_device,
+        write_inside_a_library,
+        # As safetensors said it on a full tmpfs. (Never save weights to a device: they take its place.)
+        raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_said_first(write):
+    with pytest.raises(SystemExit, match=r"^\w+: The disk is full"):
+        run_script(write)
+
+
+def test_a_full_disk_is_named(command_line, tmp_path, monkeypatch):
+    command_line[1:] = ["--output_dir", str(tmp_path)]
+    places = {str(tmp_path): 0}
+    monkeypatch.setattr(error_boundary, "_free_space", lambda place: places.get(place, 1 << 40))
+    with pytest.raises(SystemExit) as ended:
+        run_script(write_to_full_device)
+    assert f"The disk is full ({tmp_path}). No space left on device" in ended.value.code
+    with pytest.raises(SystemExit) as ended:
+        run_script(raising(OSError(errno.ENOSPC, "No space left on device", "run/results.json")))
+    assert "The disk is full (run/results.json)." in ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -112,18 +188,67 @@ def test_a_request_to_end_is_one_sentence_and_ends_as_ever(capfd):
     assert capfd.readouterr().err == "Stopped by SIGTERM. Run it again.\n"
 
 
-def test_an_interrupt_is_one_sentence(capsys):
+@pytest.mark.parametrize(
+    ("words", "go_on", "said"),
+    [
+        (["a.py", "--out", "my run"], {}, "To start again: python a.py --out 'my run'"),
+        (["/bin/cots-search", "index", "P"], {"go_on": "To go on: {command}"}, "To go on: cots-search index P"),
+        (
+            ["a.py", "b.yaml"],
+            {"go_on": GO_ON_TRAINING},
+            "To go on: python a.py b.yaml --resume_from_checkpoint latest",
+        ),
+    ],
+)
+def test_an_interrupt_is_one_sentence_with_the_command_that_goes_on(command_line, capsys, words, go_on, said):
+    command_line[:] = words
     with pytest.raises(SystemExit) as ended:
-        run_script(raising(KeyboardInterrupt()))
+        run_script(raising(KeyboardInterrupt()), **go_on)
     assert ended.value.code == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "Stopped by SIGINT.\n"
+    assert capsys.readouterr().err == f"\nStopped by SIGINT. {said}\n"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_of_several_processes_the_first_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for rank, said in (("1", ""), ("0", "\nStopped by SIGINT. To start again: torchrun ... program.py --steps 3\n")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            run_script(raising(KeyboardInterrupt()))
+        assert capsys.readouterr().err == said
+
+
+PROGRAM = """
+import sys
+from modeling_cots.scripts.error_boundary import run_script
+run_script(lambda: print("x" * 200_000))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "said"), [("| head -c 1", 141, ""), ("> /dev/full", 1, "OSError: The disk is full")]
+)
+def test_where_the_output_goes_nowhere_that_is_no_fault(tmp_path, target, status, said):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = f"{sys.executable} {tmp_path / 'program.py'} {target}; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.returncode == status and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
+
+
+def test_the_features_of_transformers_debug_are_known():
+    assert DEBUG_FEATURES == {option.value for option in DebugOption}
+
+
+def scripts() -> list[str]:
+    """All programs of the repository: what runs code when it is no import."""
+    folders = ("examples", "benchmarks", "demo", "docs", "model_cards")
+    files = (path for folder in folders for path in (ROOT / folder).glob("*.py"))
+    return sorted(str(file.relative_to(ROOT)) for file in files if "__main__" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", scripts())
 def test_every_script_ends_there(script):
-    assert (
-        (ROOT / "examples" / script).read_text(encoding="utf-8").rpartition("\n    ")[2].startswith("run_script(main")
-    )
+    last = (ROOT / script).read_text(encoding="utf-8").rpartition("\n    ")[2]
+    assert last.startswith(("run_script(main", "run_script(lambda: main", "run_alone(measure"))
 
 
 @pytest.mark.slow
@@ -154,4 +279,6 @@ def test_a_training_that_is_stopped_with_its_workers_says_where_to_go_on(tmp_pat
             kill_with_children(process)
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"Stopped by SIGTERM. {GO_ON_TRAINING}"
+    said = errors.splitlines()[-1]
+    assert said.startswith("Stopped by SIGTERM. To go on: python examples/run_pretraining.py examples/configs/")
+    assert said.endswith("--use_cpu --resume_from_checkpoint latest")
