@@ -22,13 +22,19 @@ class MomentumEncoder(nn.Module):
     The copy never gets a gradient and always runs in evaluation mode, so that an embedding that waits in the queue
     does not carry the noise of one dropout mask. It is kept in float32: a step of 1 - m = 0.01 vanishes in bfloat16.
 
+    What does not train is not copied, as it would never differ: frozen weights in float32, and quantized ones, are
+    shared with the online model and take neither memory nor room in a checkpoint.
+
     Args:
         model (`nn.Module`): The online model; it is copied, not kept.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
+        named = list(model.named_parameters(remove_duplicate=False))
+        self._shared = {name for name, parameter in named if _never_moves(parameter)}
+        memo = {id(parameter): parameter for name, parameter in named if name in self._shared}
+        self.model = copy.deepcopy(model, memo).float().requires_grad_(False).eval()
         self._paired_with: weakref.ref | None = None
         self._pairs: _Pairs | None = None
 
@@ -37,6 +43,29 @@ class MomentumEncoder(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_paired_with": None, "_pairs": None}  # a copy has its own tensors
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Without the weights that it shares with the online model."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self.shared_names(kwargs.get("prefix", "")):
+            state.pop(name, None)
+        return state
+
+    def shared_names(self, prefix: str = "") -> set[str]:
+        """Names of the weights that it shares with the online model."""
+        return {f"{prefix}model.{name}" for name in self._shared}
+
+    @torch.no_grad()
+    def separate_(self, model: nn.Module) -> None:
+        """Copy the shared weights that train by now; to be called before they move."""
+        online = dict(model.named_parameters(remove_duplicate=False))
+        trains = {name for name in self._shared if online[name].requires_grad}
+        copies = {id(online[name]): nn.Parameter(online[name].float().clone(), requires_grad=False) for name in trains}
+        for name in trains:
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, copies[id(online[name])])
+        self._shared -= trains
+        self._paired_with = None
 
     @torch.no_grad()
     def update_(self, model: nn.Module, momentum: float) -> None:
@@ -51,8 +80,8 @@ class MomentumEncoder(nn.Module):
         if self._paired_with is None or self._paired_with() is not model:
             self._pairs, self._paired_with = _Pairs(self.model, model), weakref.ref(model)
         parameters, online_parameters = self._pairs.parameters()
-        # `float` copies nothing that is float32 already.
-        torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
+        if parameters:  # `float` copies nothing that is float32 already
+            torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
         for buffer, online_buffer in self._pairs.buffers():
             buffer.copy_(online_buffer)
 
@@ -62,6 +91,7 @@ class _Pairs:
     Where the tensors of two models of the same structure stand, the frozen one's first.
 
     Places are kept and not tensors: whatever stands there now is moved, after `.to(device)` and `load_state_dict` too.
+    A tensor that both share stands still.
     """
 
     def __init__(self, slow: nn.Module, online: nn.Module):
@@ -79,7 +109,13 @@ def _pair(slow: nn.Module, online: nn.Module, kind: str) -> list[tuple[tuple[dic
     places = _places(slow, kind), _places(online, kind)
     names = [[name for _, name in found] for found in places]
     assert names[0] == names[1], "the momentum copy and the model differ in structure"
-    return list(zip(*places, strict=True))
+    pairs = zip(*places, strict=True)
+    return [(mine, other) for mine, other in pairs if mine[0][mine[1]] is not other[0][other[1]]]
+
+
+def _never_moves(parameter: nn.Parameter) -> bool:
+    """Whether a weight is frozen, and in a type that the momentum copy can compute with as it is."""
+    return not parameter.requires_grad and (parameter.dtype == torch.float32 or not parameter.is_floating_point())
 
 
 def _places(model: nn.Module, kind: str) -> list[tuple[dict, str]]:
@@ -126,15 +162,30 @@ class MomentumState(nn.Module):
         if saved_size != self.queue.size:
             raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
         try:
-            missing, unexpected = safetensors.torch.load_model(self, path, strict=False)
+            missing, unexpected = self._take(safetensors.torch.load_file(path), path)
         except RuntimeError as error:
             raise ValueError(f"{path} was saved with another model than this one. {error}") from error
-        missing = [name for name in missing if name not in NEW_IN_0_2]
         if missing or unexpected:
             raise ValueError(
                 f"{path} was saved with another model than this one, which names {sorted(missing)} otherwise, "
                 f"and not {sorted(unexpected)}."
             )
+
+    def _take(self, saved: dict[str, torch.Tensor], path: str) -> tuple[list[str], list[str]]:
+        """Load tensors by their names; returns the names that are missing, and those that are not known."""
+        shared = self.encoder.shared_names("encoder.")
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        for name in shared & saved.keys():  # written while they were copied; what is shared belongs to the model
+            if not torch.equal(saved.pop(name), weights[name].cpu()):
+                raise ValueError(
+                    f"{path} is of a run in which {name.removeprefix('encoder.model.')} trained, and it is frozen "
+                    "now: let the same weights train, or start a new run with the checkpoint as its model."
+                )
+        missing, unexpected = self.load_state_dict(saved, strict=False)
+        own = self.state_dict()
+        found = {own[name].data_ptr() for name in saved.keys() & own.keys()}  # tied weights are saved once
+        known = NEW_IN_0_2 | shared
+        return [name for name in missing if name not in known and own[name].data_ptr() not in found], unexpected
 
 
 def _saved_queue_size(path: str) -> int:

@@ -518,6 +518,9 @@ class COTSTrainer(Trainer):
             self.momentum_state.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.momentum_state.encoder.separate_(
+            self.model.cots
+        )  # what was frozen when the trainer was made may train now
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.momentum_state.load(checkpoint)

@@ -146,3 +146,41 @@ def test_a_copy_follows_the_model_and_not_a_copy_of_it(model):
     move(other, 4.0)
     twin.update_(other, 0.0)
     assert torch.equal(twin.model[0].weight, other[0].weight)
+
+
+# What does not train
+
+
+def test_frozen_weights_are_shared_and_the_rest_is_copied(model):
+    model[0].requires_grad_(False)
+    slow = MomentumEncoder(model)
+    assert slow.model[0].weight is model[0].weight and slow.model[1].weight is not model[1].weight
+    before = model[0].weight.clone()
+    move(model[1], 2.0)
+    slow.update_(model, 0.0)
+    assert torch.equal(model[0].weight, before) and torch.equal(slow.model[1].weight, model[1].weight)
+    assert not any("model.0." in name for name in slow.state_dict()) and "model.1.weight" in slow.state_dict()
+    slow.train()
+    assert model.training and model[1].weight.requires_grad
+
+
+def test_frozen_weights_in_half_precision_are_copied_in_float32(model):
+    slow = MomentumEncoder(model.to(torch.bfloat16).requires_grad_(False))
+    assert model[0].weight.dtype == torch.bfloat16 and slow.model[0].weight.dtype == torch.float32
+
+
+def test_weights_that_train_after_all_get_a_copy_of_their_own(model):
+    tied = nn.ModuleList([model, nn.Linear(4, 3)])
+    tied[1].weight = model[0].weight
+    tied.requires_grad_(False)
+    slow = MomentumEncoder(tied)
+    slow.update_(tied, 0.5)
+    model[0].requires_grad_(True)
+    slow.separate_(tied)
+    assert slow.model[0][0].weight is slow.model[1].weight is not model[0].weight
+    assert not slow.model[0][0].weight.requires_grad and slow.model[0][1].weight is model[1].weight
+    start = slow.model[0][0].weight.clone()
+    move(model[0], 2.0)
+    slow.update_(tied, 0.5)
+    torch.testing.assert_close(slow.model[1].weight, 0.5 * start + 1.0)
+    assert "model.0.0.weight" in slow.state_dict()

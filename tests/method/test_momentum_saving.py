@@ -139,3 +139,36 @@ def test_a_state_with_other_names_is_an_error(trained, tmp_path):
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(ValueError, match=r"another model .*encoder.model.weight.*encoder.model.bias"):
         MomentumState(TwoStreams(), QUEUE_SIZE).load(str(tmp_path))
+
+
+class FrozenAndTrained(TwoStreams):
+    """Half of it trains."""
+
+    def __init__(self, seed: int = 0, frozen: bool = True):
+        super().__init__(seed=seed)
+        self.base = nn.Linear(2, 2)
+        self.base.load_state_dict({"weight": torch.full((2, 2), 7.0 + seed), "bias": torch.zeros(2)})
+        self.base.requires_grad_(not frozen)
+
+
+def test_frozen_weights_are_neither_saved_nor_loaded(tmp_path):
+    model = FrozenAndTrained()
+    MomentumState(model, QUEUE_SIZE).save(str(tmp_path))
+    assert not any("base" in name for name in safetensors.torch.load_file(tmp_path / MOMENTUM_STATE_NAME))
+    other = FrozenAndTrained(seed=1)
+    restored = MomentumState(other, QUEUE_SIZE)
+    restored.load(str(tmp_path))
+    assert torch.equal(restored.encoder.model.weight, model.weight) and not torch.equal(other.weight, model.weight)
+    assert torch.equal(other.base.weight, torch.full((2, 2), 8.0))
+
+
+def test_a_state_that_copied_what_is_frozen_now_is_taken_only_where_it_is_equal(tmp_path):
+    MomentumState(FrozenAndTrained(frozen=False), QUEUE_SIZE).save(str(tmp_path))
+    MomentumState(FrozenAndTrained(), QUEUE_SIZE).load(str(tmp_path))
+    model = FrozenAndTrained(seed=1)
+    with pytest.raises(ValueError, match="base.* trained, and it is frozen now"):
+        MomentumState(model, QUEUE_SIZE).load(str(tmp_path))
+    assert torch.equal(model.base.weight, torch.full((2, 2), 8.0))
+    MomentumState(FrozenAndTrained(), QUEUE_SIZE).save(str(tmp_path))
+    with pytest.raises(ValueError, match="another model"):
+        MomentumState(FrozenAndTrained(frozen=False), QUEUE_SIZE).load(str(tmp_path))

@@ -8,7 +8,7 @@ from tiny import IMAGE_SIZE
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots import COTSModel, COTSTrainer, ScenesDataset
 from modeling_cots.training.setup import check_setup
 
 LOGGED = {
@@ -256,6 +256,28 @@ def test_gradient_flows_through_keys_as_far_as_the_queue_is_not_fresh(make_train
     as_key = torch.autograd.grad(loss(*(query.detach() for query in queries), *queries), queries)
     for mine, one, other in zip(got, as_query, as_key, strict=True):
         torch.testing.assert_close(mine, one + (1 - num_fresh / 20) * other, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_encoders_are_shared_with_the_momentum_copy_until_they_train(make_trainer):
+    trainer = make_trainer(max_steps=1, batch_candidates=False, momentum=0.9)
+    model = trainer.model.cots
+    model.text_model.requires_grad_(False)
+    trainer = COTSTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=trainer.processing_class,
+        image_tokenizer=trainer.image_tokenizer,
+    )
+    momentum = trainer.momentum_state.encoder.model
+    frozen, trained = (each.text_model.embeddings.word_embeddings.weight for each in (momentum, model))
+    assert frozen is trained and momentum.vision_projection.weight is not model.vision_projection.weight
+    model.text_model.requires_grad_(True)
+    start = trained.detach().clone()
+    trainer.train()
+    separate = momentum.text_model.embeddings.word_embeddings.weight
+    assert not torch.equal(trained, start)
+    torch.testing.assert_close(separate, 0.9 * start + 0.1 * trained.detach())
 
 
 def test_accumulation_does_not_change_the_scale_of_the_gradient(make_trainer):
