@@ -268,6 +268,7 @@ def test_frozen_encoders_are_shared_with_the_momentum_copy_until_they_train(make
         train_dataset=trainer.train_dataset,
         processing_class=trainer.processing_class,
         image_tokenizer=trainer.image_tokenizer,
+        max_text_length=24,
     )
     momentum = trainer.momentum_state.encoder.model
     frozen, trained = (each.text_model.embeddings.word_embeddings.weight for each in (momentum, model))
