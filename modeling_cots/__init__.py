@@ -45,6 +45,7 @@ _LAZY_NAMES = {
     "SearchIndex": "search.index",
     "ScenesDataset": "data.scenes.still",
     "compile_layers": "training.layer_compiling",
+    "export_onnx": "hub.onnx_export",
     "export_repository": "hub_export",
     "export_text_encoder": "hub.standard_exports",
     "export_zero_shot_classifier": "hub.standard_exports",

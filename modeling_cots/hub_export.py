@@ -46,6 +46,8 @@ HANDLER_FILES = ("hub/handler.py", "handler.py")
 # What the handler and the code files need. An endpoint installs it with pip.
 REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
 CARD_NAME = "README.md"
+# Where `hub/onnx_export.py` writes its files.
+ONNX_FOLDER = "onnx"
 CARD_MARK = "<!-- generated card, sha256:{} -->"
 
 SENTENCE_TRANSFORMERS_FILES = {
@@ -107,7 +109,8 @@ def export_repository(
     Args:
         model: A [`COTSModel`], or a [`COTSForPreTraining`], which is written without its heads.
         processor: The [`COTSProcessor`] of the model.
-        folder: Created if need be. Files of the same names are replaced, others stay.
+        folder: Created if need be. Files of the same names are replaced, others stay, but for ONNX files, which an
+            earlier export made of other weights.
         card: The card, written as it is. Without one, an existing `README.md` stays; if there is none, a short card
             is written that describes the model and says nothing about its training.
         model_id: Where the examples of that short card load the model from; by default the folder's name.
@@ -117,6 +120,7 @@ def export_repository(
     model, folder = cots_model_of(model), Path(folder)
     check_processor(model, processor)
     code_folder = find_code(model)
+    shutil.rmtree(folder / ONNX_FOLDER, ignore_errors=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():

@@ -16,12 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .hub_export import CARD_NAME, HANDLER_FILES, export_repository, is_untouched
+from .hub_export import CARD_NAME, HANDLER_FILES, ONNX_FOLDER, export_repository, is_untouched
 
 logger = logging.get_logger(__name__)
 
 # Weights of an earlier push, which would be loaded beside the new weights or in place of them: they are deleted.
-STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json"]
+STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json", f"{ONNX_FOLDER}/*.onnx"]
 
 
 class HubPushError(RuntimeError):

@@ -46,6 +46,7 @@ OPTIONAL = {
     "pymilvus": {"search/milvus_store.py"},
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
     "matplotlib": {"visualization/figures.py"},
+    "onnx": {"hub/onnx_export.py"},
 }
 
 

@@ -98,7 +98,7 @@ def export_text_encoder(
     for name in missing:
         nn.init.zeros_(encoder.get_parameter(name))
     encoder.save_pretrained(folder)
-    max_length = _save_tokenizer(model, processor.tokenizer, folder)
+    max_length = save_tokenizer(model, processor.tokenizer, folder)
     _save_sentence_modules(model, folder, max_length)
     name = folder.name if model_id is None else model_id
     text = TEXT_CARD.format(
@@ -140,7 +140,7 @@ def export_zero_shot_classifier(
     """
     model, folder, labels = cots_model_of(model), Path(folder), _checked_labels(labels)
     check_processor(model, processor)
-    image_processor = _standard_image_processor(processor.image_processor)
+    image_processor = standard_image_processor(processor.image_processor)
     _check_classifier(model.config.vision_config.model_type, hypothesis_template)
     if model.training:  # dropout would blur the embeddings; the caller's model stays as it is
         model = copy.deepcopy(model).eval()
@@ -200,7 +200,7 @@ def _check_standard(part, role: str) -> None:
         )
 
 
-def _standard_image_processor(image_processor):
+def standard_image_processor(image_processor):
     """The class of transformers in place of ours, which reads images in its own way and resizes them alike."""
     if isinstance(image_processor, ViTImageProcessor):
         return ViTImageProcessor.from_dict(image_processor.to_dict())
@@ -234,7 +234,7 @@ def _plain_copy(config):
     return config
 
 
-def _save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
+def save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
     """Save a tokenizer that cuts texts where COTS does and names no custom processor; return that length."""
     max_length = min(tokenizer.model_max_length, model.max_text_length or tokenizer.model_max_length)
     forget_calls(tokenizer)
