@@ -28,7 +28,7 @@ from modeling_cots.scripts.cost import estimate_training_cost, kept_bytes
 from modeling_cots.scripts.factory import train_tokenizer
 
 SMALL_ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
-TEXT_LENGTH, QUEUE_SIZE, MEGABYTE = 32, 16_384, 1e6
+TEXT_LENGTH, QUEUE_SIZE, MEGABYTE = 64, 12_800, 1e6  # of examples/configs/pretrain_5m.yaml
 GOALS = {"plain": 350, "checkpointed": 85}  # megabytes
 
 

@@ -38,6 +38,7 @@ if faiss is not None:
     from modeling_cots.search.index_types import INDEX_TYPES
 
 TOP = 10
+QUICK_SIZES = 3_000, 32, 20  # vectors, their numbers, queries
 BLOCK = 20  # queries of one index type in a row, which find the index in the caches, as in a server
 REFINED = "IVF1024,PQ128x4fsr,RFlat"  # FAISS' own: 4-bit codes of residuals; rescores from vectors held in memory
 REFINED_NPROBE, REFINED_FACTOR = 16, 20
@@ -160,7 +161,7 @@ def measure(device: str, quick: bool) -> list[dict]:
     if faiss is None:
         return [search_row(name, None, "FAISS is not installed") for name in MEASURED]
     if quick:
-        vectors, queries = synthetic_vectors(3000, 32, 20, plain=False)
+        vectors, queries = synthetic_vectors(*QUICK_SIZES, plain=False)
     else:
         vectors, queries = real_vectors(1_000_000, 200)
     note = f"{len(vectors):,} x {vectors.shape[1]}, FAISS {faiss.__version__}, one CPU thread"
@@ -191,12 +192,16 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=[*INDEX_TYPES, REFINED], default=[*INDEX_TYPES, REFINED])
     parser.add_argument("--synthetic", action="store_true", help="random vectors in groups, not a model's")
     parser.add_argument("--plain", action="store_true", help="random vectors without structure")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
     args = parser.parse_args()
-    if args.synthetic or args.plain:
+    if args.quick:
+        vectors, queries = synthetic_vectors(*QUICK_SIZES, args.plain)
+    elif args.synthetic or args.plain:
         vectors, queries = synthetic_vectors(args.num, DIM, args.queries, args.plain)
     else:
         vectors, queries = real_vectors(args.num, args.queries)
-    print(f"{args.num:,} vectors of {DIM}, {args.queries} queries, FAISS {faiss.__version__}", flush=True)
+    shape = f"{len(vectors):,} vectors of {vectors.shape[1]}, {len(queries)} queries"
+    print(f"{shape}, FAISS {faiss.__version__}", flush=True)
     print("| index type | recall@10 | times as fast as exact | memory | building, in exact queries |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

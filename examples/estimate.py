@@ -10,10 +10,10 @@ defaults are meant: `run_pretraining`, `run_retrieval` or `run_video_retrieval`.
 three that knows all options given. Of a video, a pair is one caption with all frames.
 
 Nothing is trained and no data is opened: shapes run through the model, values do not. Of pre-trained encoders only the
-configuration is read, and of timm's only the name. FLOP and bytes are counted on the real modules. Pairs a second are
-as true as the rate that is given. Captions count as `max_text_length` tokens each. The vocabulary counts as the
-configuration has it; a tokenizer trained on the captions may have fewer tokens. With `--image_tokenizer none` image
-tokens are those of the data set, and cost nothing.
+configuration is read, of timm's and of BERT-base only the name, so that the paper's recipes need no hub. FLOP and
+bytes are counted on the real modules. Pairs a second are as true as the rate that is given. Captions count as
+`max_text_length` tokens each. The vocabulary counts as the configuration has it; a tokenizer trained on the captions
+may have fewer tokens. With `--image_tokenizer none` image tokens are those of the data set, and cost nothing.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields
 import run_pretraining
 import run_retrieval
 import run_video_retrieval
+from transformers import BertConfig
 
 from modeling_cots import COTSTrainingArguments
 from modeling_cots.scripts.command_line import option_names
@@ -33,6 +34,7 @@ from modeling_cots.scripts.steps import parse_options
 from modeling_cots.scripts.timm_weights import timm_vit_config
 
 SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
+BERT_BASE = "google-bert/bert-base-uncased", "bert-base-uncased"  # the defaults of BertConfig are its configuration
 TOKENIZER_WIDTHS = {"random": 8, "none": None}  # width of the image tokenizer, where it is not the dVAE
 
 
@@ -74,13 +76,16 @@ def script_of(argv: list[str]):
 
 def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
     """The cost of the model and the shapes that the options of a training script describe."""
+    is_bert_base = script_args.text_model in BERT_BASE
     config = build_config(
         script_args.model,
         script_args.model_config,
-        script_args.text_model,
+        None if is_bert_base else script_args.text_model,
         script_args.vision_model,
         script_args.revisions,
     )
+    if is_bert_base:
+        config.text_config = BertConfig()
     if (script_args.vision_model or "").startswith("timm/"):
         config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
     shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}

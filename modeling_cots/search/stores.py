@@ -81,9 +81,9 @@ def store_exists(index: str | os.PathLike) -> bool:
 
 def _kind_of(index: str | os.PathLike) -> Any:
     is_milvus = is_milvus_uri(os.fspath(index))
-    needed, extra = ("pymilvus", "milvus") if is_milvus else ("faiss", "search")
+    needed, packages = ("pymilvus", "pymilvus milvus-lite") if is_milvus else ("faiss", "faiss-cpu")
     if importlib.util.find_spec(needed) is None:
-        raise ValueError(f"The index {os.fspath(index)!r} needs {needed}: pip install 'modeling_cots[{extra}]'.")
+        raise ValueError(f"The index {os.fspath(index)!r} needs {needed}: pip install {packages}.")
     if is_milvus:
         return MilvusStore
     from .faiss_store import FaissStore  # a client of a cluster needs no FAISS

@@ -10,7 +10,7 @@ def _import_matplotlib():
         import matplotlib.colors
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("Images are drawn by matplotlib: `pip install 'modeling_cots[viz]'`.") from error
+        raise ImportError("Images are drawn by matplotlib: `pip install matplotlib`.") from error
     return matplotlib
 
 

@@ -2,14 +2,19 @@
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import BertConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+COSTS = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python examples/estimate\.py (.*)", COSTS.replace("\\\n", " "), flags=re.MULTILINE)
+PAPER_RECIPES = "pretrain_5m", "pretrain_15m", "flickr30k", "coco", "msrvtt"
+CONFIGS = [path for path in sorted((ROOT / "examples" / "configs").glob("*.yaml")) if path.stem not in PAPER_RECIPES]
 
 
 @pytest.fixture
@@ -45,6 +50,32 @@ def test_every_configuration_has_a_cost(estimate, tmp_path, config):
     assert per_second == pytest.approx(100e12 / (flop * 1e9), rel=0.05)  # FLOP are printed with two digits
     assert number(printed, "memory a pair") > 0.5
     assert "hours" in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: Path(command.split()[0]).stem)
+def test_the_cost_table_is_what_its_commands_print(estimate, command):
+    """As they stand on the page, without a hub: sizes come from names and configurations, and no weights are read."""
+    config, *options = shlex.split(command)
+    printed = estimate(*options, config=ROOT / config)
+    name = Path(config).stem
+    row = re.search(rf"^\| `{name}`, (\d+) epochs of ([\d,]+) .*$", COSTS, flags=re.MULTILINE)
+    num_epochs, num_pairs = (int(value.replace(",", "")) for value in row.groups())
+    cells = [cell.split()[0].replace(",", "") for cell in row.group(0).strip("| ").split(" | ")[1:]]
+    assert f"{num_epochs * num_pairs:,} pairs seen" in printed
+    num_gpus = int(re.search(r"on (\d+) GPU", row.group(0)).group(1))
+    assert f"TFLOP/s x {num_gpus}\n" in printed
+    titles = "GFLOP a pair", "memory a pair", "memory of weights and queue", "hours"
+    for title, cell in zip(titles, cells, strict=True):
+        digits = len(cell.partition(".")[2])
+        assert f"{number(printed, title):.{digits}f}" == cell, title
+    batch = yaml.safe_load((ROOT / config).read_text())["per_device_train_batch_size"]
+    assert number(printed, "largest batch of a device") >= batch
+    takes = batch * number(printed, "memory a pair") / 1024 + number(printed, "memory of weights and queue")
+    assert f"{takes:.0f} GiB" in COSTS
+
+
+def test_the_cost_table_has_the_papers_recipes():
+    assert [Path(command.split()[0]).stem for command in COMMANDS] == list(PAPER_RECIPES)
 
 
 def test_a_video_costs_its_frames(estimate):

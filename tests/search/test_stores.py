@@ -350,8 +350,8 @@ def test_there_is_no_index(tmp_path, place):
         open_store(tmp_path / place)
 
 
-@pytest.mark.parametrize(("place", "extra"), [("index", "search"), ("index.db", "milvus")])
-def test_says_what_to_install(place, extra, monkeypatch):
+@pytest.mark.parametrize(("place", "packages"), [("index", "faiss-cpu"), ("index.db", "pymilvus milvus-lite")])
+def test_says_what_to_install(place, packages, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"pip install 'modeling_cots\[{extra}\]'"):
+    with pytest.raises(ValueError, match=f"pip install {packages}"):
         create_store(place, INFO, "exact")

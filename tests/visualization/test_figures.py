@@ -28,7 +28,7 @@ def test_says_what_to_install_where_matplotlib_is_missing(monkeypatch, draw):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"pip install 'modeling_cots\[viz\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         draw()
 
 
