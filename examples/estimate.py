@@ -31,7 +31,6 @@ from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config
 from modeling_cots.scripts.steps import parse_options
-from modeling_cots.scripts.timm_weights import timm_vit_config
 
 SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
 BERT_BASE = "google-bert/bert-base-uncased", "bert-base-uncased"  # the defaults of BertConfig are its configuration
@@ -83,11 +82,11 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
         None if is_bert_base else script_args.text_model,
         script_args.vision_model,
         script_args.revisions,
+        image_size=script_args.image_size,
+        temperature=script_args.temperature,
     )
     if is_bert_base:
         config.text_config = BertConfig()
-    if (script_args.vision_model or "").startswith("timm/"):
-        config.vision_config = timm_vit_config(script_args.vision_model, image_size=config.image_size[0])
     shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
     if script_args.image_tokenizer in TOKENIZER_WIDTHS:
         shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]

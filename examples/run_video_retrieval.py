@@ -66,9 +66,6 @@ class VideoArguments:
         default=None, metadata={"help": "Column of the captions, one or a list for each video; found if not given."}
     )
     num_frames: int = field(default=16, metadata={"help": "Frames that are sampled of a video."})
-    temperature: float | None = field(
-        default=None, metadata={"help": "Divides the similarities in the losses; by default as in the model."}
-    )
 
 
 @dataclass
@@ -112,8 +109,6 @@ def main() -> None:
     # 3. Tokenizer, model and processor, made to agree.
     parts = build_parts(script_args, config, args, train_dataset if trains else eval_dataset)
     parts.processor.video_processor.num_frames = script_args.num_frames
-    if script_args.temperature is not None:
-        parts.model.config.temperature = script_args.temperature
 
     # 4. Training.
     trainer = COTSTrainer(

@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument(
         "--model_config", help="or a JSON file of COTSConfig fields; by default the paper's, 384 and 16"
     )
+    parser.add_argument("--vision_model", help="or a pre-trained vision encoder, as in training")
+    parser.add_argument("--vision_model_revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--image_size", type=int, help="side of the images, if not that of the model, as in training")
     parser.add_argument(
         "--image_tokenizer", default="facebook/flava-image-codebook", help="Hub id or folder of the dVAE, or `random`"
     )
@@ -45,13 +48,17 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.model is not None and args.model_config is not None:
-        parser.error("give --model or --model_config, not both.")
+    if args.model is not None and (args.model_config is not None or args.vision_model is not None):
+        parser.error("--model is a whole checkpoint: leave out --model_config and --vision_model, or --model.")
     check_revision("model", args.model, args.model_revision)
+    check_revision("vision_model", args.vision_model, args.vision_model_revision)
     check_revision("image_tokenizer", args.image_tokenizer, args.image_tokenizer_revision)
 
     # 1. The sizes, the tokenizer, the data.
-    config = build_config(args.model, args.model_config, None, None, {"model": args.model_revision or MAIN})
+    revisions = {"model": args.model_revision or MAIN, "vision_model": args.vision_model_revision or MAIN}
+    config = build_config(
+        args.model, args.model_config, None, args.vision_model, revisions, image_size=args.image_size
+    )
     image_tokenizer = build_image_tokenizer(
         args.image_tokenizer, None, config.image_vocab_size, args.image_tokenizer_revision or MAIN
     )

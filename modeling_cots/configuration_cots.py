@@ -86,7 +86,7 @@ class COTSConfig(PreTrainedConfig):
         for name in ("projection_dim", "image_vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for image_side, patch_side in zip(_sides(self.vision_config, "image_size"), self.patch_size, strict=True):
+        for image_side, patch_side in zip(self.image_size, self.patch_size, strict=True):
             if patch_side < 1:
                 raise ValueError(f"vision_config.patch_size must be at least 1, got {patch_side}.")
             if image_side < patch_side or image_side % patch_side != 0:
@@ -98,15 +98,16 @@ class COTSConfig(PreTrainedConfig):
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width of a patch, in pixels."""
-        return _sides(self.vision_config, "patch_size")
+        return encoder_sides(self.vision_config, "patch_size")
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the vision encoder is built for, in pixels."""
-        return _sides(self.vision_config, "image_size")
+        return encoder_sides(self.vision_config, "image_size")
 
 
-def _sides(config: PreTrainedConfig, name: str) -> tuple[int, int]:
+def encoder_sides(config: PreTrainedConfig, name: str) -> tuple[int, int]:
+    """Height and width that an encoder's configuration has as `name`. Raises `ValueError` where it has none."""
     value = getattr(config, name, None)
     if value is None:
         raise ValueError(f"vision_config ({config.model_type}) has no `{name}`; COTS needs a patch-based encoder.")

@@ -17,11 +17,12 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from ..configuration_cots import COTSConfig
+from ..configuration_cots import COTSConfig, encoder_sides
 from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
 from ..image_processing_cots import COTSImageProcessor
 from ..method.image_tokenizer import ImageTokenizer
@@ -29,7 +30,9 @@ from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
 from ..video_processing_cots import COTSVideoProcessor
-from .timm_weights import load_timm_vit
+from .image_size import resize_model, resize_vision_encoder_
+from .starting_point import read_json
+from .timm_weights import load_timm_vit, timm_vit_config
 
 logger = logging.get_logger(__name__)
 
@@ -47,20 +50,67 @@ def build_config(
     text_model: str | None,
     vision_model: str | None,
     revisions: Mapping[str, str] = LATEST,
+    *,
+    image_size: int | None = None,
+    temperature: float | None = None,
 ) -> COTSConfig:
     """
     The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders.
 
-    `revisions` has the branch, tag or commit of each Hub id, by the name of the argument.
+    Args:
+        revisions: The branch, tag or commit of each Hub id, by the name of the argument.
+        image_size: Side of the images, where it is not that of the checkpoint, the encoder or the file.
+        temperature: Likewise.
+
+    Raises `ValueError` where the file says something else than an argument or a pre-trained encoder, with both values,
+    and for values that no model can be built from.
     """
+    given: dict = {}
     if model is not None:
-        return COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
-    config = COTSConfig() if model_config is None else _read_config(model_config)
+        config = COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
+    else:
+        config = COTSConfig() if model_config is None else _read_config(model_config)
+        given = {} if model_config is None else read_json(model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
-    if vision_model is not None and not _is_timm(vision_model):
-        config.vision_config = AutoConfig.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
+        check_file(given.get("text_config"), config.text_config, f"text_model {text_model}")
+    if vision_model is not None:
+        config.vision_config = _read_vision_config(vision_model, config, image_size, revisions)
+    if image_size is not None:
+        sides = (given.get("vision_config") or {}).get("image_size")
+        if sides not in (None, image_size, [image_size, image_size]):
+            raise ValueError(f"image_size is {image_size} and {sides} in the model_config: leave one of them out.")
+        config.vision_config.image_size = image_size
+    if vision_model is not None:
+        check_file(given.get("vision_config"), config.vision_config, f"vision_model {vision_model}")
+    if temperature is not None:
+        if given.get("temperature", temperature) != temperature:
+            raise ValueError(
+                f"temperature is {temperature} and {given['temperature']} in the model_config: leave one of them out."
+            )
+        config.temperature = temperature
+    config.validate_architecture()
     return config
+
+
+def _read_vision_config(vision_model: str, config: COTSConfig, image_size: int | None, revisions: Mapping[str, str]):
+    """The configuration of a pre-trained vision encoder; one of timm is resampled to the image size of `config`."""
+    if _is_timm(vision_model):
+        return timm_vit_config(vision_model, config.image_size[0] if image_size is None else image_size)
+    return AutoConfig.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
+
+
+def check_file(given: dict | None, encoder_config: PreTrainedConfig, source: str) -> None:
+    """
+    Raise `ValueError` where a file's part for an encoder, if any, differs from the pre-trained one, with both values.
+    """
+    for name, value in (given or {}).items():
+        actual = getattr(encoder_config, name, None)
+        if name == "image_size" and value == 2 * [actual]:
+            continue
+        if value != actual:
+            advice = "give --image_size to train at another size" if name == "image_size" else "leave it out there"
+            raise ValueError(f"{name} is {value} in the model_config and {actual} in {source}: {advice}.")
 
 
 def _read_config(path: str) -> COTSConfig:
@@ -153,6 +203,9 @@ def build_model(
     if model is not None:
         load = COTSForPreTraining.from_pretrained if with_heads else _load_without_heads
         built = load(model, revision=revisions.get("model", MAIN))
+        if built.config.image_size != config.image_size:
+            built = resize_model(built, config.image_size[0])
+        built.config.temperature = config.temperature
     elif text_model is None and vision_model is None:
         config.text_config.vocab_size = len(tokenizer)
         config.image_vocab_size = num_image_tokens
@@ -197,6 +250,8 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_
         vision_model = load_timm_vit(vision_model, config.image_size[0], revisions.get("vision_model"))
     else:
         vision_model = AutoModel.from_pretrained(vision_model, revision=revisions.get("vision_model", MAIN))
+        if encoder_sides(vision_model.config, "image_size") != config.image_size:
+            resize_vision_encoder_(vision_model, config.image_size[0])
     return COTSForPreTraining.from_encoders(
         text_model,
         vision_model,
@@ -224,6 +279,14 @@ def build_processor(
         size=size, image_mean=image_processor.image_mean, image_std=image_processor.image_std
     )
     return COTSProcessor(image_processor, tokenizer, video_processor)
+
+
+def set_image_size(processor: COTSProcessor, config: COTSConfig) -> None:
+    """Make the processor of a checkpoint resize images and videos to the image size of `config`."""
+    height, width = config.image_size
+    for part in (processor.image_processor, getattr(processor, "video_processor", None)):
+        if part is not None:
+            part.size = {"height": height, "width": width}
 
 
 def build_image_tokenizer(

@@ -22,7 +22,15 @@ from ..processing_cots import COTSProcessor
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
 from .command_line import option_names, parse_config_and_options
-from .factory import MAIN, build_config, build_image_tokenizer, build_model, build_processor, build_tokenizer
+from .factory import (
+    MAIN,
+    build_config,
+    build_image_tokenizer,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    set_image_size,
+)
 from .starting_point import (
     describe_start,
     is_from_scratch,
@@ -110,6 +118,16 @@ class ModelArguments:
         },
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the images in pixels, if not that of the vision encoder, whose position embeddings are "
+            "then interpolated."
+        },
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divides the similarities in the losses; by default as in the model, or 0.05."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     text_model_revision: str | None = field(default=None, metadata={"help": "That of `text_model`."})
     vision_model_revision: str | None = field(default=None, metadata={"help": "That of `vision_model`."})
@@ -210,7 +228,13 @@ def read_config(options: ModelArguments) -> COTSConfig:
             if getattr(options, name) is not None:
                 raise ValueError(f"model={options.model} is a whole COTS checkpoint: leave {name} out, or model.")
     config = build_config(
-        options.model, options.model_config, options.text_model, options.vision_model, options.revisions
+        options.model,
+        options.model_config,
+        options.text_model,
+        options.vision_model,
+        options.revisions,
+        image_size=options.image_size,
+        temperature=options.temperature,
     )
     if is_from_scratch(options):
         set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
@@ -303,6 +327,7 @@ def build_parts(
     else:  # images must be normalized as in the training of the checkpoint
         processor = COTSProcessor.from_pretrained(options.model, revision=revisions.get("model", MAIN))
         processor.tokenizer = tokenizer
+        set_image_size(processor, config)
     image_tokenizer = None
     if args.cmvm_weight > 0 and options.image_tokenizer != "none":
         image_tokenizer = build_image_tokenizer(
@@ -334,6 +359,9 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+    for name in ("image_size", "temperature"):
+        if not trains and getattr(options, name) is not None:
+            raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint goes on with a training, and this run only measures: give `model`.")
     if not trains and args.push_to_hub:

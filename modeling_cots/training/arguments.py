@@ -25,6 +25,13 @@ class COTSTrainingArguments(TrainingArguments):
 
     # Supplement: "learning rate 5e-5", "weight decay 0.02".
     learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate."})
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The initial learning rate of the two encoders, if not learning_rate: fresh projections on "
+            "pre-trained encoders want 10 to 30 times more. Both follow the same schedule. Not in the paper."
+        },
+    )
     weight_decay: float = field(default=0.02, metadata={"help": "Weight decay of the optimizer."})
     optim: str = field(
         default=TrainingArguments.default_optim,
@@ -165,6 +172,10 @@ class COTSTrainingArguments(TrainingArguments):
             raise ValueError(
                 "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
             )
+        if self.encoder_learning_rate is not None and self.encoder_learning_rate < 0:
+            raise ValueError(f"encoder_learning_rate must not be negative, got {self.encoder_learning_rate}.")
+        if self.encoder_learning_rate is not None and self.optim_target_modules is not None:
+            raise ValueError("encoder_learning_rate would be ignored beside optim_target_modules: set one of them.")
         if self.queue_size < 1:
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."

@@ -21,6 +21,7 @@ REPORTED_SETTINGS = (
     "gradient_accumulation_steps",
     "world_size",
     "learning_rate",
+    "encoder_learning_rate",
     "warmup_steps",
     "lr_hold_epochs",
     "weight_decay",

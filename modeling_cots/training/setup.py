@@ -48,6 +48,10 @@ def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
     for name, reason in REFUSED_PARTS.items():
         if parts.get(name) is not None:
             raise ValueError(f"COTSTrainer takes no {name}: {reason}.")
+    if args.encoder_learning_rate is not None:
+        for name in ("optimizers", "optimizer_cls_and_kwargs"):
+            if parts.get(name) not in (None, (None, None)):
+                raise ValueError(f"encoder_learning_rate would be ignored beside {name}: leave one of them out.")
     if isinstance(parts.get("train_dataset"), StreamingPairs) and args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy} does not apply to a stream, which is shuffled by "
@@ -160,3 +164,18 @@ def freeze_unused_parameters(model: COTSForPreTraining, args: COTSTrainingArgume
         unused += [parameter for parameter in heads if id(parameter) not in shared]
     for parameter in unused:
         parameter.requires_grad_(False)
+
+
+def encoder_parameters(model: COTSForPreTraining) -> list:
+    """The weights of the two encoders."""
+    return [*model.cots.text_model.parameters(), *model.cots.vision_model.parameters()]
+
+
+def check_encoder_learning_rate(model: COTSForPreTraining, args: COTSTrainingArguments) -> None:
+    """Raise `ValueError` for a learning rate of encoders that do not train."""
+    if args.encoder_learning_rate is None:
+        return
+    if not any(parameter.requires_grad for parameter in encoder_parameters(model)):
+        raise ValueError(
+            f"encoder_learning_rate is {args.encoder_learning_rate}, and no weight of an encoder trains: leave it out."
+        )

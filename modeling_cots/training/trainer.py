@@ -46,9 +46,11 @@ from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
 from .setup import (
     build_training_collator,
     check_batches,
+    check_encoder_learning_rate,
     check_parts,
     check_setup,
     choose_image_tokens,
+    encoder_parameters,
     freeze_unused_parameters,
 )
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
@@ -120,6 +122,7 @@ class COTSTrainer(Trainer):
         check_not_sharded(bool(args.fsdp or args.deepspeed) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         set_timeout(args)
         freeze_unused_parameters(model, args)
+        check_encoder_learning_rate(model, args)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
@@ -451,6 +454,21 @@ class COTSTrainer(Trainer):
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As the base class; with `encoder_learning_rate`, the encoders' weights of each group are in another one."""
+        is_new, rate = self.optimizer is None, self.args.encoder_learning_rate
+        optimizer = super().create_optimizer(model)
+        if not is_new or rate is None:
+            return optimizer
+        of_encoders = {id(parameter) for parameter in encoder_parameters(self.model)}
+        for group in list(optimizer.param_groups):
+            parameters = group["params"]
+            group["params"] = [parameter for parameter in parameters if id(parameter) not in of_encoders]
+            moved = [parameter for parameter in parameters if id(parameter) in of_encoders]
+            if moved:
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """

@@ -89,7 +89,8 @@ def test_a_pretraining_recipe_runs_on_a_few_images(tmp_path, monkeypatch):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     train_tokenizer(["a red circle", "a red circle"], 150).save_pretrained(tmp_path / "bert")
     small = (CONFIGS / "quickstart_model.json").read_text()
-    (tmp_path / "sizes.json").write_text(json.dumps({**json.loads(small), "image_vocab_size": 30}))
+    sizes = {"projection_dim": json.loads(small)["projection_dim"], "image_vocab_size": 30}
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
     run = script_runner(importlib.import_module("run_pretraining"), tmp_path, monkeypatch, image_tokenizer="random")
     encoders = {"text_model": str(tmp_path / "bert"), "vision_model": str(tmp_path / "vit")}
     recipe, sizes = str(CONFIGS / "pretrain_5m.yaml"), str(tmp_path / "sizes.json")

@@ -25,7 +25,7 @@ def script_runner(script: ModuleType, folder: Path, monkeypatch, *, image_size: 
     A function `run(dataset, *config, **options)` that calls the script's `main` and returns the output folder.
 
     Args:
-        folder: Where the configuration of the model is written, and by default the output, as `run`.
+        folder: Where the configuration of what is not pre-trained is written, and by default the output, as `run`.
         image_size: Of the model that is built unless `model` is among the options.
         usual: What stands for options that a call does not name; one of `None` is left out.
     """
@@ -35,7 +35,6 @@ def script_runner(script: ModuleType, folder: Path, monkeypatch, *, image_size: 
         "projection_dim": 16,
         "image_vocab_size": 30,
     }
-    (folder / "model.json").write_text(json.dumps(model))
 
     def run(dataset, *config: str, **options) -> Path:
         options = {
@@ -46,6 +45,9 @@ def script_runner(script: ModuleType, folder: Path, monkeypatch, *, image_size: 
             **usual,
             **options,
         }
+        pretrained = {f"{kind}_config" for kind in ("text", "vision") if options.get(f"{kind}_model") is not None}
+        sizes = {name: value for name, value in model.items() if name not in pretrained}
+        (folder / "model.json").write_text(json.dumps(sizes))
         argv = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *config, *argv])
         script.main()
