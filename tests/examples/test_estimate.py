@@ -89,17 +89,19 @@ def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
 
 
 def test_timm_names_say_the_size(estimate, tmp_path):
-    model = ["--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
-    assert number(estimate(*model), "  vision encoder") == pytest.approx(21.6, abs=0.1)
+    model = ["--dataset", "COCO", "--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
+    printed = estimate(*model, "--image_size", "96", config=None)
+    assert number(printed, "  vision encoder") == pytest.approx(21.6, abs=0.1)
     with pytest.raises(SystemExit, match="timm cannot build timm/nothing"):
-        estimate("--vision_model", "timm/nothing")
+        estimate("--dataset", "COCO", "--vision_model", "timm/nothing", config=None)
+    with pytest.raises(SystemExit, match="hidden_size is 128 in the model_config and 384 in vision_model timm/"):
+        estimate(*model)
 
 
 def test_a_named_script_gives_its_options_and_defaults(estimate):
     """Retrieval leaves the token losses out by default, and has a longer queue; from scratch other defaults hold."""
     vision_model = "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"
-    config = "examples/configs/quickstart_model.json"
-    sizes = ["--dataset", "COCO", "--model_config", config, "--vision_model", vision_model]
+    sizes = ["--dataset", "COCO", "--vision_model", vision_model, "--image_size", "48"]
     spelled_out = estimate(*sizes, "--cmvm_weight", "0", "--cmlm_weight", "0", "--queue_size", "4096", config=None)
     assert estimate(*sizes, "--script", "run_retrieval", config=None) == spelled_out
     assert estimate(*sizes, "--script=run_pretraining", config=None) == estimate(*sizes, config=None) != spelled_out
