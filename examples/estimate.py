@@ -106,6 +106,7 @@ def main() -> None:
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")
+    print(f"  {'of which train':26s} {cost.num_trained_parameters / 1e6:12.1f}")
     for part, count in cost.num_parameters.items():
         print(f"  {part:26s} {count / 1e6:12.1f}")
 

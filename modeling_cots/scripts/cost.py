@@ -3,9 +3,9 @@
 Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
 contents, so the counts are those of the real modules, whatever the encoders are. Counted: the unmasked and the
 masked pass of both encoders forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
-positions, and the contrast against the queues. Not counted: decoding images, the optimizer's arithmetic (a share of
-about 1 / batch size), communication, and what attention kernels compute again in the backward pass. A multiply-add is
-2 FLOP. Of videos a pair is all frames of one video and a caption.
+positions, and the contrast against the queues. Frozen layers run once and without a gradient. Not counted: decoding
+images, the optimizer's arithmetic (a share of about 1 / batch size), communication, and what attention kernels compute
+again in the backward pass. A multiply-add is 2 FLOP. Of videos a pair is all frames of one video and a caption.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from ..method.losses import masked_token_loss
 from ..modeling_cots import unit_length
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
+from ..training.frozen_layers import FrozenEncoders
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
 BYTES_PER_PARAMETER = 4 + 4 + 8
+BYTES_PER_FROZEN_PARAMETER = 4
 BYTES_PER_MOMENTUM_PARAMETER = 4
 BYTES_PER_CAST_PARAMETER = 2
 MEASURED_BATCH_SIZES = 2, 4  # memory is linear in the batch: a line through two points
@@ -60,12 +62,14 @@ class TrainingCost:
 
     Args:
         num_parameters (`dict[str, int]`): By part: encoders, projections, heads.
+        num_trained_parameters (`int`): Those that are not frozen.
         flop_per_pair (`dict[str, float]`): Forward and backward, by part; see `total_flop`.
         fixed_bytes (`int`): Device memory whatever the batch: weights, gradients, optimizer, momentum copy, queues.
         bytes_per_pair (`int`): Device memory of what the backward pass needs of one pair.
     """
 
     num_parameters: dict[str, int]
+    num_trained_parameters: int
     flop_per_pair: dict[str, float]
     fixed_bytes: int
     bytes_per_pair: int
@@ -120,13 +124,15 @@ def estimate_training_cost(
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
         parameters = _count_parameters(step.model)
-    trained = sum(parameters.values())
-    momentum = trained - parameters["heads"]
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameters.values())
+    momentum = total - parameters["heads"]
     queue = args.queue_size * (2 * config.projection_dim + 1) * 4 + args.queue_size * 8
-    fixed = trained * BYTES_PER_PARAMETER + momentum * BYTES_PER_MOMENTUM_PARAMETER + queue
+    fixed = trained * BYTES_PER_PARAMETER + (total - trained) * BYTES_PER_FROZEN_PARAMETER
+    fixed += momentum * BYTES_PER_MOMENTUM_PARAMETER + queue
     if args.bf16 or args.fp16:
-        fixed += trained * BYTES_PER_CAST_PARAMETER
-    return TrainingCost(parameters, flop_per_pair, fixed, per_pair)
+        fixed += total * BYTES_PER_CAST_PARAMETER
+    return TrainingCost(parameters, trained, flop_per_pair, fixed, per_pair)
 
 
 def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:
@@ -154,7 +160,9 @@ class _FakeStep:
         self.model, self.args, self.text_length, self.num_frames = model, args, text_length, num_frames
         queue = PairQueue(args.queue_size, model.config.projection_dim)
         # Momentum encoders are counted apart, by the online model, which is as large.
-        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup())
+        self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
+        self.frozen.eval_()
+        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup(), self.frozen)
         self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size
@@ -220,22 +228,31 @@ class _FakeStep:
         args, batch_size, config = self.args, 2, self.model.config
         vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
 
-        def leaf(*shape: int) -> torch.Tensor:
-            return torch.zeros(batch_size, *shape, requires_grad=True)
+        def leaf(*shape: int, kind: str | None = None) -> torch.Tensor:
+            return torch.zeros(batch_size, *shape, requires_grad=not self.frozen.is_whole(kind))
+
+        def patches() -> torch.Tensor:
+            return leaf(self.masked_patches, vision_size, kind="vision")
+
+        def words() -> torch.Tensor:
+            return leaf(self.masked_words, text_size, kind="text")
 
         parts = {
-            "vision, unmasked": lambda: self.embed_images(batch_size),
-            "text, unmasked": lambda: self.embed_texts(batch_size),
             "contrast and KL": lambda: self.contrast(leaf(config.projection_dim), leaf(config.projection_dim)),
         }
         if args.cmvm_weight > 0:
             parts["vision, masked"] = lambda: self.masked_images(batch_size)
-            parts["patch head"] = lambda: self.predict_patches(leaf(self.masked_patches, vision_size), leaf(text_size))
+            parts["patch head"] = lambda: self.predict_patches(patches(), leaf(text_size, kind="text"))
         if args.cmlm_weight > 0:
             parts["text, masked"] = lambda: self.masked_texts(batch_size)
-            parts["word head"] = lambda: self.predict_words(leaf(self.masked_words, text_size), leaf(vision_size))
-        counts = {name: _count(part, backward=True) for name, part in parts.items()}
-        with torch.no_grad():
+            parts["word head"] = lambda: self.predict_words(words(), leaf(vision_size, kind="vision"))
+        with self.frozen.record():
+            counts = {
+                "vision, unmasked": _count(lambda: self.embed_images(batch_size), backward=True),
+                "text, unmasked": _count(lambda: self.embed_texts(batch_size), backward=True),
+            }
+        counts |= {name: _count(part, backward=True) for name, part in parts.items()}
+        with torch.no_grad(), self.frozen.replay(self.model.cots):
             counts["vision, momentum"] = _count(lambda: self.embed_images(batch_size))
             counts["text, momentum"] = _count(lambda: self.embed_texts(batch_size))
             if args.cmvm_weight > 0 and image_tokenizer_hidden_size is not None:
@@ -256,7 +273,8 @@ class _FakeStep:
         if not self.args.gradient_checkpointing:
             return self._per_pair(self.losses)
         images = 1 if self.num_frames is None else self.num_frames
-        layer = images * self._per_pair(self.masked_images) // self.model.config.vision_config.num_hidden_layers
+        num_trained = self.frozen.num_trained_vision_layers(self.model.config.vision_config.num_hidden_layers)
+        layer = images * self._per_pair(self.masked_images) // max(1, num_trained)
         self.model.gradient_checkpointing_enable()
         return layer + self._per_pair(self.losses)
 
@@ -309,6 +327,6 @@ def _count(part: Callable[[], torch.Tensor], backward: bool = False) -> int:
     """FLOP of `part`, and with `backward` of the backward pass from its sum."""
     with flop_counter() as counter:
         result = part()
-        if backward:
+        if backward and result.requires_grad:
             result.sum().backward()
     return counter.get_total_flops()

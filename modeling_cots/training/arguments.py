@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
+from .frozen_layers import NONE, check_freeze
 
 MAX_KEY_DRIFT = 0.1
 # Adam as the supplement says it, with the decay in the gradient; transformers' `OptimizerNames` lacks it.
@@ -65,6 +66,14 @@ class COTSTrainingArguments(TrainingArguments):
             "(max_key_drift). Not in the paper, which has a constant momentum and the queue alone."
         },
     )
+    freeze_vision: str = field(
+        default=NONE,
+        metadata={
+            "help": "What of the vision encoder does not train: `all`, a number of layers from below with what runs "
+            "before them, or `none`. Frozen layers run once a step, in evaluation mode. Not in the paper."
+        },
+    )
+    freeze_text: str = field(default=NONE, metadata={"help": "Likewise of the text encoder."})
     max_key_drift: float = field(
         default=MAX_KEY_DRIFT,
         metadata={
@@ -172,6 +181,9 @@ class COTSTrainingArguments(TrainingArguments):
             raise ValueError(
                 "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
             )
+        for name in ("freeze_vision", "freeze_text"):
+            setattr(self, name, str(getattr(self, name)))
+            check_freeze(name, getattr(self, name))
         if self.encoder_learning_rate is not None and self.encoder_learning_rate < 0:
             raise ValueError(f"encoder_learning_rate must not be negative, got {self.encoder_learning_rate}.")
         if self.encoder_learning_rate is not None and self.optim_target_modules is not None:

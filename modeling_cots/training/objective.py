@@ -25,6 +25,7 @@ from ..method.losses import (
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining, COTSForPreTrainingOutput
 from .arguments import COTSTrainingArguments
+from .frozen_layers import FrozenEncoders
 from .processes import ProcessGroup
 
 
@@ -75,6 +76,7 @@ class COTSObjective:
         image_tokenizer ([`ImageTokenizer`], *optional*): For batches that bring no image tokens along.
         args ([`COTSTrainingArguments`]): Loss weights, filter, candidates.
         processes ([`ProcessGroup`]): Gathers and sums over the processes.
+        frozen ([`FrozenEncoders`]): Layers of the online model that never train.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class COTSObjective:
         image_tokenizer: ImageTokenizer | None,
         args: COTSTrainingArguments,
         processes: ProcessGroup,
+        frozen: FrozenEncoders,
     ):
         self.config = model.config
         self.momentum_model, self.queue = momentum_model, queue
         self.image_tokenizer = image_tokenizer
         self.args = args
         self.processes = processes
+        self.frozen = frozen
 
     def __call__(self, model, inputs: dict[str, torch.Tensor], step: int) -> ObjectiveOutput:
         """
@@ -101,7 +105,8 @@ class COTSObjective:
         """
         # Encode. Image tokens come first: the dVAE's activations then do not add to those that the model keeps.
         inputs = self.with_image_tokens(inputs)
-        output = model(**self.model_inputs(inputs))
+        with self.frozen.record():
+            output = model(**self.model_inputs(inputs))
         momentum_image_embeds, momentum_text_embeds = self.momentum_encode(inputs)
         batch, local = self.gather(momentum_image_embeds, momentum_text_embeds, inputs)
 
@@ -157,8 +162,8 @@ class COTSObjective:
 
     @torch.no_grad()
     def momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Momentum embeddings g^v and g^l of the local pairs, (B, d) each."""
-        with self.processes.autocast():
+        """Momentum embeddings g^v and g^l of the local pairs, (B, d) each, from what frozen layers have just given."""
+        with self.processes.autocast(), self.frozen.replay(self.momentum_model):
             if "pixel_values_videos" in inputs:
                 image_embeds = self.momentum_model.encode_video(inputs["pixel_values_videos"])
             else:

@@ -20,6 +20,8 @@ REPORTED_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "world_size",
+    "freeze_vision",
+    "freeze_text",
     "learning_rate",
     "encoder_learning_rate",
     "warmup_steps",

@@ -28,6 +28,7 @@ from .arguments import ADAM, COTSTrainingArguments
 from .checkpoints import rotate_checkpoints
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
+from .frozen_layers import FrozenEncoders
 from .layer_compiling import compile_layers
 from .learning_watch import is_recall_chance, loss_warnings, recall_warning
 from .log import TrainingLog
@@ -122,7 +123,9 @@ class COTSTrainer(Trainer):
         check_not_sharded(bool(args.fsdp or args.deepspeed) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         set_timeout(args)
         freeze_unused_parameters(model, args)
+        self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
         check_encoder_learning_rate(model, args)
+        self._tell_what_is_frozen()
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
@@ -137,6 +140,7 @@ class COTSTrainer(Trainer):
             self.image_tokenizer,
             args,
             ProcessGroup.of(self.accelerator),
+            self.frozen,
         )
         self.training_log = TrainingLog()
         self.queue_freshness = QueueFreshness(self.objective)
@@ -150,6 +154,14 @@ class COTSTrainer(Trainer):
         self._scale_before_step: float | None = None
         self._first_step_of_epoch = 0
         self._answer_events()
+
+    def _tell_what_is_frozen(self) -> None:
+        frozen = self.frozen.describe()
+        if frozen is not None and self.is_world_process_zero():
+            parameters = list(self.model.parameters())
+            num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            total = sum(parameter.numel() for parameter in parameters)
+            logger.warning(f"Frozen: {frozen}. {num_trained:,} of {total:,} weights train.")
 
     def _answer_events(self) -> None:
         self.add_callback(
@@ -233,6 +245,8 @@ class COTSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
+        if model.training:
+            self.frozen.eval_()
         result = self.objective(model, inputs, self.state.global_step)
         self.training_log.add(result, self.queue)
         if model.training:

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int)
     parser.add_argument("--resume", help="a checkpoint, or `latest`")
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--freeze", default="none", help="of both encoders")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -99,6 +100,8 @@ def main() -> None:
             # A softmax does not see key biases: their gradient is rounding, of which a small epsilon makes steps.
             adam_epsilon=1e-5,
             queue_size=options.queue_size,
+            freeze_vision=options.freeze,
+            freeze_text=options.freeze,
             filter_num_std=0.5,
             filter_log=options.output + ".filter_log",
             logging_steps=1,

@@ -8,6 +8,14 @@ import torch
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
 from modeling_cots.scripts.cost import estimate_training_cost, flop_counter, kept_bytes
 
+UNFROZEN = {"freeze_vision": "none", "freeze_text": "none"}
+FROZEN = [
+    {"freeze_vision": "1"},
+    {"freeze_vision": "1", "freeze_text": "1"},
+    {"freeze_vision": "all", "freeze_text": "1"},
+    {"freeze_vision": "all", "freeze_text": "all", "cmvm_weight": 0, "cmlm_weight": 0},
+]
+
 
 @pytest.fixture
 def arguments(tmp_path):
@@ -35,8 +43,38 @@ def test_flop_are_those_of_a_real_training_step(make_trainer, arguments, tiny_co
     assert cost.total_flop == pytest.approx(measured, rel=0.05)
 
 
-def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config):
-    trainer = make_trainer()
+@pytest.mark.parametrize("options", FROZEN, ids=str)
+def test_frozen_layers_cost_what_they_cost_a_real_step(make_trainer, arguments, tiny_config, options):
+    trainer = make_trainer(**options)
+    batch = real_batch(trainer)
+    with flop_counter() as counter:
+        trainer.compute_loss(trainer.model, batch).backward()
+    measured = counter.get_total_flops() / len(batch["valid"])
+    shapes = {"text_length": batch["input_ids"].shape[1], "image_tokenizer_hidden_size": 8}
+    cost = estimate_training_cost(tiny_config, arguments(queue_size=20, **options), **shapes)
+    assert cost.total_flop == pytest.approx(measured, rel=0.05)
+    heads_off = "cmvm_weight" in options
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    heads = cost.num_parameters["heads"] if heads_off else 0  # those of losses that are off count as trained here
+    assert cost.num_trained_parameters == trained + heads
+    whole = estimate_training_cost(tiny_config, arguments(queue_size=20, **options | UNFROZEN), **shapes)
+    assert cost.total_flop < whole.total_flop and cost.fixed_bytes < whole.fixed_bytes
+    assert cost.bytes_per_pair < whole.bytes_per_pair
+
+
+def test_what_is_frozen_whole_goes_forward_once(arguments, tiny_config):
+    options = {"cmvm_weight": 0, "cmlm_weight": 0}
+    plain = estimate_training_cost(tiny_config, arguments(**options)).flop_per_pair
+    frozen = estimate_training_cost(tiny_config, arguments(freeze_vision="all", **options)).flop_per_pair
+    projection = 2 * 32 * 16  # of a FLOP count of width 32 to 16; backward, its weights alone
+    assert frozen["vision, momentum"] == projection
+    assert frozen["vision, unmasked"] == plain["vision, momentum"] + projection
+    assert frozen["text, unmasked"] == plain["text, unmasked"]
+
+
+@pytest.mark.parametrize("options", [{}, *FROZEN], ids=str)
+def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config, options):
+    trainer = make_trainer(**options)
     batch = real_batch(trainer)
     half = {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()}
     whole_size, half_size = (
@@ -44,7 +82,8 @@ def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny
         for part in (batch, half)
     )
     measured = (whole_size - half_size) / (len(batch["valid"]) - len(half["valid"]))
-    cost = estimate_training_cost(tiny_config, arguments(queue_size=20), text_length=batch["input_ids"].shape[1])
+    text_length = batch["input_ids"].shape[1]
+    cost = estimate_training_cost(tiny_config, arguments(queue_size=20, **options), text_length=text_length)
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
 
 

@@ -79,6 +79,13 @@ def test_one_step_of_several_processes_equals_one_on_the_joined_batch(
     assert one_step_alone["filtered"]
 
 
+@pytest.mark.parametrize("freeze", ["1", "all"])
+def test_frozen_layers_are_shared_in_every_process(tmp_path, freeze):
+    one = result(tmp_path / "one.pt", 1, 12, *SGD, "--freeze", freeze)
+    two = result(tmp_path / "two.pt", 2, 12, *SGD, "--freeze", freeze)
+    assert_equal_runs(one, two, 1e-6, rtol=0)
+
+
 def test_two_launchers_equal_one_process(one_step_alone, tmp_path):
     """The command that docs/reliability.md shows for several machines, twice on this one."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
