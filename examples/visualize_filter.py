@@ -17,6 +17,7 @@ from modeling_cots.data.opening import open_dataset
 from modeling_cots.evaluation.pair_scores import PairScores, load_scoring_model, score_pairs, write_scores
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.error_boundary import run_script
+from modeling_cots.training.arguments import FILTER_NUM_STD, FILTER_RULES
 from modeling_cots.visualization.figures import new_figure
 from modeling_cots.visualization.score_figures import band_positions, draw_contact_sheet, draw_histogram
 
@@ -31,12 +32,16 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="split of the data set")
     parser.add_argument("--image_column", help="found if not given")
     parser.add_argument("--caption_column", help="found if not given")
-    parser.add_argument("--num_std", type=float, default=2.0, help="k of the threshold mean - k * std")
+    parser.add_argument("--filter_rule", choices=FILTER_RULES, default="deviation", help="as in training")
+    parser.add_argument("--num_std", type=float, help="k of the threshold mean - k * std, 2 if not given")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--output_dir", default="scores", help="folder to write to")
     args = parser.parse_args()
-    if args.num_std < 0:
+    if args.num_std is not None and not args.num_std >= 0:
         parser.error(f"--num_std must not be negative, got {args.num_std}.")
+    if args.num_std is not None and args.filter_rule == "mixture":
+        parser.error("--num_std belongs to --filter_rule deviation: leave it out.")
+    num_std = None if args.filter_rule == "mixture" else FILTER_NUM_STD if args.num_std is None else args.num_std
     new_figure(1, 1)  # without matplotlib stop here, before the work
 
     # 1. The model and the data.
@@ -56,7 +61,7 @@ def main() -> None:
         accelerator,
         batch_size=args.batch_size,
         max_text_length=processor.tokenizer.model_max_length,
-        num_std=args.num_std,
+        num_std=num_std,
     )
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -69,7 +74,8 @@ def main() -> None:
     draw_contact_sheet(pairs_of_bands(dataset, pairs), pairs.threshold).savefig(
         os.path.join(args.output_dir, "contact_sheet.jpg"), dpi=80, pil_kwargs={"quality": 85}
     )
-    histogram = draw_histogram(pairs.scores, pairs.threshold, args.num_std)
+    rule = "the mixture's" if num_std is None else f"mean − {num_std:g} std"
+    histogram = draw_histogram(pairs.scores, pairs.threshold, rule)
     histogram.savefig(os.path.join(args.output_dir, "histogram.png"), dpi=100)
 
     # 4. The summary.

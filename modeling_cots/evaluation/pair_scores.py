@@ -16,7 +16,7 @@ import torch
 
 from ..configuration_cots import COTSConfig
 from ..data.revisions import check_revision
-from ..method.filtering import adaptive_momentum_filter
+from ..method.filtering import filter_threshold, keep_above, mixture_threshold
 from ..method.momentum import MOMENTUM_STATE_NAME
 from ..modeling_cots import COTSModel
 from .embedding import embed_pairs
@@ -78,10 +78,11 @@ def load_scoring_model(name_or_path: str, revision: str | None = None) -> tuple[
 
 
 def score_pairs(
-    model, dataset, processor, accelerator, *, batch_size: int = 64, max_text_length: int, num_std: float = 2.0
+    model, dataset, processor, accelerator, *, batch_size: int = 64, max_text_length: int, num_std: float | None = 2.0
 ) -> PairScores:
     """
-    Score every pair of `dataset` (items as `open_pairs` gives them), and filter at k = `num_std`.
+    Score every pair of `dataset` (items as `open_pairs` gives them), and filter at k = `num_std`; with `None` at the
+    threshold of the mixture.
 
     All embeddings are held in memory: 2 KB for an image with one caption at d = 256. Raises `ValueError` if no image
     can be read.
@@ -96,13 +97,17 @@ def score_pairs(
             for rows, texts in zip(image_rows.split(65_536), embeds.text_embeds.split(65_536), strict=True)
         ]
     )
-    keep, threshold = adaptive_momentum_filter(scores, scores, num_std)
+    if num_std is None:
+        other_images = embeds.image_embeds[(image_rows + 1) % len(embeds.image_ids)]
+        threshold = mixture_threshold(scores, (other_images * embeds.text_embeds).sum(dim=-1))
+    else:
+        threshold = filter_threshold(scores, num_std)
     first_captions = torch.searchsorted(embeds.text_ids, embeds.text_ids)
     return PairScores(
         pair_ids=embeds.text_ids,
         caption_numbers=torch.arange(len(scores)) - first_captions,
         scores=scores,
-        keep=keep,
+        keep=keep_above(scores, threshold),
         threshold=threshold.item(),
         num_skipped_images=embeds.num_skipped_images,
     )

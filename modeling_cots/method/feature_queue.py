@@ -56,6 +56,11 @@ class PairQueue(nn.Module):
         """(size,) int64: how many pairs have been pushed after each entry; of one not written, no meaning."""
         return (self.num_pushed - 1 - torch.arange(self.size, device=self.scores.device)) % self.size
 
+    @property
+    def unpaired_scores(self) -> torch.Tensor:
+        """(size,) similarities of each image with the caption of the next entry: what unrelated pairs score."""
+        return (self.image_embeds * self.text_embeds.roll(1, dims=0)).sum(dim=-1)
+
     @torch.no_grad()
     def push(
         self,

@@ -12,6 +12,8 @@ from .base_arguments import check_base_arguments, check_numbers, choose_measure,
 from .frozen_layers import NONE, check_freeze
 
 MAX_KEY_DRIFT = 0.1
+FILTER_RULES = "deviation", "mixture"
+FILTER_NUM_STD = 2.0
 # Adam as the supplement says it, with the decay in the gradient; transformers' `OptimizerNames` lacks it.
 ADAM = "adam"
 
@@ -106,8 +108,15 @@ class COTSTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Adaptive momentum filter: leave noisy pairs out of the losses once the queue is full."},
     )
+    filter_rule: str = field(
+        default="deviation",
+        metadata={
+            "help": "Where noise begins: `deviation`, mean - k * std of the queued similarities (the paper); or "
+            "`mixture`, where a pair is likelier to be one of an image and another image's caption."
+        },
+    )
     filter_num_std: float = field(
-        default=2.0,
+        default=FILTER_NUM_STD,
         metadata={"help": "k: pairs that score below mean - k * std of the queued momentum similarities are noise."},
     )
 
@@ -219,6 +228,10 @@ class COTSTrainingArguments(TrainingArguments):
     def _check_base_arguments(self) -> None:
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
+        if self.filter_rule not in FILTER_RULES:
+            raise ValueError(f"filter_rule must be one of {', '.join(FILTER_RULES)}, got {self.filter_rule}.")
+        if self.filter_rule == "mixture" and self.filter_num_std != FILTER_NUM_STD:
+            raise ValueError("filter_num_std belongs to filter_rule=deviation: leave it out, as a mixture has no k.")
         if self.filter_log is not None and not self.adaptive_filter:
             raise ValueError(
                 "filter_log has nothing to tell without the filter: set adaptive_filter, or leave the log out."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..method.feature_queue import PairQueue
-from ..method.filtering import adaptive_momentum_filter
+from ..method.filtering import filter_threshold, keep_above, mixture_threshold
 from ..method.fresh_keys import key_drift, mean_drift, pass_gradient
 from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import ImageTokenizer
@@ -186,11 +186,13 @@ class COTSObjective:
 
     def filter(self, scores: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adaptive momentum filter: the pairs (G,) that enter the losses of this step, and the threshold ()."""
-        active = self.args.adaptive_filter and self.queue.is_full
-        kept, threshold = adaptive_momentum_filter(
-            scores, self.queue.scores if active else None, self.args.filter_num_std
-        )
-        return kept & valid, threshold
+        if not (self.args.adaptive_filter and self.queue.is_full):
+            threshold = torch.full((), -math.inf, device=scores.device)
+        elif self.args.filter_rule == "mixture":
+            threshold = mixture_threshold(self.queue.scores, self.queue.unpaired_scores)
+        else:
+            threshold = filter_threshold(self.queue.scores, self.args.filter_num_std)
+        return keep_above(scores, threshold) & valid, threshold
 
     def contrast(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: GlobalBatch, local: slice

@@ -40,6 +40,7 @@ REPORTED_SETTINGS = (
     "image_mask_ratio",
     "text_mask_ratio",
     "adaptive_filter",
+    "filter_rule",
     "filter_num_std",
     "min_crop_scale",
     "horizontal_flip",

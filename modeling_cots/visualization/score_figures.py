@@ -52,8 +52,8 @@ def _draw_pair(axes, image, caption: str, score: float, is_dropped: bool) -> Non
     axes.set_xlabel("\n".join(lines + [""] * (4 - len(lines))), fontsize=8)
 
 
-def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
-    """Draw the distribution of (C,) scores with the threshold of the filter. Returns a matplotlib figure."""
+def draw_histogram(scores: torch.Tensor, threshold: float, rule: str):
+    """Draw the distribution of (C,) scores with the filter's threshold, by the rule named. Returns a figure."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
     counts, edges, bars = axes.hist(scores.numpy(), bins=_edges(scores, threshold), color="#4a6fa5")
@@ -61,7 +61,7 @@ def draw_histogram(scores: torch.Tensor, threshold: float, num_std: float):
         if edge <= threshold:
             bar.set_color("#c62828")
     num_dropped = int((scores < threshold).sum())
-    label = f"threshold {threshold:.3f}: mean − {num_std:g} std\n{num_dropped:,} of {len(scores):,} pairs below"
+    label = f"threshold {threshold:.3f}: {rule}\n{num_dropped:,} of {len(scores):,} pairs below"
     axes.axvline(threshold, color="#c62828", label=label)
     axes.axvline(scores.mean().item(), color="#333333", linestyle=":", label=f"mean {scores.mean().item():.3f}")
     axes.set_xlabel("similarity of the two embeddings of a pair")

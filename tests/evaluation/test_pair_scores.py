@@ -8,7 +8,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots.evaluation.embedding import embed_pairs
 from modeling_cots.evaluation.pair_scores import load_scoring_model, score_pairs, write_scores
+from modeling_cots.method.filtering import mixture_threshold
 
 
 class WithABadImage(Dataset):
@@ -106,3 +108,15 @@ def test_unreadable_data_is_an_error(model, tiny_processor):
     dataset = [{**WithABadImage()[4], "image": Image.Image}]
     with pytest.raises(ValueError, match="None of the 1 images"):
         score_pairs(model, dataset, tiny_processor, Accelerator(), max_text_length=24)
+
+
+def test_the_mixture_is_that_of_the_scores_with_other_images(model, tiny_processor):
+    dataset = WithABadImage()
+    settings = {"batch_size": 4, "max_text_length": 24}
+    pairs = score_pairs(model, dataset, tiny_processor, Accelerator(), num_std=None, **settings)
+    embeds = embed_pairs(model, dataset, tiny_processor, Accelerator(), **settings)
+    images = dict(zip(embeds.image_ids.tolist(), embeds.image_embeds, strict=True))
+    following = dict(zip(images, [*list(images)[1:], next(iter(images))], strict=True))
+    texts = zip(embeds.text_ids.tolist(), embeds.text_embeds, strict=True)
+    others = torch.stack([text @ images[following[image_id]] for image_id, text in texts])
+    assert pairs.threshold == pytest.approx(mixture_threshold(pairs.scores, others).item(), abs=1e-5)

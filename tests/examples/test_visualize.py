@@ -98,6 +98,8 @@ def test_pairs_are_ranked_drawn_and_held_against_the_truth(start, model_folder, 
 def test_the_filter_script_takes_scenes_and_refuses_bad_input(start, model_folder, tmp_path):
     with pytest.raises(SystemExit):
         start(visualize_filter, "scenes", "--model", model_folder, "--num_std", -1)
+    with pytest.raises(SystemExit):
+        start(visualize_filter, "scenes", "--model", model_folder, "--num_std", 1, "--filter_rule", "mixture")
     with pytest.raises(ValueError, match="does not exist"):
         start(visualize_filter, tmp_path / "absent", "--model", model_folder)
     output = tmp_path / "scores"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, COTSTrainer, ScenesDataset
+from modeling_cots.method.filtering import mixture_threshold
 from modeling_cots.training.setup import check_setup
 
 LOGGED = {
@@ -481,3 +482,18 @@ def test_holds_the_learning_rate_and_then_lets_it_fall_linearly(make_trainer):
         scheduler.optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], abs=1e-9)
+
+
+def test_the_mixture_filters_by_the_queue_and_has_no_k(make_trainer):
+    trainer = make_trainer(filter_rule="mixture", queue_size=40)
+    queue, scores = trainer.queue, torch.tensor([0.0, 0.45, 0.9])
+    assert trainer.objective.filter(scores, torch.ones(3, dtype=torch.bool))[0].all(), "the queue is not full"
+    images = F.normalize(torch.randn(40, queue.image_embeds.shape[1]), dim=1)
+    texts = torch.cat([F.normalize(torch.randn(10, images.shape[1]), dim=1), images[10:]])
+    queue.push(images, texts, (images * texts).sum(dim=1), torch.arange(40))
+    keep, threshold = trainer.objective.filter(scores, torch.tensor([True, True, True]))
+    expected = mixture_threshold(queue.scores, (images * texts.roll(1, dims=0)).sum(dim=1))
+    assert threshold == pytest.approx(expected.item(), abs=1e-6) and keep.tolist() == [False, True, True]
+    for wrong in ({"filter_rule": "mixture", "filter_num_std": 1.0}, {"filter_rule": "gmm"}):
+        with pytest.raises(ValueError, match="filter_"):
+            make_trainer(**wrong)

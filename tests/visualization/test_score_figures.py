@@ -34,7 +34,7 @@ def test_the_sheet_marks_what_is_below_the_threshold(tmp_path):
 
 def test_the_histogram_counts_what_is_below():
     scores = torch.tensor([0.1, 0.5, 0.6, 0.6, 0.7])
-    axes = draw_histogram(scores, threshold=0.3, num_std=2.0).axes[0]
+    axes = draw_histogram(scores, threshold=0.3, rule="mean − 2 std").axes[0]
     label = axes.get_legend().get_texts()[0].get_text()
     assert "1 of 5 pairs below" in label and "2 std" in label
     assert sum(bar.get_height() for bar in axes.patches) == 5
@@ -43,7 +43,7 @@ def test_the_histogram_counts_what_is_below():
 @pytest.mark.parametrize("threshold", [-0.4, 0.013, 0.5])  # below all of them, among them, above all
 def test_the_histogram_colors_exactly_what_is_below(threshold):
     scores = torch.linspace(-0.2, 0.3, 501)
-    axes = draw_histogram(scores, threshold, num_std=2.0).axes[0]
+    axes = draw_histogram(scores, threshold, rule="mean − 2 std").axes[0]
     heights = {}
     for bar in axes.patches:
         color = to_hex(bar.get_facecolor())
@@ -53,5 +53,5 @@ def test_the_histogram_colors_exactly_what_is_below(threshold):
 
 
 def test_a_histogram_of_one_score():
-    axes = draw_histogram(torch.full((3,), 0.25), threshold=0.25, num_std=2.0).axes[0]
+    axes = draw_histogram(torch.full((3,), 0.25), threshold=0.25, rule="mean − 2 std").axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 3
