@@ -98,7 +98,7 @@ def main() -> None:
     argv = [*sys.argv[1:], "--use_cpu", "true"]
     script = script_of(argv)
     script_args, estimate_args, args = parse_options(
-        script.ScriptArguments, EstimateArguments, argv=argv, defaults=getattr(script, "DEFAULTS", None)
+        script.ScriptArguments, EstimateArguments, argv=argv, defaults=getattr(script, "DEFAULTS", None), writes=False
     )
 
     # 1. Count.

@@ -31,6 +31,7 @@ from .factory import (
     build_tokenizer,
     set_image_size,
 )
+from .output_folder import check_output_dir
 from .starting_point import (
     describe_start,
     is_from_scratch,
@@ -165,8 +166,15 @@ class MeasuringArguments:
 
 @dataclass
 class OutcomeArguments:
-    """What happens where a run has learned nothing."""
+    """What happens to what stands in `output_dir`, and where a run has learned nothing."""
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Write into an output_dir that is not empty, over files of equal names. Checkpoints of other runs "
+            "are moved to a sub-folder."
+        },
+    )
     strict: bool = field(
         default=False,
         metadata={"help": "End with exit status 1 where recall on eval_split is within the noise of chance."},
@@ -182,13 +190,16 @@ class TrainingParts:
     image_tokenizer: ImageTokenizer | None
 
 
-def parse_options(*script_types: type, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
+def parse_options(
+    *script_types: type, argv: list[str] | None = None, defaults: dict | None = None, writes: bool = True
+) -> tuple:
     """
     The dataclasses of a script, filled, and then its `COTSTrainingArguments`: see `parse_config_and_options`.
 
-    A script with [`ModelArguments`] gets the defaults that fit what its training starts from, and prints them.
+    A script with [`ModelArguments`] gets the defaults that fit what its training starts from, and prints them. For one
+    with [`OutcomeArguments`] that `writes`, `output_dir` is checked.
 
-    Raises `ValueError` for what transformers leaves to scripts and these do not ask for.
+    Raises `ValueError` for what transformers leaves to scripts and these do not ask for, and as `check_output_dir`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     has_model = any(issubclass(each, ModelArguments) for each in script_types)
@@ -214,6 +225,9 @@ def parse_options(*script_types: type, argv: list[str] | None = None, defaults: 
     }.items():
         if is_set:
             raise ValueError(f"{name} would be ignored: train_split and eval_split say what this script does.")
+    outcome = next((each for each in script_args if isinstance(each, OutcomeArguments)), None)
+    if writes and outcome is not None and args.process_index == 0:
+        check_output_dir(args, outcome.overwrite_output_dir)
     return *script_args, args
 
 

@@ -1,8 +1,9 @@
 """Committed checkpoints: a manifest, written last, lists every file of the folder with its size and checksum.
 
 A folder without a manifest, or whose files differ from it, is invalid: it is never resumed from. The manifest also
-numbers the saves of a folder, so that the order of its checkpoints depends on no clock. What a checkpoint holds is the
-trainer's business.
+numbers the saves of a folder, so that the order of its checkpoints depends on no clock. `run_id.txt`, written first,
+says which run a folder is of: no run deletes or overwrites what another one has written. What a checkpoint holds is
+the trainer's business.
 """
 
 import json
@@ -19,6 +20,8 @@ from ..data.atomic_write import atomic_write, flush_to_disk
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
+RUN_NAME = "run_id.txt"
+WITHOUT_ID = ""  # the run of all checkpoints that 0.1 has written
 CHUNK_BYTES = 1 << 22
 
 
@@ -39,6 +42,45 @@ def commit_checkpoint(folder: str | os.PathLike, num_processes: int) -> None:
     with atomic_write(folder / MANIFEST_NAME) as partial:
         partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_to_disk(folder.parent)
+
+
+def begin_checkpoint(folder: str | os.PathLike, run_id: str) -> None:
+    """Make a folder for a checkpoint of a run, or take one of it again: to be called before any file of it changes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    invalidate_checkpoint(folder)
+    (folder / RUN_NAME).write_text(run_id, encoding="utf-8")
+
+
+def run_of(folder: str | os.PathLike) -> str:
+    """The id of the run that has written a checkpoint, also a half-written one; `WITHOUT_ID` where nobody says."""
+    try:
+        return (Path(folder) / RUN_NAME).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return WITHOUT_ID
+
+
+def unfinished_run(output_dir: str | os.PathLike) -> str | None:
+    """The run that was stopped in its first save: the one that half-written checkpoints are of, if it is one."""
+    half_written = (folder for folder in _checkpoints(output_dir) if not (folder / MANIFEST_NAME).is_file())
+    runs = {run_of(folder) for folder in half_written} - {WITHOUT_ID}
+    return runs.pop() if len(runs) == 1 else None
+
+
+def set_aside(output_dir: str | os.PathLike, run_id: str) -> None:
+    """Move the checkpoints of other runs to a sub-folder, where this run neither finds nor deletes them."""
+    others = [folder for folder in _checkpoints(output_dir) if run_of(folder) != run_id]
+    if not others:
+        return
+    number = 1
+    while (aside := Path(output_dir) / f"other_run_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for folder in others:
+        folder.rename(aside / folder.name)
+    logger.warning(
+        f"Moved {len(others)} checkpoints of another run to {aside}: {', '.join(folder.name for folder in others)}."
+    )
 
 
 def invalidate_checkpoint(folder: str | os.PathLike) -> None:
@@ -112,14 +154,16 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
     return str(wanted)
 
 
-def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; never the one written last, nor `best`.
+def rotate_checkpoints(
+    output_dir: str | os.PathLike, limit: int | None, best: str | None = None, run_id: str = WITHOUT_ID
+) -> None:
+    """Delete the oldest checkpoints of a run beyond `limit`; never the one written last, nor `best`.
 
     Only whole ones count: an invalid one never displaces the only one to resume from.
     """
     if limit is None or limit <= 0:
         return
-    folders = sorted(_checkpoints(output_dir), key=_order)
+    folders = sorted((folder for folder in _checkpoints(output_dir) if run_of(folder) == run_id), key=_order)
     whole = [folder for folder in folders if (folder / MANIFEST_NAME).is_file()]
     if not whole:
         return
@@ -128,10 +172,21 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
     for folder in reversed(whole):
         if len(kept) < limit:
             kept.add(folder)
-    for folder in folders:
+    # Without an id, a folder that is not whole may be of any program.
+    for folder in whole if run_id == WITHOUT_ID else folders:
         if folder not in kept:
-            invalidate_checkpoint(folder)  # first: what is left of a deletion that is cut short is no checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """What is left of a deletion that is cut short is no checkpoint, and says whose it was."""
+    invalidate_checkpoint(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != RUN_NAME:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:

@@ -5,6 +5,7 @@ What makes a folder a whole checkpoint is in `checkpoints.py`; which step is ref
 
 import copy
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,11 +22,15 @@ from transformers.utils import logging
 
 from .arguments import COTSTrainingArguments
 from .checkpoints import (
+    begin_checkpoint,
     check_checkpoint,
     choose_checkpoint,
     commit_checkpoint,
-    invalidate_checkpoint,
     latest_checkpoint,
+    rotate_checkpoints,
+    run_of,
+    set_aside,
+    unfinished_run,
 )
 
 logger = logging.get_logger(__name__)
@@ -45,6 +50,7 @@ class RunCheckpoints:
 
     Attributes:
         resumed_from: The folder that `choose` found, if any.
+        run_id: Of this run: that of the checkpoint that it goes on from, or a new one.
         saved_step: The step of the checkpoint that was written or loaded last in this call of `train`, or `None`.
     """
 
@@ -52,6 +58,7 @@ class RunCheckpoints:
         self.args, self.accelerator = args, accelerator
         self._lock = FileLock(os.path.join(args.output_dir, LOCK_NAME))
         self.resumed_from: str | None = None
+        self.run_id = uuid.uuid4().hex
         self.saved_step: int | None = None
 
     @contextmanager
@@ -103,7 +110,8 @@ class RunCheckpoints:
         """
         What to resume from, as `choose_checkpoint` finds it; process 0 looks, and all processes agree.
 
-        Raises `ValueError`, on every process, for a folder that is not a whole checkpoint.
+        Checkpoints of other runs in `output_dir` are moved aside. Raises `ValueError`, on every process, for a folder
+        that is not a whole checkpoint.
         """
         found, num_processes, error = self._agree(wanted)
         if error is not None:
@@ -119,6 +127,13 @@ class RunCheckpoints:
                 "that it would have had."
             )
         self.resumed_from = found
+        if found is not None:
+            self.run_id = run_of(found)
+        else:
+            stopped = unfinished_run(self.args.output_dir) if wanted == "latest" else None
+            self.run_id = stopped or uuid.uuid4().hex
+        if self.args.should_save:
+            set_aside(self.args.output_dir, self.run_id)
         return found
 
     def _agree(self, wanted: str | bool | None) -> tuple[str | None, int | None, str | None]:
@@ -148,7 +163,7 @@ class RunCheckpoints:
         try:
             self._keep_lock()
             if args.should_save:
-                invalidate_checkpoint(folder)
+                begin_checkpoint(folder, self.run_id)
             yield
             args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
@@ -164,11 +179,16 @@ class RunCheckpoints:
             args.save_total_limit = limit
         self.saved_step = step
 
+    def rotate(self, output_dir: str, best: str | None) -> None:
+        """Delete the oldest checkpoints of this run beyond `save_total_limit`, but for the `best` one."""
+        if self.args.should_save:
+            rotate_checkpoints(output_dir, self.args.save_total_limit, best, self.run_id)
+
     def how_to_go_on(self) -> str:
         """A sentence that says from where a run that has ended too early can be resumed."""
         newest = latest_checkpoint(self.args.output_dir)
         if newest is None:
-            return f"There is no whole checkpoint in {self.args.output_dir} to go on from."
+            return f"There is no whole checkpoint in {self.args.output_dir} to go on from: the run begins anew."
         return f"With resume_from_checkpoint=latest the run goes on from {newest}."
 
     def save_averages(self, folder: str, averages: dict[str, torch.Tensor]) -> None:

@@ -25,7 +25,6 @@ from ..method.image_tokenizer import ImageTokenizer
 from ..method.momentum import MomentumState
 from ..modeling_cots_pretraining import COTSForPreTraining
 from .arguments import ADAM, COTSTrainingArguments
-from .checkpoints import rotate_checkpoints
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .frozen_layers import FrozenEncoders
@@ -530,8 +529,7 @@ class COTSTrainer(Trainer):
         output_dir = self._get_output_dir(trial)
         with self.checkpoints.write(output_dir, self.state.global_step):
             super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.checkpoints.rotate(output_dir, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

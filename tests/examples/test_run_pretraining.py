@@ -106,6 +106,18 @@ def test_latest_goes_on_from_the_last_checkpoint(run, tmp_path, scenes, caplog):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_folder_with_files_of_ones_own_stays_as_it_is(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "README.md").write_text("of my own")
+    with pytest.raises(ValueError, match="mine is not empty, it holds README.md: .*--overwrite_output_dir"):
+        run("scenes", output_dir=str(folder), overwrite_output_dir=None)
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    assert (folder / "README.md").read_text() == "of my own"
+    run("scenes", output_dir=str(folder), eval_split="none", max_steps=1)
+    assert (folder / "model.safetensors").is_file() and "COTS" in (folder / "README.md").read_text()
+
+
 def test_takes_pre_trained_encoders_with_their_tokenizer(run, tmp_path, scenes):
     from modeling_cots.scripts.factory import train_tokenizer
 

@@ -114,7 +114,7 @@ def _die_in_save(moment: str) -> None:
     import torch
     import transformers.modeling_utils
 
-    from modeling_cots.training import checkpoints, recovery, trainer
+    from modeling_cots.training import checkpoints, recovery
     from modeling_cots.training.checkpoints import MANIFEST_NAME
 
     place, name, is_meant, num_calls_before = {
@@ -123,8 +123,8 @@ def _die_in_save(moment: str) -> None:
         "in the momentum state": (safetensors.torch, "save_model", lambda *args: True, 2),
         "before the manifest": (recovery, "commit_checkpoint", lambda *args: True, 2),
         "in the manifest": (checkpoints.os, "replace", lambda _, path: path.name == MANIFEST_NAME, 2),
-        "before older ones go": (trainer, "rotate_checkpoints", lambda *args: True, 2),
-        "while older ones go": (checkpoints.shutil, "rmtree", lambda path: path.name == "checkpoint-4", 0),
+        "before older ones go": (recovery, "rotate_checkpoints", lambda *args: True, 2),
+        "while older ones go": (checkpoints, "_delete", lambda folder: folder.name == "checkpoint-4", 0),
     }[moment]
     original = getattr(place, name)
 
@@ -147,4 +147,5 @@ def _half_do(moment: str, original, args: tuple, kwargs: dict) -> None:
         path = next(arg for arg in args if isinstance(arg, str | os.PathLike))
         os.truncate(path, os.path.getsize(path) // 2)
     elif moment == "while older ones go":
-        next(path for path in Path(args[0]).iterdir() if path.suffix == ".safetensors").unlink()
+        (args[0] / "checkpoint_manifest.json").unlink()
+        next(path for path in args[0].iterdir() if path.suffix == ".safetensors").unlink()

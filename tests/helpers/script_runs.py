@@ -15,6 +15,7 @@ USUAL = {
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
     "save_strategy": "no",
+    "overwrite_output_dir": "true",
     "use_cpu": "true",
     "disable_tqdm": "true",
 }

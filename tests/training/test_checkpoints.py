@@ -10,17 +10,24 @@ import pytest
 
 from modeling_cots.training.checkpoints import (
     MANIFEST_NAME,
+    RUN_NAME,
+    begin_checkpoint,
     check_checkpoint,
     choose_checkpoint,
     commit_checkpoint,
     invalidate_checkpoint,
     latest_checkpoint,
     rotate_checkpoints,
+    run_of,
+    set_aside,
+    unfinished_run,
 )
 
 
-def write(run, step: int, *, committed: bool = True):
+def write(run, step: int, *, committed: bool = True, run_id: str | None = None):
     folder = run / f"checkpoint-{step}"
+    if run_id is not None:
+        begin_checkpoint(folder, run_id)
     (folder / "part").mkdir(parents=True)
     (folder / "weights").write_bytes(bytes(range(200)))
     (folder / "part" / "state").write_bytes(b"state" * step)
@@ -136,12 +143,12 @@ def test_what_is_chosen(tmp_path):
 
 def test_rotation_counts_whole_ones_alone(tmp_path):
     for step in (1, 2, 3):
-        write(tmp_path, step)
-    write(tmp_path, 4, committed=False)
-    rotate_checkpoints(tmp_path, None)
-    rotate_checkpoints(tmp_path, 0)
+        write(tmp_path, step, run_id="mine")
+    write(tmp_path, 4, committed=False, run_id="mine")
+    rotate_checkpoints(tmp_path, None, run_id="mine")
+    rotate_checkpoints(tmp_path, 0, run_id="mine")
     assert len(names(tmp_path)) == 4
-    rotate_checkpoints(tmp_path, 2)
+    rotate_checkpoints(tmp_path, 2, run_id="mine")
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
@@ -163,12 +170,57 @@ def test_rotation_deletes_nothing_while_no_one_is_whole(tmp_path):
 
 def test_what_is_left_of_a_deletion_is_no_checkpoint(tmp_path, monkeypatch):
     """As if the process died in it."""
-    write(tmp_path, 1)
-    write(tmp_path, 2)
+    write(tmp_path, 1, run_id="mine")
+    write(tmp_path, 2, run_id="mine")
     monkeypatch.setattr("modeling_cots.training.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)
-    rotate_checkpoints(tmp_path, 1)
-    assert names(tmp_path / "checkpoint-1") == ["part", "weights"]
+    rotate_checkpoints(tmp_path, 1, run_id="mine")
+    assert names(tmp_path / "checkpoint-1") == ["part", RUN_NAME] and run_of(tmp_path / "checkpoint-1") == "mine"
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("other", ["other", None])
+@pytest.mark.parametrize("committed", [True, False])
+def test_rotation_deletes_nothing_of_another_run(tmp_path, other, committed):
+    """Without an id, it may be of transformers' Trainer, or of 0.1."""
+    write(tmp_path, 9, run_id=other, committed=committed)
+    for step in (1, 2):
+        write(tmp_path, step, run_id="mine")
+    rotate_checkpoints(tmp_path, 1, run_id="mine")
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-9"]
+    assert "weights" in names(tmp_path / "checkpoint-9")
+
+
+def test_a_run_that_goes_on_from_0_1_deletes_nothing_that_is_not_whole(tmp_path):
+    write(tmp_path, 9, committed=False)
+    for step in (1, 2):
+        write(tmp_path, step)
+    rotate_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_checkpoints_of_other_runs_are_set_aside(tmp_path, caplog):
+    write(tmp_path, 1, run_id="mine")
+    set_aside(tmp_path, "mine")
+    set_aside(tmp_path / "not there", "mine")
+    assert names(tmp_path) == ["checkpoint-1"] and caplog.text == ""
+    for step, other in ((2, "other"), (3, None)):
+        write(tmp_path, step, run_id=other)
+    set_aside(tmp_path, "mine")
+    assert f"Moved 2 checkpoints of another run to {tmp_path / 'other_run_1'}: checkpoint-" in caplog.text
+    set_aside(tmp_path, "a third")
+    assert names(tmp_path) == ["other_run_1", "other_run_2"]
+    assert names(tmp_path / "other_run_1") == ["checkpoint-2", "checkpoint-3"]
+    assert check_checkpoint(tmp_path / "other_run_2" / "checkpoint-1")
+
+
+def test_a_run_that_was_stopped_in_its_first_save_is_known(tmp_path):
+    assert unfinished_run(tmp_path) is None
+    write(tmp_path, 1, committed=False, run_id="mine")
+    write(tmp_path, 9, run_id="other")
+    write(tmp_path, 8, committed=False)
+    assert unfinished_run(tmp_path) == "mine"
+    write(tmp_path, 2, committed=False, run_id="other")
+    assert unfinished_run(tmp_path) is None
 
 
 def test_the_manifest_is_plain_json(tmp_path):

@@ -12,7 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from modeling_cots.training.checkpoints import MANIFEST_NAME, check_checkpoint, commit_checkpoint, latest_checkpoint
+from modeling_cots.training.checkpoints import (
+    MANIFEST_NAME,
+    check_checkpoint,
+    commit_checkpoint,
+    latest_checkpoint,
+    run_of,
+)
 from modeling_cots.training.recovery import LOCK_NAME, CheckpointError
 from modeling_cots.training.trainer import LoopEvents
 
@@ -68,6 +74,35 @@ def test_nothing_is_resumed_from_a_damaged_checkpoint(make_trainer, checkpoint):
         (checkpoint / name).write_bytes(content)
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
     trainer.train(str(checkpoint))
+
+
+def test_checkpoints_of_another_run_survive_a_new_one(make_trainer, checkpoint, tmp_path, caplog):
+    before = {step: (tmp_path / f"run/checkpoint-{step}/model.safetensors").read_bytes() for step in (1, 2)}
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    make_trainer(**arguments, learning_rate=0.5).train()
+    aside = tmp_path / "run" / "other_run_1"
+    assert f"Moved 2 checkpoints of another run to {aside}" in caplog.text
+    for step, weights in before.items():
+        assert (aside / f"checkpoint-{step}" / "model.safetensors").read_bytes() == weights
+        check_checkpoint(aside / f"checkpoint-{step}")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "run/checkpoint-2/model.safetensors").read_bytes() != before[2]
+
+
+def test_a_run_that_goes_on_counts_its_earlier_checkpoints(make_trainer, checkpoint, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    make_trainer(max_steps=4, **arguments).train("latest")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert len({run_of(folder) for folder in (tmp_path / "run").iterdir()} - {""}) == 1
+
+
+def test_a_run_that_is_stopped_in_its_first_save_begins_anew_in_its_place(make_trainer, tmp_path):
+    arguments = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**arguments).train()
+    (tmp_path / "run" / "checkpoint-1" / MANIFEST_NAME).unlink()
+    make_trainer(**arguments).train("latest")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    check_checkpoint(tmp_path / "run" / "checkpoint-1")
 
 
 # ------------------------------------------------------------------------------------------- one run a folder
@@ -155,9 +190,13 @@ def test_a_folder_that_is_removed_during_the_run_is_made_anew_with_its_lock(make
     "name", ["optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", f"{MANIFEST_NAME}.partial"]
 )
 def test_a_full_disk_is_one_sentence_that_says_where_to_go_on(make_trainer, tmp_path, name):
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoint-2" / name).symlink_to("/dev/full")
+    def fill_the_disk(args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            (tmp_path / "run" / "checkpoint-2").mkdir()
+            (tmp_path / "run" / "checkpoint-2" / name).symlink_to("/dev/full")
+
     trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.add_callback(LoopEvents(on_step_end=fill_the_disk))
     message = (
         r"checkpoint-2 could not be saved: (No space left|.* as on a full disk).*the run goes on from .*checkpoint-1\."
     )
