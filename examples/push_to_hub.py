@@ -2,14 +2,19 @@
 
     python examples/push_to_hub.py --model runs/quickstart --repo_id cots-quickstart --private true --tag v1.0
     python examples/push_to_hub.py --model runs/quickstart --output_dir out/quickstart
+    python examples/push_to_hub.py --model runs/quickstart --onnx true --output_dir out/quickstart
+    python examples/push_to_hub.py --model runs/quickstart --kind onnx --repo_id cots-quickstart-onnx
     python examples/push_to_hub.py --model runs/quickstart --kind text_encoder --repo_id cots-quickstart-text
     python examples/push_to_hub.py --model runs/quickstart --kind zero_shot_classifier \\
         --labels "a red circle" "a blue star" --images PHOTOS/ --repo_id cots-quickstart-shapes
 
 The token is that of `hf auth login`, or of `HF_TOKEN`. `--output_dir` writes the repository to a folder; with
-`--repo_id` it is pushed as well. A card that somebody edited in the repository stays, unless `--overwrite_card true`.
+`--repo_id` it is pushed as well. `--onnx true` writes ONNX files into the repository of the model, in the same commit;
+`--kind onnx` makes a repository of them alone. A card that somebody edited in the repository stays, unless
+`--overwrite_card true`.
 """
 
+import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +22,13 @@ from pathlib import Path
 from modeling_cots import (
     COTSModel,
     COTSProcessor,
+    export_onnx,
     export_repository,
     export_text_encoder,
     export_zero_shot_classifier,
     push_folder,
 )
+from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.hub_export import copy_card_images, rename_card
 from modeling_cots.hub_push import full_repo_id
@@ -29,8 +36,8 @@ from modeling_cots.image_reading_cots import UnreadableImageError, read_image
 from modeling_cots.scripts.command_line import parse_config_and_options
 from modeling_cots.scripts.error_boundary import run_script
 
-KINDS = ("model", "text_encoder", "zero_shot_classifier")
-MAX_IMAGES = 500  # for the mean length of embeddings
+KINDS = ("model", "onnx", "text_encoder", "zero_shot_classifier")
+MAX_IMAGES = 500  # for the mean length of embeddings, and for what is measured of ONNX files
 
 
 @dataclass
@@ -40,9 +47,9 @@ class ScriptArguments:
     kind: str = field(
         default="model",
         metadata={
-            "help": "`model`: everything. `text_encoder`: a standard sentence-transformers model, for the "
-            "sentence-similarity widget. `zero_shot_classifier`: a standard ViT classifier of `labels`, for the "
-            "image-classification widget."
+            "help": "`model`: everything. `onnx`: both encoders as ONNX files. `text_encoder`: a standard "
+            "sentence-transformers model, for the sentence-similarity widget. `zero_shot_classifier`: a standard ViT "
+            "classifier of `labels`, for the image-classification widget."
         },
     )
     repo_id: str | None = field(default=None, metadata={"help": "Where to push to: `name` or `owner/name`."})
@@ -53,6 +60,14 @@ class ScriptArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; created if there is none."})
     tag: str | None = field(default=None, metadata={"help": "Name of this version, such as `v1.0`."})
     overwrite_card: bool = field(default=False, metadata={"help": "Replace a card in the repository that was edited."})
+    onnx: bool = field(default=False, metadata={"help": "Write ONNX files into the repository of the model as well."})
+    validation_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "`scenes`, a Hub id or a folder, on whose validation split 8-bit ONNX files are measured and "
+            "chosen; by default `scenes` for a model that was evaluated on these."
+        },
+    )
     labels: list[str] | None = field(default=None, metadata={"help": "The classes of the classifier."})
     hypothesis_template: str = field(
         default="This is a photo of {}.", metadata={"help": "The text that is embedded for a label of the classifier."}
@@ -88,6 +103,8 @@ def main() -> None:
             export_zero_shot_classifier(
                 model, processor, args.labels, folder, images=images, model_id=model_id, **template
             )
+        elif args.kind == "onnx":
+            write_onnx(args, model, processor, folder, model_id)
         else:
             # Training wrote a card into the folder, with its results and the images that it shows.
             path = Path(args.model) / "README.md"
@@ -96,6 +113,8 @@ def main() -> None:
                 card = rename_card(card, path.parent.name, model_id)
                 copy_card_images(card, path.parent, folder)
             export_repository(model, processor, folder, card=card, model_id=model_id)
+            if args.onnx:
+                write_onnx(args, model, processor, folder, model_id)
         if args.output_dir is not None:
             print(f"The repository is in {folder}.")
 
@@ -126,8 +145,39 @@ def check(args: ScriptArguments) -> None:
     is_classifier = args.kind == "zero_shot_classifier"
     if is_classifier and not args.labels:
         raise ValueError('A classifier needs its classes: --labels "a red circle" "a blue star".')
+    if args.onnx and args.kind != "model":
+        raise ValueError("--onnx belongs to --kind model; --kind onnx writes the ONNX files alone.")
+    if args.validation_data is not None and not (args.onnx or args.kind == "onnx"):
+        raise ValueError("--validation_data measures ONNX files: give --onnx true or --kind onnx as well.")
     if not is_classifier and (args.labels or args.images):
         raise ValueError("--labels and --images belong to --kind zero_shot_classifier.")
+
+
+def write_onnx(args: ScriptArguments, model: COTSModel, processor: COTSProcessor, folder: Path, model_id: str) -> None:
+    """Write the ONNX files, and print what was measured of them."""
+    queries = validation_queries(args, model.config.image_size[0])
+    if not queries:
+        print("The 8-bit ONNX files are not measured: give --validation_data for that.")
+    for variant in export_onnx(model, processor, folder, **queries, model_id=model_id):
+        size = (variant.text_bytes + variant.vision_bytes) / 1e6
+        kept = f", same first result for {min(variant.kept):.1f} % of the queries" if queries else ""
+        print(f"ONNX {variant.dtype}: {size:.1f} MB{kept}.")
+
+
+def validation_queries(args: ScriptArguments, image_size: int) -> dict[str, list]:
+    """`images` and `texts` of the validation data; nothing where it is neither named nor here."""
+    name, record = args.validation_data, Path(args.model) / "training_record.json"
+    if name is None and record.is_file():
+        evaluation = json.loads(record.read_text(encoding="utf-8"))["evaluation_data"]
+        name = "scenes" if evaluation is not None and evaluation["name"] == "scenes" else None
+    if name is None:
+        return {}
+    data = open_dataset(name, "validation", image_size=image_size)
+    items = [data[number] for number in range(min(len(data), MAX_IMAGES))]
+    return {
+        "images": [read_image(item["image"]) for item in items],
+        "texts": [caption for item in items for caption in item["captions"]],
+    }
 
 
 def read_images(folder: Path) -> list:

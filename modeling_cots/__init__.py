@@ -39,6 +39,7 @@ COTSConfig.pipelines_are_registered = True
 __version__ = "0.2.0.dev0"  # the only place that says it; pyproject.toml reads it here
 
 _LAZY_NAMES = {
+    "COTSOnnxModel": "onnx_cots",
     "COTSTrainer": "training.trainer",
     "COTSTrainingArguments": "training.arguments",
     "ImageTokenizer": "method.image_tokenizer",

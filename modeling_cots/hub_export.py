@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .encoders_cots import check_vocabulary
 from .image_processing_cots import COTSImageProcessor
+from .onnx_cots import ONNX_FOLDER
 from .pipeline_cots import CUSTOM_PIPELINES
 from .processing_cots import IMAGE_PROCESSOR_CODE, PROCESSOR_CODE, VIDEO_PROCESSOR_CODE
 
@@ -40,14 +41,13 @@ CODE_FILES = (
     "image_processing_cots.py",
     "video_processing_cots.py",
     "pipeline_cots.py",
+    "onnx_cots.py",
 )
 # Name of the handler in the package, and the name that Inference Endpoints look for in a repository.
 HANDLER_FILES = ("hub/handler.py", "handler.py")
 # What the handler and the code files need. An endpoint installs it with pip.
 REQUIREMENTS = "transformers>=5.20,<6\ntorch\ntorchvision\npillow\n"
 CARD_NAME = "README.md"
-# Where `hub/onnx_export.py` writes its files.
-ONNX_FOLDER = "onnx"
 CARD_MARK = "<!-- generated card, sha256:{} -->"
 
 SENTENCE_TRANSFORMERS_FILES = {
@@ -254,11 +254,16 @@ def is_untouched(card: str) -> bool:
     return found is not None and _digest(_normalized(found[1])) == found[2]
 
 
+def unmarked(card: str) -> str:
+    """The text of a generated card without its checksum."""
+    return card.rpartition(CARD_MARK.partition("{")[0])[0]
+
+
 def rename_card(card: str, old_id: str, new_id: str) -> str:
     """The card with `new_id` for `old_id` in its examples; a card that somebody edited is returned unchanged."""
     if not is_untouched(card):
         return card
-    text = card.rpartition(CARD_MARK.partition("{")[0])[0]
+    text = unmarked(card)
     for before in ("(", "model="):
         text = text.replace(f'{before}"{old_id}"', f'{before}"{new_id}"')
     return mark_generated(text)

@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .hub_export import CARD_NAME, HANDLER_FILES, ONNX_FOLDER, export_repository, is_untouched
+from .hub_export import CARD_NAME, HANDLER_FILES, export_repository, is_untouched
+from .onnx_cots import ONNX_FOLDER
 
 logger = logging.get_logger(__name__)
 

@@ -31,9 +31,10 @@ ALLOWED = {
 # Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs neither.
 NOT_CARRIED = {"__init__.py", "modeling_cots_pretraining.py"}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
-# `av` is imported inside functions only, behind transformers' own check for it.
+# `av` is imported inside functions only, behind transformers' own check for it; so is onnxruntime.
+# `onnx_cots.py` alone needs tokenizers, and no transformers; `image_reading_cots` by its own name, beside an export.
 # PIL is what image processors of transformers need.
-CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av"}
+CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av", "onnxruntime", "tokenizers"}
 THIRD_PARTY = {
     TOP: CARRIED_PACKAGES,
     "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},
@@ -47,6 +48,7 @@ OPTIONAL = {
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
     "matplotlib": {"visualization/figures.py"},
     "onnx": {"hub/onnx_export.py"},
+    "onnxruntime": {"hub/onnx_export.py", "onnx_cots.py"},
 }
 
 

@@ -1,29 +1,102 @@
 """The two encoders as ONNX files, in the layout that transformers.js and onnxruntime's users expect on the Hub.
 
 `onnx/text_model.onnx` takes `input_ids` and `attention_mask` and gives `text_embeds`; `onnx/vision_model.onnx` takes
-`pixel_values` and gives `image_embeds`. Both outputs have unit length. `VARIANTS` stand beside them, made by
-onnxruntime's own tools. What runs the files is `onnx_cots.py`.
+`pixel_values` and gives `image_embeds`. Both outputs have unit length. Smaller variants stand beside them, made by
+onnxruntime's own tools: `_fp16`, `_int8` and `_quantized`, as transformers.js names them. What runs the
+files is `onnx_cots.py`.
 """
 
+import contextlib
 import copy
+import json
+import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging as transformers_logging
+from transformers.utils.logging import tqdm
 
-from ..hub_export import ONNX_FOLDER, check_processor, cots_model_of, write_json
+from ..hub_export import CARD_NAME, check_processor, cots_model_of, is_untouched, mark_generated, unmarked, write_json
+from ..onnx_cots import DTYPES, METADATA, ONNX_FOLDER, COTSOnnxModel, model_file
+from .identity import model_identity
 from .standard_exports import save_tokenizer, standard_image_processor
 
+logger = transformers_logging.get_logger(__name__)
+
+ENCODERS = ("text", "vision")
 OPSET = 17  # the first with LayerNormalization; onnxruntime has had it since 1.13
 MAX_BYTES = 2**31 - 2**20  # one ONNX file is one protobuf message
-# Suffixes, as transformers.js names them: its `dtype` "fp16" loads `_fp16`, "int8" `_int8`, and "q8" `_quantized`.
-VARIANTS = ("", "_fp16", "_int8", "_quantized")
+KEPT = 98.0  # percent of the validation queries whose first result 8-bit files must keep
+BATCH_SIZE = 32
+QUIET_SECONDS = 2.0  # shorter work shows no progress bar
+
+
+@dataclass(frozen=True)
+class OnnxVariant:
+    """
+    A pair of files.
+
+    Args:
+        dtype: A key of `DTYPES`.
+        text_bytes, vision_bytes: Sizes of the files.
+        kept_by_texts, kept_by_images: Percent of the validation texts and images that have the same first result as
+            with the model; `None` where nothing was measured.
+    """
+
+    dtype: str
+    text_bytes: int
+    vision_bytes: int
+    kept_by_texts: float | None = None
+    kept_by_images: float | None = None
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        return self.kept_by_texts, self.kept_by_images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    What becomes 8 bits wide: products with weights, and look-ups in embeddings, but for what loses most by it.
+
+    Args:
+        operators: Types of the nodes.
+        attention: Whether the attention's projections are among them.
+        widening: Whether layers with more outputs than inputs are among them.
+    """
+
+    operators: tuple[str, ...] = ("MatMul", "Gemm", "Gather")
+    attention: bool = True
+    widening: bool = True
+
+    def excludes(self, node, weights: dict) -> bool:
+        """Whether a node stays as it is; `weights` has the shape of each."""
+        if not self.attention and re.search(r"/(attention|attn)/", node.name):
+            return True
+        shape = next((weights[name] for name in node.input if name in weights), (0, 0))
+        return not self.widening and node.op_type == "MatMul" and shape[1] > shape[0]
+
+
+# From the fastest to the most exact; sizes of the attention count for little beside those of the other layers.
+RECIPES = (
+    Recipe(),
+    Recipe(attention=False),
+    Recipe(("MatMul", "Gemm"), attention=False),
+    Recipe(("MatMul", "Gemm"), attention=False, widening=False),
+)
+UNMEASURED = RECIPES[1]
 
 
 class TextEncoder(nn.Module):
@@ -51,39 +124,63 @@ class VisionEncoder(nn.Module):
         return self.model.encode_image(pixel_values, interpolate_pos_encoding=self.interpolates)
 
 
-def export_onnx(model: PreTrainedModel, processor: ProcessorMixin, folder: str | os.PathLike) -> None:
+def export_onnx(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: str | os.PathLike,
+    *,
+    images: Sequence | None = None,
+    texts: Sequence[str] | None = None,
+    model_id: str | None = None,
+) -> list[OnnxVariant]:
     """
     Write both encoders as ONNX files, with the tokenizer and `preprocessor_config.json` that their runtimes read.
 
     Float32 files equal `encode_text` and `encode_image` to 1e-4. Batch, length and, where the encoder interpolates its
-    positions, image size are dynamic. The files of an earlier export are replaced all together, at the end.
+    positions, image size are dynamic. 8-bit files quantize all that keeps the first result of `KEPT` percent of the
+    validation queries, or, without any, the layers that do so in general. The files of an earlier export are replaced
+    all together, at the end. The card gets a table of the files.
 
     Args:
         model: A [`COTSModel`] or [`COTSForPreTraining`].
         processor: Its [`COTSProcessor`].
         folder: A repository of the same model, or a new folder. Its `config.json` stays; where there is none, one of
             type `clip` is written, which runtimes without custom code know.
+        images: Validation images, as the processor takes them; every text searches them, and they search the texts.
+        texts: Validation captions.
+        model_id: Where the card's example loads the model from; by default the folder's name.
 
-    Raises `ValueError` for an encoder that cannot be exported, with the reason, and without the packages of the extra
-    `onnx`.
+    Returns what was written and measured. Raises `ValueError` for an encoder that cannot be exported, with the reason,
+    and without the packages of the extra `onnx`.
     """
     _check_packages()
     model, folder = _plain_model(model), Path(folder)
     check_processor(model, processor)
+    queries = _check_queries(images, texts)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
-        written = Path(temporary) / ONNX_FOLDER
-        written.mkdir()
-        for name in ("text_model", "vision_model"):
-            export = _export_text if name == "text_model" else _export_vision
-            export(model, written / f"{name}.onnx")
-            _write_variants(written, name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as name:
+        temporary = Path(name)
+        (temporary / ONNX_FOLDER).mkdir()
+        _export_text(model, temporary / model_file("text", "float32"))
+        _export_vision(model, temporary / model_file("vision", "float32"))
+        _stamp(temporary, model, processor)
+        variants = _write_variants(temporary, model, processor, queries)
         shutil.rmtree(folder / ONNX_FOLDER, ignore_errors=True)
-        written.rename(folder / ONNX_FOLDER)
+        (temporary / ONNX_FOLDER).rename(folder / ONNX_FOLDER)
     _write_preprocessor(processor, folder)
     if not (folder / "config.json").exists():
         save_tokenizer(model, processor.tokenizer, folder)
         write_json(folder / "config.json", clip_config(model))
+    _write_card(folder, variants, queries, folder.name if model_id is None else model_id)
+    return variants
+
+
+def _check_queries(images: Sequence | None, texts: Sequence[str] | None) -> tuple[list, list[str]] | None:
+    if images is None and texts is None:
+        return None
+    if not images or not texts:
+        raise ValueError("To measure 8-bit files, give validation images and texts, at least one of each.")
+    return list(images), list(texts)
 
 
 def _check_packages() -> None:
@@ -165,24 +262,135 @@ def _export(encoder: nn.Module, inputs: dict, output: str, path: Path, encoder_t
         raise ValueError(f"The `{encoder_type}` encoder cannot be exported to ONNX: {reason}") from error
 
 
-def _write_variants(folder: Path, name: str) -> None:
-    """The smaller files beside `name`.onnx: half precision, and two of 8-bit weights."""
+def _stamp(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Write into both files, and so into their variants, what model they are of."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    said = {
+        "model_identity": model_identity(model, processor),
+        "temperature": model.config.temperature,
+        "projection_dim": model.config.projection_dim,
+        "max_text_length": model.max_text_length,
+        "image_size": list(model.config.image_size),
+    }
+    for encoder in ENCODERS:
+        path = folder / model_file(encoder, "float32")
+        recorded = onnx.load(path)
+        onnx.helper.set_model_props(recorded, {METADATA: json.dumps(said)})
+        onnx.save(recorded, path)
+
+
+# ---------------------------------------------------------------------------------------------------- smaller variants
+
+
+def _write_variants(folder: Path, model: PreTrainedModel, processor: ProcessorMixin, queries) -> list[OnnxVariant]:
+    """Write the smaller files, and measure all."""
+    expected = None if queries is None else _embed(model, processor, *queries, name="COTSModel")
+
+    def measured(dtype: str) -> OnnxVariant:
+        sizes = [(folder / model_file(encoder, dtype)).stat().st_size for encoder in ENCODERS]
+        if queries is None:
+            return OnnxVariant(dtype, *sizes)
+        found = _embed(COTSOnnxModel(folder, dtype=dtype), processor, *queries, name=dtype)
+        return OnnxVariant(dtype, *sizes, *kept_first(found, expected))
+
+    _write_float16(folder)
+    variants = [measured("float32"), measured("float16")]
+    for number, recipe in enumerate(RECIPES):
+        if queries is None and recipe is not UNMEASURED:
+            continue
+        _quantize(folder, "int8", recipe)
+        variant = measured("int8")
+        if queries is None or min(variant.kept) >= KEPT:
+            break
+        if number == len(RECIPES) - 1:
+            logger.warning(
+                f"8-bit files keep the first result of {min(variant.kept):.1f} % of the validation queries, less than "
+                f"{KEPT:.0f} %: where that counts, use the float16 files."
+            )
+    _quantize(folder, "quantized", recipe)
+    return [*variants, variant, measured("quantized")]
+
+
+def _write_float16(folder: Path) -> None:
+    import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    plain = folder / f"{name}.onnx"
-    onnx.save(convert_float_to_float16(onnx.load(plain), keep_io_types=True), folder / f"{name}_fp16.onnx")
-    for suffix, reduce_range in (("_int8", False), ("_quantized", True)):
-        quantize_dynamic(
-            plain,
-            folder / f"{name}{suffix}.onnx",
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
+    for encoder in ENCODERS:
+        plain = onnx.load(folder / model_file(encoder, "float32"))
+        onnx.save(convert_float_to_float16(plain, keep_io_types=True), folder / model_file(encoder, "float16"))
+
+
+def _quantize(folder: Path, dtype: str, recipe: Recipe) -> None:
+    """Weights in 8 bits by output channel, activations in 8 bits as they come."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    for encoder in ENCODERS:
+        plain = folder / model_file(encoder, "float32")
+        graph = onnx.load(plain).graph
+        weights = {weight.name: weight.dims for weight in graph.initializer}
+        with _without_hints():
+            quantize_dynamic(
+                plain,
+                folder / model_file(encoder, dtype),
+                op_types_to_quantize=list(recipe.operators),
+                nodes_to_exclude=[node.name for node in graph.node if recipe.excludes(node, weights)],
+                per_channel=True,
+                # Signed weights are fastest where a CPU has VNNI instructions. Without these their products may
+                # overflow, which unsigned ones never do: browsers get those.
+                weight_type=QuantType.QInt8 if dtype == "int8" else QuantType.QUInt8,
+                extra_options={"MatMulConstBOnly": True},
+            )
+
+
+@contextlib.contextmanager
+def _without_hints():
+    """onnxruntime's quantization advises, through the root logger, a step that changes nothing here."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+@torch.no_grad()
+def _embed(model, processor: ProcessorMixin, images: list, texts: list[str], name: str) -> tuple:
+    """Embeddings (M, d) of images and (N, d) of texts, as arrays."""
+    image_embeds, text_embeds = [], []
+    steps = [(images, "images", image_embeds), (texts, "text", text_embeds)]
+    total = sum(len(items) for items, *_ in steps)
+    with tqdm(total=total, desc=f"Measuring {name}", delay=QUIET_SECONDS) as progress:
+        for items, kind, embeds in steps:
+            for start in range(0, len(items), BATCH_SIZE):
+                batch = items[start : start + BATCH_SIZE]
+                options = {} if kind == "images" else {"padding": True, "truncation": True}
+                inputs = processor(**{kind: batch}, **options, return_tensors="pt")
+                if kind == "images":
+                    embeds.append(model.encode_image(inputs["pixel_values"]).numpy())
+                else:
+                    embeds.append(model.encode_text(inputs["input_ids"], inputs["attention_mask"]).numpy())
+                progress.update(len(batch))
+    return np.concatenate(image_embeds), np.concatenate(text_embeds)
+
+
+def kept_first(found: tuple, expected: tuple) -> tuple[float, float]:
+    """
+    Percent of the texts, and of the images, that have the same first result with `found` as with `expected`.
+
+    Args:
+        found, expected: Embeddings of the images (M, d) and of the texts (N, d). Equal texts count as one result.
+    """
+    (images, texts), (expected_images, expected_texts) = found, expected
+    scores, expected_scores = texts @ images.T, expected_texts @ expected_images.T
+    of_texts = scores.argmax(axis=1) == expected_scores.argmax(axis=1)
+    _, group = np.unique(expected_texts, axis=0, return_inverse=True)
+    of_images = group[scores.argmax(axis=0)] == group[expected_scores.argmax(axis=0)]
+    return 100 * float(of_texts.mean()), 100 * float(of_images.mean())
+
+
+# -------------------------------------------------------------------------------------------- what other runtimes read
 
 
 def _write_preprocessor(processor: ProcessorMixin, folder: Path) -> None:
@@ -216,4 +424,73 @@ def clip_config(model: PreTrainedModel) -> dict:
     }
 
 
-__all__ = ["VARIANTS", "export_onnx"]
+# ------------------------------------------------------------------------------------------------------------ the card
+
+ONNX_CARD = """
+# {name}
+
+Both encoders of a two-stream vision-language model (COTS, Lu et al., CVPR 2022,
+[arXiv 2204.07441](https://arxiv.org/abs/2204.07441)) as ONNX files: text and image embeddings that are compared by dot
+products, in Python without torch, in a browser or on a phone.
+"""
+ONNX_HEAD = "## ONNX files"
+ONNX_SECTION = """
+
+{head_of_files}
+{rows}
+
+{measured}
+
+```python
+from modeling_cots import COTSOnnxModel
+
+model = COTSOnnxModel("{model_id}", dtype="int8")
+text_embeds = model.encode_text(**model.tokenize(["two dogs run in the snow"]))
+print(text_embeds.shape)  # encode_image(model.prepare_images([image])) likewise, of PIL images
+```
+
+transformers.js loads the same files by its `dtype` "fp32", "fp16", "int8" and "q8".
+"""
+MEASURED = (
+    "Measured on {images:,} images and {texts:,} texts of the validation data, against the model in float32: the\n"
+    "share of queries with the same first result."
+)
+NOT_MEASURED = "How far their results differ from those of the model was not measured."
+
+
+def _write_card(folder: Path, variants: list[OnnxVariant], queries, model_id: str) -> None:
+    """Put the table of the files at the end of the card, in the place of an earlier one; write a card if need be."""
+    path = folder / CARD_NAME
+    if path.exists():
+        card = path.read_text(encoding="utf-8")
+    else:
+        tags = ["cots", "image-text-retrieval", "onnx", "transformers.js"]
+        data = ModelCardData(pipeline_tag="zero-shot-image-classification", tags=tags)
+        card = mark_generated(ModelCard(f"---\n{data}\n---\n{ONNX_CARD.format(name=model_id.rpartition('/')[2])}"))
+    is_generated = is_untouched(card)
+    text = unmarked(card) if is_generated else card
+    before, _, after = text.partition(ONNX_HEAD)
+    following = re.search(r"^## ", after, re.MULTILINE)
+    rest = "" if following is None else after[following.start() :]
+    text = "\n".join([before.rstrip(), "", ONNX_HEAD + _section(variants, queries, model_id), rest]).rstrip() + "\n"
+    path.write_text(mark_generated(text) if is_generated else text, encoding="utf-8")
+
+
+def _section(variants: list[OnnxVariant], queries, model_id: str) -> str:
+    head = ["files in `onnx/`", "text encoder", "vision encoder"]
+    if queries is not None:
+        head += ["same image for a text", "same text for an image"]
+    rows = []
+    for variant in variants:
+        sizes = [f"{size / 1e6:.1f} MB" for size in (variant.text_bytes, variant.vision_bytes)]
+        kept = [] if queries is None else [f"{share:.1f} %" for share in variant.kept]
+        rows.append(f"| `*_model{DTYPES[variant.dtype]}.onnx` | " + " | ".join(sizes + kept) + " |")
+    return ONNX_SECTION.format(
+        head_of_files="| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|",
+        rows="\n".join(rows),
+        measured=NOT_MEASURED if queries is None else MEASURED.format(images=len(queries[0]), texts=len(queries[1])),
+        model_id=model_id,
+    )
+
+
+__all__ = ["OnnxVariant", "export_onnx"]

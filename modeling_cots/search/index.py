@@ -15,9 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..hub.identity import model_identity
 from ..image_reading_cots import read_image
 from .conditions import Condition, as_conditions
-from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, model_identity, row_ids_of
+from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, row_ids_of
 from .rows import join_tables
 from .stores import create_store, open_store
 

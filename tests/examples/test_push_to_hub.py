@@ -155,3 +155,25 @@ def test_refuses_what_does_not_go_together(run, trained, tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=message):
         run(**{"model": trained, **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_onnx_files_go_into_the_repository_or_into_one_of_their_own(run, trained, tmp_path):
+    pytest.importorskip("onnxruntime")
+    said = run(model=trained, onnx="true", validation_data="scenes", output_dir=tmp_path / "whole")
+    assert "ONNX int8: " in said and "same first result for " in said
+    assert {"model.safetensors", "onnx/text_model.onnx", "preprocessor_config.json"} <= files_of(tmp_path / "whole")
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "# Measured" in card and "## ONNX files" in card and "on 200 images and 1,000 texts" in card
+    said = run(model=trained, kind="onnx", output_dir=tmp_path / "alone")
+    assert "are not measured" in said
+    assert not {"model.safetensors", "handler.py"} & files_of(tmp_path / "alone")
+    assert {"onnx/vision_model_int8.onnx", "config.json", "tokenizer.json"} <= files_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"kind": "onnx", "onnx": "true"}, "--kind onnx writes"), ({"validation_data": "scenes"}, "give --onnx true")],
+)
+def test_options_of_onnx_files_alone_are_refused(run, trained, tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        run(model=trained, output_dir=tmp_path / "out", **options)

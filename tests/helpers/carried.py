@@ -8,6 +8,7 @@ CARRIED = {
     "image_processing_cots.py",
     "image_reading_cots.py",
     "modeling_cots.py",
+    "onnx_cots.py",
     "pipeline_cots.py",
     "processing_cots.py",
     "video_processing_cots.py",

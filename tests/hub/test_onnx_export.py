@@ -1,17 +1,23 @@
 """The ONNX files of every encoder type, run by onnxruntime and held against the model that they were made of."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
 import torch
-from tiny import IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER, VOCAB_SIZE
+from PIL import Image
+from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER, VOCAB_SIZE
 
 from modeling_cots import COTSConfig, COTSModel, export_onnx, export_repository
-from modeling_cots.hub.onnx_export import VARIANTS
+from modeling_cots.hub import onnx_export
+from modeling_cots.hub.identity import model_identity
+from modeling_cots.hub.onnx_export import KEPT, kept_first
+from modeling_cots.hub_export import is_untouched
+from modeling_cots.onnx_cots import DTYPES
 
 onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 
 MAX_POSITIONS = 40
 SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
@@ -85,7 +91,7 @@ def test_every_variant_stands_beside_and_has_unit_length(tiny_processor, tmp_pat
     model = build_model()
     export_onnx(model, tiny_processor, tmp_path)
     files = {path.name for path in (tmp_path / "onnx").iterdir()}
-    assert files == {f"{name}_model{suffix}.onnx" for name in ("text", "vision") for suffix in VARIANTS}
+    assert files == {f"{name}_model{suffix}.onnx" for name in ("text", "vision") for suffix in DTYPES.values()}
     input_ids, attention_mask = random_text(3, 9)
     with torch.no_grad():
         expected = model.encode_text(input_ids, attention_mask).numpy()
@@ -96,6 +102,76 @@ def test_every_variant_stands_beside_and_has_unit_length(tiny_processor, tmp_pat
         assert 0 < np.abs(found - expected).max() < tolerance
         np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=2e-3)
         assert path.stat().st_size < (tmp_path / "onnx/text_model.onnx").stat().st_size
+
+
+def test_queries_choose_what_is_quantized_and_the_card_says_what_they_measured(tiny_processor, tmp_path):
+    """Images and texts that are far apart keep their first results whatever is quantized; near ones do not."""
+    model = build_model()
+    images = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue", "white")]
+    variants = export_onnx(model, tiny_processor, tmp_path, images=images, texts=CAPTIONS[:2])
+    kept = {variant.dtype: variant.kept for variant in variants}
+    assert list(kept) == list(DTYPES) and kept["float32"] == (100, 100)
+    assert min(kept["int8"]) >= KEPT
+    card = (tmp_path / "README.md").read_text()
+    assert "on 4 images and 2 texts" in card and is_untouched(card)
+    for variant in variants:
+        size = (tmp_path / f"onnx/text_model{DTYPES[variant.dtype]}.onnx").stat().st_size
+        assert size == variant.text_bytes
+        assert f"{DTYPES[variant.dtype]}.onnx` | {size / 1e6:.1f} MB" in card
+
+
+def test_without_queries_the_attention_stays_in_float32_and_the_card_claims_nothing(tiny_processor, tmp_path):
+    export_onnx(build_model(), tiny_processor, tmp_path)
+    graph = onnx.load(tmp_path / "onnx/vision_model_int8.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer if tensor.name.endswith("_quantized")}
+    names = [node.name for node in graph.node if weights & set(node.input)]
+    assert len(names) == 2 * 2 + 1 and not any("attention" in name for name in names)  # two layers, the projection
+    assert "was not measured" in (tmp_path / "README.md").read_text()
+
+
+def test_files_that_lose_too_much_are_quantized_less_with_a_warning(tiny_processor, tmp_path, caplog, monkeypatch):
+    model = build_model()
+    images = [Image.new("RGB", (40, 40), color) for color in ("red", "green")]
+    shares = iter([(100.0, 100.0), (100.0, 100.0), *[(97.0, 99.0)] * 4, (97.0, 99.0)])
+    monkeypatch.setattr(onnx_export, "kept_first", lambda found, expected: next(shares))
+    logging.getLogger("transformers").propagate = True
+    variants = export_onnx(model, tiny_processor, tmp_path, images=images, texts=CAPTIONS)
+    assert "97.0 % of the validation queries, less than 98 %" in caplog.text
+    assert variants[2].kept_by_texts == 97.0
+    graph = onnx.load(tmp_path / "onnx/text_model_int8.onnx").graph
+    shapes = [tuple(tensor.dims) for tensor in graph.initializer if tensor.name.endswith("_quantized")]
+    assert shapes and all(rows >= columns for rows, columns in shapes)  # the narrowing layers still are
+
+
+def test_first_results_are_compared_by_result_and_not_by_number():
+    images, texts = np.eye(3), np.eye(3)[[0, 1, 1]]
+    assert kept_first((images, texts), (images, texts)) == (100, 100)
+    assert kept_first((images, texts), (images[[1, 0, 2]], texts)) == (0.0, pytest.approx(100 / 3))
+    moved = np.eye(3)[[0, 1, 0]]
+    assert kept_first((images, moved), (images, texts))[0] == pytest.approx(200 / 3)
+
+
+def test_files_say_what_model_they_are_of(tiny_processor, tmp_path):
+    model = build_model()
+    export_onnx(model, tiny_processor, tmp_path)
+    for path in (tmp_path / "onnx").iterdir():
+        said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        assert json.loads(said["cots"])["model_identity"] == model_identity(model, tiny_processor)
+
+
+def test_the_table_of_a_card_is_replaced_by_that_of_the_next_export(tiny_processor, tmp_path):
+    model = build_model()
+    card = "---\nlicense: mit\n---\n# Mine\n\n## ONNX files\n\nold table\n\n## Limits\n\nknown\n"
+    export_repository(model, tiny_processor, tmp_path, card=card)
+    export_onnx(model, tiny_processor, tmp_path, model_id="you/mine")
+    text = (tmp_path / "README.md").read_text()
+    assert "old table" not in text and 'COTSOnnxModel("you/mine"' in text
+    assert text.count("## ONNX files") == 1 and text.index("# Mine") < text.index("## ONNX") < text.index("## Limits")
+
+
+def test_queries_of_one_kind_alone_are_refused(tiny_processor, tmp_path):
+    with pytest.raises(ValueError, match="give validation images and texts"):
+        export_onnx(build_model(), tiny_processor, tmp_path, texts=["a dog"])
 
 
 def test_a_folder_of_its_own_says_what_other_runtimes_read(tiny_processor, tmp_path):

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from modeling_cots import COTSModel, ScenesDataset, export_repository
+from modeling_cots.hub.identity import model_identity
 from modeling_cots.search import embedding
 from modeling_cots.search.embedding import (
     Embedder,
     ImageFolder,
     as_image_folder,
     entry_names,
-    model_identity,
     row_ids_of,
 )
 from modeling_cots.search.rows import join_tables
