@@ -84,6 +84,8 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
         script_args.revisions,
         image_size=script_args.image_size,
         temperature=script_args.temperature,
+        projection_hidden_size=script_args.projection_hidden_size,
+        standardize_features=script_args.standardize_features,
     )
     if is_bert_base:
         config.text_config = BertConfig()

@@ -29,6 +29,12 @@ class COTSConfig(PreTrainedConfig):
             otherwise.
         projection_dim (`int`, defaults to 256):
             Length of the image and text embeddings (supplement).
+        projection_hidden_size (`int`, *optional*):
+            Width of a hidden layer, with GELU, in each projection. By default there is none: projections are linear
+            (supplement).
+        standardize_features (`bool`, defaults to `False`):
+            Whether each dimension of the encoders' global features is centered and divided by its standard deviation
+            before the projection. The model carries both numbers as buffers; `COTSTrainer` fits them to its data.
         temperature (`float`, defaults to 0.05):
             Similarities are divided by it (supplement). It is fixed, not learned.
         image_vocab_size (`int`, defaults to 8192):
@@ -62,6 +68,8 @@ class COTSConfig(PreTrainedConfig):
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     projection_dim: int = 256
+    projection_hidden_size: int | None = None
+    standardize_features: bool = False
     temperature: float | int = 0.05
     image_vocab_size: int = 8192
     initializer_range: float | int = 0.02
@@ -83,8 +91,8 @@ class COTSConfig(PreTrainedConfig):
         """Raise `ValueError` for values that no model can be built from."""
         if not self.temperature > 0:
             raise ValueError(f"`temperature` divides the similarities and must be positive, got {self.temperature}.")
-        for name in ("projection_dim", "image_vocab_size"):
-            if getattr(self, name) < 1:
+        for name in ("projection_dim", "image_vocab_size", "projection_hidden_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for image_side, patch_side in zip(self.image_size, self.patch_size, strict=True):
             if patch_side < 1:

@@ -6,13 +6,14 @@ momentum copy and queues of training (`COTSTrainer`).
 """
 
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
@@ -32,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 # Number of frames that are encoded together where no gradient is needed: a batch of videos is many images.
 FRAMES_AT_A_TIME = 64
+# Smallest standard deviation that a feature is divided by, as a share of the mean one. Three dimensions of
+# all-MiniLM-L6-v2 have one of 1e-9 and less.
+MIN_RELATIVE_STD = 0.01
 
 
 def find_commit(name_or_path: str | os.PathLike | None, **options) -> str | None:
@@ -90,6 +94,49 @@ def image_text_contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
     """Mean of the image-to-text and text-to-image cross-entropies of (B, B) logits, pairs on the diagonal."""
     targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
     return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_image.t(), targets)) / 2
+
+
+class Standardization(nn.Module):
+    """
+    Features (..., H) with each dimension centered and divided by its standard deviation; unchanged until fitted.
+
+    Args:
+        size (`int`): H.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(size))
+        self.std = nn.Buffer(torch.ones(size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / self.std
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the buffers are other than those of a new model."""
+        return bool(self.mean.any() or (self.std != 1).any())
+
+    @torch.no_grad()
+    def fit_(self, features: torch.Tensor) -> None:
+        """Take mean and standard deviation of `features` (N, H)."""
+        std, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        # Some encoders have dimensions that hardly vary: their noise is not to be blown up, nor a zero divided by.
+        std = std.clamp(min=float(MIN_RELATIVE_STD * std.mean()))
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, 1.0))
+
+
+def build_projection(size: int, config: COTSConfig) -> nn.Module:
+    """The projection of features (..., `size`) to embeddings (..., `projection_dim`), one layer in the paper."""
+    parts: dict[str, nn.Module] = {}
+    if config.standardize_features:
+        parts["standardization"] = Standardization(size)
+    if config.projection_hidden_size is not None:
+        parts["hidden"], parts["activation"] = nn.Linear(size, config.projection_hidden_size), nn.GELU()
+        size = config.projection_hidden_size
+    output = nn.Linear(size, config.projection_dim)
+    return nn.Sequential(OrderedDict(parts, output=output)) if parts else output
 
 
 @dataclass
@@ -194,6 +241,13 @@ class COTSPreTrainedModel(PreTrainedModel):
             copy_encoder_weights(encoder, target)
         return model
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Standardization):
+            initialization.zeros_(module.mean)
+            initialization.ones_(module.std)
+
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         """Save as transformers does. Raises `ValueError` for `push_to_hub=True`: call `push_to_hub` instead."""
         if push_to_hub or True in args[2:3]:  # its place among the positional arguments of transformers
@@ -233,8 +287,8 @@ class COTSModel(COTSPreTrainedModel):
         self.text_model = build_text_encoder(config.text_config)
         self.max_text_length = max_text_length(self.text_model)
         self.vision_model = build_vision_encoder(config.vision_config, use_mask_token)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
-        self.vision_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_projection = build_projection(config.text_config.hidden_size, config)
+        self.vision_projection = build_projection(config.vision_config.hidden_size, config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -44,6 +44,7 @@ def build_model_card(config, record: dict, *, model_name: str) -> ModelCard:
         text_encoder=describe_encoder(config.text_config),
         vision_encoder=f"{describe_encoder(config.vision_config)}, {'x'.join(map(str, config.image_size))} pixels",
         projection_dim=config.projection_dim,
+        projection=describe_projection(config),
         temperature=config.temperature,
         num_parameters=f"{record['num_parameters']:,}",
         dataset_name=data["name"],
@@ -115,6 +116,13 @@ def describe_encoder(config) -> str:
         f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads"
     )
+
+
+def describe_projection(config) -> str:
+    """The projections from features to embeddings as a phrase for a card."""
+    hidden = config.projection_hidden_size
+    layers = "one linear layer" if hidden is None else f"a hidden layer of {hidden} and an output layer"
+    return f"{layers} on standardized features" if config.standardize_features else layers
 
 
 def eval_results(

@@ -18,12 +18,12 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin, ViTForImageClassification, ViTImageProcessor
 
 from ..hub_export import CARD_NAME, check_processor, cots_model_of, mark_generated, write_json
+from ..modeling_cots import Standardization
 from ..processing_cots import forget_calls
 
 HYPOTHESIS_TEMPLATE = "This is a photo of {}."  # as the zero-shot-image-classification pipeline
 IMAGE_BATCH = 32
-# The names and keys that every release of sentence-transformers, and text-embeddings-inference, read.
-SENTENCE_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+ACTIVATIONS = {None: "torch.nn.modules.linear.Identity", nn.GELU: "torch.nn.modules.activation.GELU"}
 
 TEXT_CARD = """
 # {name}
@@ -73,7 +73,8 @@ def export_text_encoder(
     model: PreTrainedModel, processor: ProcessorMixin, folder: str | os.PathLike, *, model_id: str | None = None
 ) -> None:
     """
-    Write the text encoder as a standard sentence-transformers model: transformer, mean pooling, dense, normalize.
+    Write the text encoder as a standard sentence-transformers model: transformer, mean pooling, a dense layer for each
+    of the projection, normalize.
 
     Its embeddings are those of `encode_text`, in float32. COTS has no pooler: where the standard class has one, it is
     filled with zeros, and nothing reads it.
@@ -174,10 +175,38 @@ def build_classifier(model: PreTrainedModel, labels: list[str], label_weights) -
     config.label2id = {label: index for index, label in enumerate(labels)}
     classifier = ViTForImageClassification(config).float()
     classifier.vit.load_state_dict(model.vision_model.state_dict())
+    layers = dense_layers(model.vision_projection)
+    if len(layers) > 1:
+        raise ValueError(
+            "The head of a standard classifier is linear, and the projections of this model have a hidden layer "
+            f"(projection_hidden_size={model.config.projection_hidden_size}): there is no such export of it."
+        )
+    weight, bias, _ = layers[0]
     with torch.no_grad():
-        classifier.classifier.weight.copy_(label_weights @ model.vision_projection.weight.double())
-        classifier.classifier.bias.copy_(label_weights @ model.vision_projection.bias.double())
+        classifier.classifier.weight.copy_(label_weights @ weight)
+        classifier.classifier.bias.copy_(label_weights @ bias)
     return classifier
+
+
+@torch.no_grad()
+def dense_layers(projection: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, type | None]]:
+    """
+    The linear layers of a projection: weight, bias (both float64), and the class of the activation behind, or `None`.
+
+    The standardization in front of them is part of the first one: W (x - mean) / std + b.
+    """
+    layers = []
+    scale, shift = 1.0, None
+    for part in projection if isinstance(projection, nn.Sequential) else [projection]:
+        if isinstance(part, Standardization):
+            scale, shift = 1 / part.std.double(), part.mean.double()
+        elif isinstance(part, nn.Linear):
+            weight, bias = part.weight.double() * scale, part.bias.double()
+            layers.append((weight, bias if shift is None else bias - weight @ shift, None))
+            scale, shift = 1.0, None
+        else:
+            layers[-1] = (*layers[-1][:2], type(part))
+    return layers
 
 
 @torch.no_grad()
@@ -248,22 +277,25 @@ def save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
 
 
 def _save_sentence_modules(model: PreTrainedModel, folder: Path, max_length: int) -> None:
-    paths = ["", *(f"{index}_{name}" for index, name in enumerate(SENTENCE_MODULES) if index > 0)]
+    # The names and keys that every release of sentence-transformers, and text-embeddings-inference, read.
+    layers = dense_layers(model.text_projection)
+    names = ["Transformer", "Pooling", *["Dense"] * len(layers), "Normalize"]
+    paths = ["", *(f"{index}_{name}" for index, name in enumerate(names) if index > 0)]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for index, (path, name) in enumerate(zip(paths, SENTENCE_MODULES, strict=True))
+        for index, (path, name) in enumerate(zip(paths, names, strict=True))
     ]
     write_json(folder / "modules.json", modules)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    projection = model.text_projection
+    width = model.config.text_config.hidden_size
     pooling = {f"pooling_mode_{name}": name == "mean_tokens" for name in ("cls_token", "max_tokens", "mean_tokens")}
-    write_json(folder / paths[1] / "config.json", {"word_embedding_dimension": projection.in_features, **pooling})
-    dense = {"in_features": projection.in_features, "out_features": projection.out_features, "bias": True}
-    dense["activation_function"] = "torch.nn.modules.linear.Identity"
-    write_json(folder / paths[2] / "config.json", dense)
-    weights = {f"linear.{name}": tensor.float().cpu().clone() for name, tensor in projection.state_dict().items()}
-    save_file(weights, folder / paths[2] / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / paths[3] / "config.json", {})
+    write_json(folder / paths[1] / "config.json", {"word_embedding_dimension": width, **pooling})
+    for path, (weight, bias, activation) in zip(paths[2:-1], layers, strict=True):
+        dense = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": True}
+        write_json(folder / path / "config.json", {**dense, "activation_function": ACTIVATIONS[activation]})
+        tensors = {"linear.weight": weight.float().cpu().contiguous(), "linear.bias": bias.float().cpu()}
+        save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / paths[-1] / "config.json", {})
     settings = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", settings)
 

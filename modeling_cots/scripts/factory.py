@@ -40,6 +40,7 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
+OF_WEIGHTS = ("projection_hidden_size", "standardize_features")  # what a checkpoint cannot be given another value of
 MAIN = "main"  # the branch that a Hub id without a revision means
 LATEST: Mapping[str, str] = {}  # revisions of no option: every Hub id means its branch main
 
@@ -52,7 +53,7 @@ def build_config(
     revisions: Mapping[str, str] = LATEST,
     *,
     image_size: int | None = None,
-    temperature: float | None = None,
+    **fields: float | int | bool | None,
 ) -> COTSConfig:
     """
     The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders.
@@ -60,10 +61,9 @@ def build_config(
     Args:
         revisions: The branch, tag or commit of each Hub id, by the name of the argument.
         image_size: Side of the images, where it is not that of the checkpoint, the encoder or the file.
-        temperature: Likewise.
+        fields: `temperature`, `projection_hidden_size` and `standardize_features` of [`COTSConfig`], or `None`.
 
-    Raises `ValueError` where the file says something else than an argument or a pre-trained encoder, with both values,
-    and for values that no model can be built from.
+    Raises `ValueError` where two sources differ, with both values, and for values that no model can be built from.
     """
     given: dict = {}
     if model is not None:
@@ -83,12 +83,14 @@ def build_config(
         config.vision_config.image_size = image_size
     if vision_model is not None:
         check_file(given.get("vision_config"), config.vision_config, f"vision_model {vision_model}")
-    if temperature is not None:
-        if given.get("temperature", temperature) != temperature:
-            raise ValueError(
-                f"temperature is {temperature} and {given['temperature']} in the model_config: leave one of them out."
-            )
-        config.temperature = temperature
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if given.get(name, value) != value:
+            raise ValueError(f"{name} is {value} and {given[name]} in the model_config: leave one of them out.")
+        if model is not None and name in OF_WEIGHTS and getattr(config, name) != value:
+            raise ValueError(f"{name} is {value} and {getattr(config, name)} in {model}: leave it out.")
+        setattr(config, name, value)
     config.validate_architecture()
     return config
 
@@ -256,6 +258,10 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_
         text_model,
         vision_model,
         projection_dim=config.projection_dim,
+        projection_hidden_size=config.projection_hidden_size,
+        standardize_features=config.standardize_features,
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=config.tie_word_embeddings,
         temperature=config.temperature,
         image_vocab_size=num_image_tokens,
     )

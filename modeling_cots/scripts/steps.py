@@ -129,6 +129,17 @@ class ModelArguments:
     temperature: float | None = field(
         default=None, metadata={"help": "Divides the similarities in the losses; by default as in the model, or 0.05."}
     )
+    projection_hidden_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of a hidden layer in each projection, which are linear otherwise. Not in the paper."},
+    )
+    standardize_features: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Center the encoders' features and divide them by their standard deviation, both fitted to the "
+            "data, before the projections. Not in the paper."
+        },
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     text_model_revision: str | None = field(default=None, metadata={"help": "That of `text_model`."})
     vision_model_revision: str | None = field(default=None, metadata={"help": "That of `vision_model`."})
@@ -249,6 +260,8 @@ def read_config(options: ModelArguments) -> COTSConfig:
         options.revisions,
         image_size=options.image_size,
         temperature=options.temperature,
+        projection_hidden_size=options.projection_hidden_size,
+        standardize_features=options.standardize_features,
     )
     if is_from_scratch(options):
         set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
@@ -373,7 +386,7 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
-    for name in ("image_size", "temperature"):
+    for name in ("image_size", "temperature", "projection_hidden_size", "standardize_features"):
         if not trains and getattr(options, name) is not None:
             raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:

@@ -53,6 +53,7 @@ from .setup import (
     encoder_parameters,
     freeze_unused_parameters,
 )
+from .standardization import fit_standardization_, needs_fitting
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
 
 logger = logging.get_logger(__name__)
@@ -125,6 +126,7 @@ class COTSTrainer(Trainer):
         self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
         check_encoder_learning_rate(model, args)
         self._tell_what_is_frozen()
+        self._fit_standardization()
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
@@ -161,6 +163,19 @@ class COTSTrainer(Trainer):
             num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
             total = sum(parameter.numel() for parameter in parameters)
             logger.warning(f"Frozen: {frozen}. {num_trained:,} of {total:,} weights train.")
+
+    def _fit_standardization(self) -> None:
+        """Of a new model, before it is copied; every process does the same, and a resumed run loads what it was."""
+        if self.train_dataset is not None and needs_fitting(self.model.cots):
+            fit_standardization_(
+                self.model.cots,
+                self.train_dataset,
+                self.processing_class,
+                batch_size=self.args.eval_batch_size,
+                max_text_length=self.max_text_length,
+                num_workers=self.args.dataloader_num_workers,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+            )
 
     def _answer_events(self) -> None:
         self.add_callback(

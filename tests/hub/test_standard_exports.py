@@ -14,7 +14,7 @@ from transformers import RobertaConfig, pipeline
 from without_package import run_without_package
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel, export_text_encoder, export_zero_shot_classifier
-from modeling_cots.hub.standard_exports import mean_embedding_length
+from modeling_cots.hub.standard_exports import build_classifier, mean_embedding_length
 from modeling_cots.hub_export import is_untouched
 
 LABELS = ["a red circle", "a dog", "people", "a boat near the beach", "two stars"]
@@ -76,6 +76,36 @@ def load_and_encode(folder: Path, home: Path) -> tuple[torch.Tensor, dict]:
     """
     answer = run_without_package(code, home)
     return torch.tensor(answer.pop("texts")), answer
+
+
+@pytest.mark.parametrize("hidden_size", [None, 24])
+def test_projections_of_other_kinds_are_dense_layers_too(tiny_config, tiny_processor, tmp_path, hidden_size):
+    """Standardization is part of the first one; a hidden layer is a dense layer of its own."""
+    torch.manual_seed(0)
+    tiny_config.standardize_features, tiny_config.projection_hidden_size = True, hidden_size
+    model = COTSModel(tiny_config).eval()
+    model.text_projection.standardization.fit_(0.5 + 2 * torch.randn(50, 32))
+    export_text_encoder(model, tiny_processor, tmp_path / "text")
+    found, answer = load_and_encode(tmp_path / "text", tmp_path)
+    torch.testing.assert_close(found, encode_text(model, tiny_processor, TEXTS), atol=1e-5, rtol=0)
+    dense = ["Dense"] * (1 if hidden_size is None else 2)
+    assert answer["modules"] == ["Transformer", "Pooling", *dense, "Normalize"]
+
+
+def test_a_classifier_has_standardization_in_its_head_and_no_hidden_layer(tiny_config, tiny_processor, tmp_path):
+    torch.manual_seed(0)
+    tiny_config.standardize_features = True
+    model = COTSModel(tiny_config).eval()
+    model.vision_projection.standardization.fit_(0.5 + 2 * torch.randn(50, 32))
+    pixels = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)
+    weights = torch.randn(len(LABELS), 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output.double() @ weights.T
+        found = build_classifier(model, LABELS, weights).eval()(pixels).logits
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
+    tiny_config.projection_hidden_size = 24
+    with pytest.raises(ValueError, match="have a hidden layer .projection_hidden_size=24"):
+        export_zero_shot_classifier(COTSModel(tiny_config).eval(), tiny_processor, LABELS, tmp_path / "labels")
 
 
 def test_the_text_encoder_is_a_standard_sentence_transformer(model, tiny_processor, tmp_path):

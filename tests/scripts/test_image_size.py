@@ -175,6 +175,30 @@ def test_the_temperature_reaches_the_model_whatever_it_starts_from(folders, tmp_
         read_config(ModelArguments(temperature=0.0))
 
 
+def test_projections_of_the_options_and_of_no_other_source(folders, tmp_path):
+    encoders = {"text_model": folders["text"], "vision_model": folders["vision"]}
+    for options in ({}, encoders):
+        options = options or {"model_config": write(tmp_path, {"vision_config": vision_config("vit")})}
+        config = read_config(ModelArguments(**options, projection_hidden_size=24, standardize_features=True))
+        assert (config.projection_hidden_size, config.standardize_features) == (24, True)
+    model = parts_of(tmp_path, **encoders, projection_hidden_size=24, standardize_features=True).model.cots
+    assert [name for name, _ in model.text_projection.named_children()] == [
+        "standardization",
+        "hidden",
+        "activation",
+        "output",
+    ]
+    with pytest.raises(ValueError, match="projection_hidden_size is 24 and None in .*cots: leave it out"):
+        read_config(ModelArguments(model=folders["cots"], projection_hidden_size=24))
+    with pytest.raises(ValueError, match="standardize_features is True and False in .*cots: leave it out"):
+        read_config(ModelArguments(model=folders["cots"], standardize_features=True))
+    assert read_config(ModelArguments(model=folders["cots"], standardize_features=False)).image_size == (32, 32)
+    path = write(tmp_path, {"projection_hidden_size": 12})
+    with pytest.raises(ValueError, match="projection_hidden_size is 24 and 12 in the model_config"):
+        read_config(ModelArguments(model_config=path, projection_hidden_size=24))
+    assert read_config(ModelArguments(model_config=path)).projection_hidden_size == 12
+
+
 @pytest.mark.parametrize("script", ["run_pretraining", "run_retrieval", "run_video_retrieval", "estimate"])
 def test_every_script_takes_both(script, tmp_path, monkeypatch, capsys):
     module = __import__(script)
