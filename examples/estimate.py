@@ -20,19 +20,17 @@ import argparse
 import sys
 from dataclasses import dataclass, field, fields
 
-import run_pretraining
-import run_retrieval
-import run_video_retrieval
 from transformers import BertConfig
 
 from modeling_cots import COTSTrainingArguments
+from modeling_cots.scripts import pretraining, retrieval, video_retrieval
 from modeling_cots.scripts.command_line import option_names
 from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config
 from modeling_cots.scripts.steps import parse_options
 
-SCRIPTS = {script.__name__: script for script in (run_pretraining, run_retrieval, run_video_retrieval)}
+SCRIPTS = {"run_pretraining": pretraining, "run_retrieval": retrieval, "run_video_retrieval": video_retrieval}
 BERT_BASE = "google-bert/bert-base-uncased", "bert-base-uncased"  # the defaults of BertConfig are its configuration
 TOKENIZER_WIDTHS = {"random": 8, "none": None}  # width of the image tokenizer, where it is not the dVAE
 
@@ -100,7 +98,12 @@ def main() -> None:
     argv = [*sys.argv[1:], "--use_cpu", "true"]
     script = script_of(argv)
     script_args, estimate_args, args = parse_options(
-        script.ScriptArguments, EstimateArguments, argv=argv, defaults=getattr(script, "DEFAULTS", None), writes=False
+        script.ScriptArguments,
+        EstimateArguments,
+        argv=argv,
+        defaults=getattr(script, "DEFAULTS", None),
+        description=__doc__,
+        writes=False,
     )
 
     # 1. Count.

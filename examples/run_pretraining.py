@@ -8,82 +8,13 @@ Options may stand in a YAML file; those on the command line win. Beside the scri
 of `COTSTrainingArguments` work, and those of transformers' `TrainingArguments` as docs/training.md says. At the end
 `output_dir` is a folder that `COTSModel.from_pretrained` and `AutoProcessor` load; its `checkpoint-*` hold what
 resuming needs.
+
+The steps are `main` of modeling_cots/scripts/pretraining.py, which an installed package has as
+`cots-train`.
 """
 
-from dataclasses import dataclass
-
-from transformers import set_seed
-
-from modeling_cots import COTSTrainer
-from modeling_cots.evaluation.report import format_report
 from modeling_cots.scripts.error_boundary import GO_ON_TRAINING, run_script
-from modeling_cots.scripts.steps import (
-    DataArguments,
-    ModelArguments,
-    OutcomeArguments,
-    StreamArguments,
-    build_parts,
-    describe_output,
-    held_out_options,
-    open_split,
-    open_train_stream,
-    parse_options,
-    read_config,
-    tell_whether_learned,
-)
-
-
-@dataclass
-class ScriptArguments(StreamArguments, ModelArguments, OutcomeArguments, DataArguments):
-    """Paths and columns; the data set comes first, as it alone has no default."""
-
-
-def main() -> None:
-    script_args, args = parse_options(ScriptArguments)
-    set_seed(args.seed)
-
-    # 1. The configuration: of the checkpoint, of the given encoders, of a file, or the paper's.
-    config = read_config(script_args)
-
-    # 2. The data.
-    opening = {"image_size": config.image_size[0], "seed": args.data_seed}
-    if script_args.streaming:
-        train_dataset = open_train_stream(script_args, args)
-    elif script_args.shuffle_buffer is not None:
-        raise ValueError("shuffle_buffer belongs to --streaming; without it everything is shuffled.")
-    else:
-        train_dataset = open_split(script_args, script_args.train_split, **opening)
-    eval_dataset = open_split(held_out_options(script_args), script_args.eval_split, **opening)
-
-    # 3. Tokenizers, model and processor, made to agree.
-    parts = build_parts(script_args, config, args, train_dataset)
-
-    # 4. Training.
-    trainer = COTSTrainer(
-        model=parts.model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=parts.processor,
-        image_tokenizer=parts.image_tokenizer,
-        max_text_length=script_args.max_text_length,
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-
-    # 5. What was learned, and the folder to share.
-    if eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-    trainer.export_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    if trainer.is_world_process_zero():
-        if eval_dataset is not None:
-            print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
-        print(f"\n{describe_output(args.output_dir)}")
-    trainer.end()
-    tell_whether_learned(trainer, script_args.strict)
-
+from modeling_cots.scripts.pretraining import main
 
 if __name__ == "__main__":
     run_script(main, go_on=GO_ON_TRAINING)

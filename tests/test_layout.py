@@ -28,8 +28,8 @@ ALLOWED = {
     "training": {TOP, "method", "data", "visualization", "evaluation", "hub"},
     "scripts": {TOP, "method", "data", "visualization", "evaluation", "hub", "search", "training"},
 }
-# Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs neither.
-NOT_CARRIED = {"__init__.py", "modeling_cots_pretraining.py"}
+# Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs none.
+NOT_CARRIED = {"__init__.py", "__main__.py", "modeling_cots_pretraining.py"}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
 # `av` is imported inside functions only, behind transformers' own check for it; so is onnxruntime.
 # `onnx_cots.py` alone needs tokenizers, and no transformers; `image_reading_cots` by its own name, beside an export.

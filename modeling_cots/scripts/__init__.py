@@ -1,1 +1,1 @@
-"""What the scripts of `examples/` share: options, steps, building a model, the cost of a training run."""
+"""The installed programs, and what they share with the scripts of `examples/`: options, steps, parts, the cost."""

@@ -25,20 +25,26 @@ def parse_config_and_options(
     argv: list[str] | None = None,
     defaults: dict | None = None,
     choose_defaults: Callable[[argparse.Namespace], dict] | None = None,
+    description: str | None = None,
 ):
     """
     Parse `argv` (default: the command line) into one instance of every dataclass.
 
     The first argument may be a YAML file of options. Options on the command line override the file, and both override
     `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so
-    far, and these override `defaults`.
+    far, and these override `defaults`. `description` is what `--help` says before the options, in its own lines.
 
     Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there
     twice, or has a value of another type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {name: kind for dataclass_type in dataclass_types for name, kind in _kinds_of(dataclass_type).items()}
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser(
+        dataclass_types,
+        usage="%(prog)s [CONFIG.yaml] [--option value ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
     parser.set_defaults(**(defaults or {}))
     options: dict[str, yaml.Node] = {}
     if argv and not argv[0].startswith("-"):
@@ -58,6 +64,10 @@ def parse_config_and_options(
         chosen = choose_defaults(parser.parse_known_args(argv)[0])
         parser.set_defaults(**{name: value for name, value in chosen.items() if name not in options})
     return parser.parse_args_into_dataclasses(argv)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every option with its default, after a description that keeps its lines."""
 
 
 def option_names(argv: list[str]) -> set[str]:

@@ -202,7 +202,11 @@ class TrainingParts:
 
 
 def parse_options(
-    *script_types: type, argv: list[str] | None = None, defaults: dict | None = None, writes: bool = True
+    *script_types: type,
+    argv: list[str] | None = None,
+    defaults: dict | None = None,
+    description: str | None = None,
+    writes: bool = True,
 ) -> tuple:
     """
     The dataclasses of a script, filled, and then its `COTSTrainingArguments`: see `parse_config_and_options`.
@@ -220,6 +224,7 @@ def parse_options(
         argv=argv,
         defaults=defaults,
         choose_defaults=starting_defaults if has_model else None,
+        description=description,
     )
     if has_model:
         options = next(each for each in script_args if isinstance(each, ModelArguments))
@@ -385,14 +390,14 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
     if not trains and options.model is None:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
-        raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use run_pretraining.py.")
+        raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use cots-train.")
     for name in ("image_size", "temperature", "projection_hidden_size", "standardize_features"):
         if not trains and getattr(options, name) is not None:
             raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint goes on with a training, and this run only measures: give `model`.")
     if not trains and args.push_to_hub:
-        raise ValueError("push_to_hub pushes what was trained, and this run only measures: use push_to_hub.py.")
+        raise ValueError("push_to_hub pushes what was trained, and this run only measures: use cots-export.")
     return zero_shot_protocol
 
 

@@ -24,8 +24,8 @@ WITHOUT_SOURCE = {"dataset", "output_dir", "logging_steps", "save_strategy", "sa
 
 def script_of(config: Path):
     """The script that the configuration's own command names."""
-    name = re.search(r"examples/(run_\w+)\.py examples/configs/" + config.name, config.read_text()).group(1)
-    return importlib.import_module(name)
+    name = re.search(r"examples/run_(\w+)\.py examples/configs/" + config.name, config.read_text()).group(1)
+    return importlib.import_module(f"modeling_cots.scripts.{name}")
 
 
 def parse(config: Path, *options: str):

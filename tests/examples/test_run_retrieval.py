@@ -15,6 +15,7 @@ from script_runs import script_runner
 
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.evaluation.retrieval_metrics import PROTOCOLS
+from modeling_cots.scripts import retrieval
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,7 +155,7 @@ def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, 
     """By what the images show, not by the ids that the code goes by: a candidate counts if it is another image."""
     queue_size, history, checked = 8, [], []
 
-    class Watching(run_retrieval.COTSTrainer):
+    class Watching(retrieval.COTSTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             self.colors = inputs["pixel_values"][:, 0, 0, 0].clone()
             loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -183,7 +184,7 @@ def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, 
                     checked.append(sum(slot is not None and abs(slot - color) <= 1e-3 for slot in slots))
             return logits, drift
 
-    monkeypatch.setattr(run_retrieval, "COTSTrainer", Watching)
+    monkeypatch.setattr(retrieval, "COTSTrainer", Watching)
     run(
         paint(tmp_path / "data", form),
         max_steps=6,

@@ -20,6 +20,7 @@ from modeling_cots import COTSModel, COTSTrainingArguments
 from modeling_cots.data import skip_report
 from modeling_cots.data.scenes.moving import sample_moving_scenes, write_moving_scenes
 from modeling_cots.evaluation.retrieval_metrics import PROTOCOLS
+from modeling_cots.scripts import video_retrieval
 from modeling_cots.scripts.command_line import parse_config_and_options
 
 ROOT = Path(__file__).parents[2]
@@ -232,17 +233,17 @@ def test_refuses_bad_input_before_training(run, clips, tmp_path):
 
 def test_the_recipe_of_the_supplement_value_by_value():
     """Lu et al., CVPR 2022, supplement: what it states for MSR-VTT; the script's own defaults say the same."""
-    types = (run_video_retrieval.ScriptArguments, COTSTrainingArguments)
+    types = (video_retrieval.ScriptArguments, COTSTrainingArguments)
     recipe = ROOT / "examples" / "configs" / "msrvtt.yaml"
     cpu = ["--use_cpu", "true"]
-    options, args = parse_config_and_options(*types, argv=[str(recipe), *cpu], defaults=run_video_retrieval.DEFAULTS)
+    options, args = parse_config_and_options(*types, argv=[str(recipe), *cpu], defaults=video_retrieval.DEFAULTS)
     assert (options.num_frames, options.temperature, options.protocol) == (16, 0.05, "msrvtt-full")
     assert (args.learning_rate, args.weight_decay, args.optim) == (5e-5, 0.02, "adamw_torch_fused")
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 48
     assert (args.momentum, args.queue_size) == (0.99, 1444) and args.queue_size % 48 != 0
     assert (args.lr_hold_epochs, args.lr_scheduler_type, args.warmup_steps) == (1, "linear", 0)
     bare = ["--dataset", "MSRVTT", "--output_dir", "runs/msrvtt", *cpu]
-    _, defaults = parse_config_and_options(*types, argv=bare, defaults=run_video_retrieval.DEFAULTS)
+    _, defaults = parse_config_and_options(*types, argv=bare, defaults=video_retrieval.DEFAULTS)
     for name in ("learning_rate", "weight_decay", "momentum", "queue_size", "lr_hold_epochs", "num_train_epochs"):
         assert getattr(defaults, name) == getattr(args, name), name
     for name in ("per_device_train_batch_size", "kl_weight", "cmvm_weight", "cmlm_weight", "adaptive_filter"):
