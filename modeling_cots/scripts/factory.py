@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig, encoder_sides
@@ -292,7 +293,7 @@ def set_image_size(processor: COTSProcessor, config: COTSConfig) -> None:
     height, width = config.image_size
     for part in (processor.image_processor, getattr(processor, "video_processor", None)):
         if part is not None:
-            part.size = {"height": height, "width": width}
+            part.size = SizeDict(height=height, width=width)  # as the classes hold it
 
 
 def build_image_tokenizer(
