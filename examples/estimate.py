@@ -84,6 +84,7 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
         temperature=script_args.temperature,
         projection_hidden_size=script_args.projection_hidden_size,
         standardize_features=script_args.standardize_features,
+        image_pooling=script_args.image_pooling,
     )
     if is_bert_base:
         config.text_config = BertConfig()

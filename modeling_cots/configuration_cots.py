@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 PAPER_IMAGE_SIZE = 384  # supplement: "ViT-B/16, 384 x 384"; ViTConfig's own default is 224
+IMAGE_POOLINGS = "cls", "cls_mean"
 
 
 @strict
@@ -35,6 +36,10 @@ class COTSConfig(PreTrainedConfig):
         standardize_features (`bool`, defaults to `False`):
             Whether each dimension of the encoders' global features is centered and divided by its standard deviation
             before the projection. The model carries both numbers as buffers; `COTSTrainer` fits them to its data.
+        image_pooling (`str`, defaults to `"cls"`):
+            The global image feature: `"cls"`, the output at [CLS] (supplement), or `"cls_mean"`, that and the mean of
+            the patches' outputs behind it, twice as long. Encoders that were pre-trained without captions, such as
+            DINOv2, hold much of what an image shows in its patches.
         temperature (`float`, defaults to 0.05):
             Similarities are divided by it (supplement). It is fixed, not learned.
         image_vocab_size (`int`, defaults to 8192):
@@ -70,6 +75,7 @@ class COTSConfig(PreTrainedConfig):
     projection_dim: int = 256
     projection_hidden_size: int | None = None
     standardize_features: bool = False
+    image_pooling: str = "cls"
     temperature: float | int = 0.05
     image_vocab_size: int = 8192
     initializer_range: float | int = 0.02
@@ -91,6 +97,8 @@ class COTSConfig(PreTrainedConfig):
         """Raise `ValueError` for values that no model can be built from."""
         if not self.temperature > 0:
             raise ValueError(f"`temperature` divides the similarities and must be positive, got {self.temperature}.")
+        if self.image_pooling not in IMAGE_POOLINGS:
+            raise ValueError(f"`image_pooling` must be one of {', '.join(IMAGE_POOLINGS)}, got {self.image_pooling}.")
         for name in ("projection_dim", "image_vocab_size", "projection_hidden_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -102,6 +110,11 @@ class COTSConfig(PreTrainedConfig):
                     f"vision_config.image_size ({image_side}) must be a multiple of vision_config.patch_size "
                     f"({patch_side}), such as {max(1, round(image_side / patch_side)) * patch_side}."
                 )
+
+    @property
+    def image_feature_size(self) -> int:
+        """Length of the global image feature."""
+        return (2 if self.image_pooling == "cls_mean" else 1) * self.vision_config.hidden_size
 
     @property
     def patch_size(self) -> tuple[int, int]:

@@ -288,7 +288,7 @@ class COTSModel(COTSPreTrainedModel):
         self.max_text_length = max_text_length(self.text_model)
         self.vision_model = build_vision_encoder(config.vision_config, use_mask_token)
         self.text_projection = build_projection(config.text_config.hidden_size, config)
-        self.vision_projection = build_projection(config.vision_config.hidden_size, config)
+        self.vision_projection = build_projection(config.image_feature_size, config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -339,7 +339,7 @@ class COTSModel(COTSPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """The vision encoder's output; its `pooler_output` is the [CLS] vector (B, vision hidden size)."""
+        """The vision encoder's output; its `pooler_output` is the global image feature (B, `image_feature_size`)."""
         if not pixel_values.is_floating_point():  # encoders would cast raw pixels, which are far out of range
             raise ValueError(
                 f"`pixel_values` must be normalized floats, as the processor gives; got {pixel_values.dtype}."
@@ -352,10 +352,19 @@ class COTSModel(COTSPreTrainedModel):
         outputs = self.vision_model(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.last_hidden_state[:, 0],
+            pooler_output=self._pool(outputs.last_hidden_state, pixel_values.shape[-2:]),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
+
+    def _pool(self, hidden_states: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
+        """The global image feature (B, `image_feature_size`) of the encoder's output at all tokens (B, L, H)."""
+        if self.config.image_pooling == "cls":
+            return hidden_states[:, 0]
+        rows, columns = (side // patch for side, patch in zip(image_size, self.config.patch_size, strict=True))
+        # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
+        patches = hidden_states[:, hidden_states.shape[1] - rows * columns :]
+        return torch.cat([hidden_states[:, 0], patches.mean(dim=1)], dim=1)
 
     # What the public functions below share. Only those return a tuple where `return_dict` asks for one.
 

@@ -72,7 +72,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
         text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
         self.cots = COTSModel(config, use_mask_token=True)
         self.text_to_image = nn.Linear(text_size, vision_size)
-        self.image_to_text = nn.Linear(vision_size, text_size)
+        self.image_to_text = nn.Linear(config.image_feature_size, text_size)
         self.cmvm_head = nn.Linear(vision_size, config.image_vocab_size)
         # BERT's MLM head, whatever the text encoder is. Not `BertOnlyMLMHead`, which keeps its output bias twice.
         self.cmlm_head = nn.Sequential(

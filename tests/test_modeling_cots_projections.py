@@ -14,6 +14,8 @@ OPTIONS = [
     {"projection_hidden_size": 24},
     {"standardize_features": True},
     {"projection_hidden_size": 24, "standardize_features": True},
+    {"image_pooling": "cls_mean"},
+    {"projection_hidden_size": 24, "standardize_features": True, "image_pooling": "cls_mean"},
 ]
 
 
@@ -27,7 +29,8 @@ def fitted(model: COTSModel) -> COTSModel:
     generator = torch.Generator().manual_seed(0)
     for projection in (model.text_projection, model.vision_projection):
         if hasattr(projection, "standardization"):
-            projection.standardization.fit_(3 + 2 * torch.randn(50, 32, generator=generator))
+            size = len(projection.standardization.mean)
+            projection.standardization.fit_(3 + 2 * torch.randn(50, size, generator=generator))
     return model
 
 
@@ -40,7 +43,11 @@ def test_the_papers_projections_are_what_they_were(tiny_config, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for name in ("projection_hidden_size", "standardize_features"):  # which an earlier version did not write
+    for name in (
+        "projection_hidden_size",
+        "standardize_features",
+        "image_pooling",
+    ):  # which an earlier version did not write
         config.pop(name, None)
     path.write_text(json.dumps(config))
     loaded = COTSModel.from_pretrained(tmp_path)
@@ -68,7 +75,8 @@ def test_embeddings_are_those_of_the_formula(tiny_config, tiny_inputs, options):
                 features = (features - projection.standardization.mean) / projection.standardization.std
             if "projection_hidden_size" in options:
                 features = F.gelu(features @ projection.hidden.weight.T + projection.hidden.bias)
-            expected = features @ projection.output.weight.T + projection.output.bias
+            output = getattr(projection, "output", projection)
+            expected = features @ output.weight.T + output.bias
             torch.testing.assert_close(embeds, expected / expected.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
 
 
@@ -115,3 +123,35 @@ def test_dimensions_that_hardly_vary_stay_small():
 def test_a_hidden_layer_of_nothing_is_refused(size):
     with pytest.raises(ValueError, match=f"`projection_hidden_size` must be at least 1, got {size}"):
         COTSConfig(projection_hidden_size=size)
+
+
+@pytest.mark.parametrize("model_type", ["vit", "deit", "dinov2", "dinov2_with_registers"])
+def test_the_mean_of_the_patches_leaves_out_all_other_tokens(tiny_config, tiny_inputs, model_type):
+    """Whatever an encoder puts before them: [CLS], a distillation token, registers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sides = {"image_size": tiny_config.image_size[0], "patch_size": tiny_config.patch_size[0]}
+    vision = {"model_type": model_type, **sizes, **sides}
+    config = COTSConfig(text_config=tiny_config.text_config, vision_config=vision, image_pooling="cls_mean")
+    model, pixels = COTSModel(config).eval(), tiny_inputs["pixel_values"]
+    with torch.no_grad():
+        hidden, pooled = model.vision_model(pixels).last_hidden_state, model.run_vision_model(pixels).pooler_output
+    num_before = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1 + 4}[model_type]
+    assert hidden.shape[1] == num_before + (sides["image_size"] // sides["patch_size"]) ** 2
+    expected = torch.cat([hidden[:, 0], hidden[:, num_before:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-6)
+    assert config.image_feature_size == pooled.shape[1] == 64
+
+
+def test_masked_words_are_predicted_from_the_whole_image_feature(tiny_config, tiny_inputs):
+    model = COTSForPreTraining(with_options(tiny_config, image_pooling="cls_mean"))
+    assert model.image_to_text.in_features == 2 * tiny_config.vision_config.hidden_size
+    ids = tiny_inputs["input_ids"]
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    places[:, 1] = True
+    output = model(**tiny_inputs, masked_input_ids=ids, masked_token_pos=places)
+    assert len(output.text_token_logits) == len(ids)
+
+
+def test_refuses_another_pooling():
+    with pytest.raises(ValueError, match="`image_pooling` must be one of cls, cls_mean, got mean"):
+        COTSConfig(image_pooling="mean")

@@ -122,7 +122,10 @@ def describe_projection(config) -> str:
     """The projections from features to embeddings as a phrase for a card."""
     hidden = config.projection_hidden_size
     layers = "one linear layer" if hidden is None else f"a hidden layer of {hidden} and an output layer"
-    return f"{layers} on standardized features" if config.standardize_features else layers
+    of_features = "standardized features" if config.standardize_features else "features"
+    if config.image_pooling == "cls_mean":
+        return f"{layers} on {of_features}; of images, [CLS] and the mean of the patches"
+    return f"{layers} on {of_features}" if config.standardize_features else layers
 
 
 def eval_results(

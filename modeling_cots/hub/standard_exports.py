@@ -175,6 +175,11 @@ def build_classifier(model: PreTrainedModel, labels: list[str], label_weights) -
     config.label2id = {label: index for index, label in enumerate(labels)}
     classifier = ViTForImageClassification(config).float()
     classifier.vit.load_state_dict(model.vision_model.state_dict())
+    if model.config.image_pooling != "cls":
+        raise ValueError(
+            "A standard classifier reads the output at [CLS] alone, and this model the mean of the patches as well "
+            f"(image_pooling={model.config.image_pooling}): there is no such export of it."
+        )
     layers = dense_layers(model.vision_projection)
     if len(layers) > 1:
         raise ValueError(

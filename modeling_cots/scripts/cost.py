@@ -245,7 +245,7 @@ class _FakeStep:
             parts["patch head"] = lambda: self.predict_patches(patches(), leaf(text_size, kind="text"))
         if args.cmlm_weight > 0:
             parts["text, masked"] = lambda: self.masked_texts(batch_size)
-            parts["word head"] = lambda: self.predict_words(words(), leaf(vision_size, kind="vision"))
+            parts["word head"] = lambda: self.predict_words(words(), leaf(config.image_feature_size, kind="vision"))
         with self.frozen.record():
             counts = {
                 "vision, unmasked": _count(lambda: self.embed_images(batch_size), backward=True),

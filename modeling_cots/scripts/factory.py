@@ -41,7 +41,11 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
-OF_WEIGHTS = ("projection_hidden_size", "standardize_features")  # what a checkpoint cannot be given another value of
+OF_WEIGHTS = (
+    "projection_hidden_size",
+    "standardize_features",
+    "image_pooling",
+)  # what a checkpoint cannot be given another value of
 MAIN = "main"  # the branch that a Hub id without a revision means
 LATEST: Mapping[str, str] = {}  # revisions of no option: every Hub id means its branch main
 
@@ -62,7 +66,8 @@ def build_config(
     Args:
         revisions: The branch, tag or commit of each Hub id, by the name of the argument.
         image_size: Side of the images, where it is not that of the checkpoint, the encoder or the file.
-        fields: `temperature`, `projection_hidden_size` and `standardize_features` of [`COTSConfig`], or `None`.
+        fields: Of [`COTSConfig`]: `temperature`, `projection_hidden_size`, `standardize_features`, `image_pooling`; or
+            `None`.
 
     Raises `ValueError` where two sources differ, with both values, and for values that no model can be built from.
     """
@@ -261,6 +266,7 @@ def _from_encoders(text_model, vision_model, config: COTSConfig, tokenizer, num_
         projection_dim=config.projection_dim,
         projection_hidden_size=config.projection_hidden_size,
         standardize_features=config.standardize_features,
+        image_pooling=config.image_pooling,
         initializer_range=config.initializer_range,
         tie_word_embeddings=config.tie_word_embeddings,
         temperature=config.temperature,

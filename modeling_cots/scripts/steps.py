@@ -140,6 +140,13 @@ class ModelArguments:
             "data, before the projections. Not in the paper."
         },
     )
+    image_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "The global image feature: `cls`, the output at [CLS] (the paper), or `cls_mean`, and the mean of "
+            "the patches' outputs."
+        },
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     text_model_revision: str | None = field(default=None, metadata={"help": "That of `text_model`."})
     vision_model_revision: str | None = field(default=None, metadata={"help": "That of `vision_model`."})
@@ -267,6 +274,7 @@ def read_config(options: ModelArguments) -> COTSConfig:
         temperature=options.temperature,
         projection_hidden_size=options.projection_hidden_size,
         standardize_features=options.standardize_features,
+        image_pooling=options.image_pooling,
     )
     if is_from_scratch(options):
         set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
@@ -391,7 +399,7 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use cots-train.")
-    for name in ("image_size", "temperature", "projection_hidden_size", "standardize_features"):
+    for name in ("image_size", "temperature", "projection_hidden_size", "standardize_features", "image_pooling"):
         if not trains and getattr(options, name) is not None:
             raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:

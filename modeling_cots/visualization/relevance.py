@@ -69,18 +69,23 @@ def image_relevance(model, pixel_values: torch.Tensor, text_targets: torch.Tenso
     """
     _check_mode(model)
     with torch.inference_mode(False), torch.enable_grad():
+        rows, columns = (
+            side // patch for side, patch in zip(pixel_values.shape[-2:], model.config.patch_size, strict=True)
+        )
         pixel_values = pixel_values.clone().requires_grad_()  # so that a frozen model has gradients as well
         outputs = model.get_image_features(pixel_values, output_attentions=True, return_dict=True, **kwargs)
         attentions = _attentions(outputs)
         scores = _scores(model, outputs.pooler_output, text_targets)
-        cls_row = torch.zeros(attentions[0].shape[0], attentions[0].shape[-1], device=pixel_values.device)
-        cls_row[:, 0] = 1  # the global image feature is the output at [CLS]
-        relevance = _relevance(scores, attentions, cls_row)
-    rows, columns = (
-        side // patch_side for side, patch_side in zip(pixel_values.shape[-2:], model.config.patch_size, strict=True)
-    )
-    # Without the tokens before the patches: [CLS], and in some encoders a distillation token or registers.
-    return relevance[..., relevance.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
+        # Without the tokens before the patches: [CLS], and in some encoders a distillation token or registers.
+        first_patch = attentions[0].shape[-1] - rows * columns
+        pooled = torch.zeros(attentions[0].shape[0], attentions[0].shape[-1], device=pixel_values.device)
+        pooled[:, 0] = 1  # the global image feature is the output at [CLS],
+        if model.config.image_pooling == "cls_mean":  # and the mean of those at the patches: either is half of it
+            pooled[:, 0], pooled[:, first_patch:] = 0.5, 0.5 / (rows * columns)
+        relevance = _relevance(scores, attentions, pooled)
+        if model.config.image_pooling == "cls_mean":  # the identity that R starts from adds the same to every patch
+            relevance = (relevance - pooled.unsqueeze(1)).clamp(min=0)
+    return relevance[..., first_patch:].unflatten(-1, (rows, columns))
 
 
 def text_relevance(

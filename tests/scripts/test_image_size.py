@@ -192,6 +192,8 @@ def test_projections_of_the_options_and_of_no_other_source(folders, tmp_path):
         read_config(ModelArguments(model=folders["cots"], projection_hidden_size=24))
     with pytest.raises(ValueError, match="standardize_features is True and False in .*cots: leave it out"):
         read_config(ModelArguments(model=folders["cots"], standardize_features=True))
+    with pytest.raises(ValueError, match="image_pooling is cls_mean and cls in .*cots: leave it out"):
+        read_config(ModelArguments(model=folders["cots"], image_pooling="cls_mean"))
     assert read_config(ModelArguments(model=folders["cots"], standardize_features=False)).image_size == (32, 32)
     path = write(tmp_path, {"projection_hidden_size": 12})
     with pytest.raises(ValueError, match="projection_hidden_size is 24 and 12 in the model_config"):

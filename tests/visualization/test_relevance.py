@@ -71,6 +71,26 @@ def test_image_maps_equal_a_slow_twin_in_float64(model, tiny_inputs, targets):
         torch.testing.assert_close(fast[row, column].flatten().double(), twin[0, 1:], rtol=1e-4, atol=1e-7)
 
 
+def test_image_maps_of_the_mean_of_patches_equal_a_slow_twin_in_float64(tiny_config, tiny_inputs, targets):
+    """Half of the global image feature is [CLS], and half the mean of the patches, whose rows of R count alike."""
+    tiny_config.image_pooling = "cls_mean"
+    torch.manual_seed(0)
+    tiny_config.temperature = 0.5
+    model = build(tiny_config)
+    fast = image_relevance(model, tiny_inputs["pixel_values"], targets)
+    exact = copy.deepcopy(model).double()
+    inputs, target = {"pixel_values": tiny_inputs["pixel_values"][:1].double()}, targets[0, 1].double()
+
+    def pool(states):
+        return torch.cat([states[:, 0], states[:, 1:].mean(dim=1)], dim=1)
+
+    twin = slow_twin(exact.vision_model, pool, exact.vision_projection, inputs, target, temperature=0.5)
+    size = len(twin)
+    expected = 0.5 * twin[0] + 0.5 * (twin - torch.eye(size, dtype=torch.float64))[1:].mean(dim=0)
+    assert expected[1:].max() > 1e-4
+    torch.testing.assert_close(fast[0, 1].flatten().double(), expected[1:], rtol=1e-4, atol=1e-7)
+
+
 def test_text_maps_equal_a_slow_twin_in_float64(model, tiny_inputs, targets):
     fast = text_relevance(model, tiny_inputs["input_ids"], tiny_inputs["attention_mask"], targets)
     assert fast.shape == (4, 3, 7)
