@@ -32,6 +32,7 @@ from .tables import count_captions
 logger = logging.get_logger(__name__)
 
 MAX_NAMES = 10  # in one warning
+HELD_OUT_SEED = 0  # whatever the seed of the training is
 
 
 def open_pairs(
@@ -169,6 +170,28 @@ class PairDataset(Dataset):
             printable(os.path.join(self._root or "", os.fsdecode(paths[row]))) if paths[row] else f"row {row}"
             for row in rows
         ]
+
+    def hold_out(self, share: float, most: int) -> tuple["PairDataset", "PairDataset"]:
+        """
+        The rest, and a share of the images (at most `most`), drawn once for all: the same in every run.
+
+        An image takes all of its captions along. Raises `ValueError` for fewer than two images.
+        """
+        if len(self) < 2:
+            raise ValueError(f"Nothing can be held out of {len(self)} image: give more, or --eval_split none.")
+        number = min(most, max(1, round(share * len(self))), len(self) - 1)
+        order = np.random.default_rng(HELD_OUT_SEED).permutation(len(self))
+        parts = np.sort(order[number:]), np.sort(order[:number])
+        rest, held_out = (
+            PairDataset(
+                self._table,
+                [self._rows[self._starts[item] : self._starts[item + 1]].tolist() for item in items],
+                self._root,
+                self._seeds.seed,
+            )
+            for items in parts
+        )
+        return rest, held_out
 
     @cached_property
     def others(self) -> OtherColumns:

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from ..evaluation.report import format_report
 from ..training.trainer import COTSTrainer
+from .held_out import hold_out_if_missing
 from .steps import (
     DataArguments,
     ModelArguments,
@@ -53,7 +54,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("shuffle_buffer belongs to --streaming; without it everything is shuffled.")
     else:
         train_dataset = open_split(script_args, script_args.train_split, **opening)
-    eval_dataset = open_split(held_out_options(script_args), script_args.eval_split, **opening)
+    eval_options = held_out_options(script_args)
+    if script_args.eval_dataset is None:
+        train_dataset, eval_dataset = hold_out_if_missing(eval_options, train_dataset, **opening)
+    else:
+        eval_dataset = open_split(eval_options, script_args.eval_split, **opening)
 
     # 3. Tokenizers, model and processor, made to agree.
     parts = build_parts(script_args, config, args, train_dataset)

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from ..evaluation.results import check_test_set
 from ..training.trainer import COTSTrainer
+from .held_out import hold_out_if_missing
 from .steps import (
     DataArguments,
     MeasuringArguments,
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     # 2. The data.
     opening = {"image_size": config.image_size[0], "seed": args.data_seed}
     train_dataset = open_split(script_args, script_args.train_split, **opening)
-    eval_dataset = open_split(script_args, script_args.eval_split, **opening)
+    train_dataset, eval_dataset = hold_out_if_missing(script_args, train_dataset, **opening)
     check_test_set(eval_dataset, script_args.protocol)
     eval_dataset.name += f" {script_args.eval_split}"
 
