@@ -28,6 +28,7 @@ from modeling_cots.scripts.command_line import option_names
 from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config
+from modeling_cots.scripts.kmeans_fitting import KMEANS
 from modeling_cots.scripts.steps import parse_options
 
 SCRIPTS = {"run_pretraining": pretraining, "run_retrieval": retrieval, "run_video_retrieval": video_retrieval}
@@ -89,6 +90,11 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
     if is_bert_base:
         config.text_config = BertConfig()
     shapes = {"text_length": script_args.max_text_length, "num_frames": getattr(script_args, "num_frames", None)}
+    if args.cmvm_weight > 0 and script_args.image_tokenizer.startswith(KMEANS):
+        raise ValueError(
+            "The cost of image tokens by k-means is not counted: give --image_tokenizer none, as for tokens that "
+            "examples/tokenize_images.py has made once."
+        )
     if script_args.image_tokenizer in TOKENIZER_WIDTHS:
         shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
     return estimate_training_cost(config, args, **shapes)

@@ -8,17 +8,24 @@ files with the unchanged images, their captions, and their tokens, 2 bytes for e
 if they fit, and refuses them otherwise: they are those of the whole image, so that images must not be cropped, and
 belong to one image tokenizer, image size and patch size. After an interruption, run the same command again: it writes
 what is missing.
+
+Without the dVAE's weights take `--image_tokenizer kmeans:MODEL`: k-means over the patch features of a vision encoder,
+whose centers are saved in photos_tokenized/image_tokenizer.
 """
 
 import argparse
 
 import torch
+from torch.utils.data import Dataset
 
+from modeling_cots import COTSConfig, ImageTokenizer
 from modeling_cots.data.image_token_writing import TokenWriter
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
+from modeling_cots.method.kmeans_tokenizer import KMeansImageTokenizer
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import MAIN, build_config, build_image_tokenizer
+from modeling_cots.scripts.kmeans_fitting import KMEANS, VOCAB_SIZE, find_or_fit
 
 
 def main() -> None:
@@ -40,7 +47,9 @@ def main() -> None:
     parser.add_argument("--vision_model_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--image_size", type=int, help="side of the images, if not that of the model, as in training")
     parser.add_argument(
-        "--image_tokenizer", default="facebook/flava-image-codebook", help="Hub id or folder of the dVAE, or `random`"
+        "--image_tokenizer",
+        default="facebook/flava-image-codebook",
+        help="Hub id or folder of the dVAE; kmeans:MODEL, fitted to the data and saved in output_dir; or random",
     )
     parser.add_argument("--image_tokenizer_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--mirrored", action="store_true", help="also of flipped images, for horizontal_flip")
@@ -59,15 +68,14 @@ def main() -> None:
     config = build_config(
         args.model, args.model_config, None, args.vision_model, revisions, image_size=args.image_size
     )
-    image_tokenizer = build_image_tokenizer(
-        args.image_tokenizer, None, config.image_vocab_size, args.image_tokenizer_revision or MAIN
-    )
     columns = {
         name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column", "dataset_config")
     }
     dataset = open_dataset(
         args.dataset, args.split, image_size=config.image_size[0], revision=args.dataset_revision, **columns
     )
+
+    image_tokenizer = build(args, config, dataset)
 
     # 2. The tokens.
     writer = TokenWriter(
@@ -83,6 +91,23 @@ def main() -> None:
     # 3. What to do with them.
     print(f"{len(dataset):,} images with their tokens are in {len(paths)} files of {args.output_dir}.")
     print(f"Train with `--dataset {args.output_dir} --min_crop_scale 1`.")
+
+
+def build(args: argparse.Namespace, config: COTSConfig, dataset: Dataset) -> ImageTokenizer | KMeansImageTokenizer:
+    revision = args.image_tokenizer_revision or MAIN
+    if not args.image_tokenizer.startswith(KMEANS):
+        return build_image_tokenizer(args.image_tokenizer, None, config.image_vocab_size, revision)
+    raw = [0.0] * 3, [1.0] * 3  # of pixels that nothing has normalized
+    return find_or_fit(
+        args.image_tokenizer,
+        dataset,
+        config,
+        VOCAB_SIZE,
+        *raw,
+        args.output_dir,
+        revision=revision,
+        device=args.device,
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ THIRD_PARTY = {
 }
 # Each of these may be missing, and is imported in the files that are named alone: one reads videos, one writes them.
 OPTIONAL = {
-    "faiss": {"search/faiss_vectors.py"},
+    "faiss": {"search/faiss_vectors.py", "scripts/kmeans_fitting.py"},
     "pymilvus": {"search/milvus_store.py"},
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
     "matplotlib": {"visualization/figures.py"},

@@ -6,6 +6,7 @@ that do not fit are refused, with both sizes.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from ..configuration_cots import COTSConfig, encoder_sides
 from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
 from ..image_processing_cots import COTSImageProcessor
 from ..method.image_tokenizer import ImageTokenizer
+from ..method.kmeans_tokenizer import CENTERS_NAME, KMeansImageTokenizer
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
@@ -304,14 +306,17 @@ def set_image_size(processor: COTSProcessor, config: COTSConfig) -> None:
 
 def build_image_tokenizer(
     name_or_path: str, processor: COTSProcessor | None, vocab_size: int, revision: str = MAIN
-) -> ImageTokenizer:
+) -> ImageTokenizer | KMeansImageTokenizer:
     """
-    The dVAE given by id or folder; for "random", a random codebook of `vocab_size` tokens, with a warning.
+    The dVAE, given by id or folder, or what k-means has made of a vision encoder, by folder; for "random", a random
+    codebook of `vocab_size` tokens, with a warning.
 
     It takes pixels that `processor` has normalized. Without a processor it takes raw pixels only.
     """
     settings = None if processor is None else processor.image_processor
     mean, std = ([0.0] * 3, [1.0] * 3) if settings is None else (settings.image_mean, settings.image_std)
+    if (Path(name_or_path) / CENTERS_NAME).is_file():
+        return KMeansImageTokenizer.from_pretrained(name_or_path, mean, std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
         return ImageTokenizer.from_pretrained(name_or_path, mean, std, revision)
     logger.warning(

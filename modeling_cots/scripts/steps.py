@@ -17,6 +17,7 @@ from ..evaluation.results import stated_zero_shot_protocol, write_results
 from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS, PROTOCOLS
 from ..hub.model_card import write_card_of_measured
 from ..method.image_tokenizer import ImageTokenizer
+from ..method.kmeans_tokenizer import KMeansImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
 from ..training.arguments import COTSTrainingArguments
@@ -31,6 +32,7 @@ from .factory import (
     build_tokenizer,
     set_image_size,
 )
+from .kmeans_fitting import KMEANS, VOCAB_SIZE, find_or_fit
 from .output_folder import check_output_dir
 from .starting_point import (
     describe_start,
@@ -114,8 +116,9 @@ class ModelArguments:
     image_tokenizer: str = field(
         default="facebook/flava-image-codebook",
         metadata={
-            "help": "Hub id or folder of the dVAE, or `random` for a small randomly initialized codebook, or `none` "
-            "to load none and trust the image tokens that the data set brings along."
+            "help": "Hub id or folder of the dVAE; or `kmeans:MODEL` for k-means over the patch features of a vision "
+            "encoder, fitted to the data's first images; or `random` for a small randomly initialized codebook; or "
+            "`none` to load none and trust the image tokens that the data set brings along."
         },
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
@@ -205,7 +208,7 @@ class TrainingParts:
 
     model: COTSForPreTraining
     processor: COTSProcessor
-    image_tokenizer: ImageTokenizer | None
+    image_tokenizer: ImageTokenizer | KMeansImageTokenizer | None
 
 
 def parse_options(
@@ -370,9 +373,7 @@ def build_parts(
         set_image_size(processor, config)
     image_tokenizer = None
     if args.cmvm_weight > 0 and options.image_tokenizer != "none":
-        image_tokenizer = build_image_tokenizer(
-            options.image_tokenizer, processor, config.image_vocab_size, revisions.get("image_tokenizer", MAIN)
-        )
+        image_tokenizer = _build_image_tokenizer(options, config, args, processor, train_dataset)
     model = build_model(
         model=options.model,
         text_model=options.text_model,
@@ -385,6 +386,27 @@ def build_parts(
         revisions=revisions,
     )
     return TrainingParts(model, processor, image_tokenizer)
+
+
+def _build_image_tokenizer(options: ModelArguments, config: COTSConfig, args, processor, train_dataset):
+    revision = options.revisions.get("image_tokenizer", MAIN)
+    if not options.image_tokenizer.startswith(KMEANS):
+        return build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size, revision)
+    given = {} if options.model_config is None else read_json(options.model_config)
+    is_set = options.model is not None or "image_vocab_size" in given
+    settings = processor.image_processor
+    with args.main_process_first(desc="fitting image tokens"):
+        return find_or_fit(
+            options.image_tokenizer,
+            train_dataset,
+            config,
+            config.image_vocab_size if is_set else VOCAB_SIZE,
+            settings.image_mean,
+            settings.image_std,
+            args.output_dir,
+            revision=revision,
+            device=args.device,
+        )
 
 
 def check_measuring(options, args: COTSTrainingArguments) -> str:
