@@ -50,6 +50,7 @@ _LAZY_NAMES = {
     "export_repository": "hub_export",
     "export_text_encoder": "hub.standard_exports",
     "export_zero_shot_classifier": "hub.standard_exports",
+    "load_clip_benchmark": "evaluation.clip_benchmark",
     "open_pairs": "data.pairs",
     "push_folder": "hub_push",
 }
