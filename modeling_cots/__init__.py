@@ -46,6 +46,7 @@ _LAZY_NAMES = {
     "SearchIndex": "search.index",
     "ScenesDataset": "data.scenes.still",
     "compile_layers": "training.layer_compiling",
+    "export_browser_demo": "search.browser_demo",
     "export_onnx": "hub.onnx_export",
     "export_repository": "hub_export",
     "export_text_encoder": "hub.standard_exports",

@@ -30,15 +30,15 @@ def skip_without_browser() -> None:
 
 
 @contextmanager
-def open_browser(width: int, height: int = 900):
-    """A Chromium with a window of this many CSS pixels, and a fresh profile."""
+def open_browser(width: int, height: int = 900, flags: tuple[str, ...] = ()):
+    """A Chromium with a window of this many CSS pixels, a fresh profile, and these flags beside the usual ones."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which(CHROMIUM)
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         browser = webdriver.Chrome(options=options, service=Service(shutil.which(DRIVER)))
         try:
