@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 # Weights of an earlier push, which would be loaded beside the new weights or in place of them: they are deleted.
 STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json", f"{ONNX_FOLDER}/*.onnx"]
+# In a Space, the files of an earlier page, which `search/browser_demo.py` wrote.
+STALE_PAGE = ["encoders/*", "collection/*", "runtime/*"]
 
 
 class HubPushError(RuntimeError):
@@ -79,6 +81,7 @@ def push_folder(
     overwrite_card: bool = False,
     commit_message: str = "Upload COTS model",
     token: str | bool | None = None,
+    space_sdk: str | None = None,
 ) -> CommitInfo:
     """
     Push a folder as one commit into a repository, which is created if there is none.
@@ -92,34 +95,47 @@ def push_folder(
         tag: Name of this version, to load it by: `from_pretrained(repo_id, revision=tag)`.
         overwrite_card: Replace the card in the repository even if it was edited.
         token: By default that of the environment or of `hf auth login`.
+        space_sdk: Push to a Space of this kind, such as "static", instead of a model's repository.
 
     Raises `ValueError` for a tag that exists, and for `private=True` with a public repository. Raises
     [`HubPushError`] for a token without the right to write, and for a network that fails. The same push can then be
     made again: large files that have arrived are not sent twice.
     """
     api = HfApi(token=token)
+    kind = {"repo_type": "model" if space_sdk is None else "space"}
     with _failures_explained(repo_id):
-        repo_id = open_repository(api, repo_id, private)
-        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
+        repo_id = open_repository(api, repo_id, private, space_sdk=space_sdk)
+        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id, **kind).tags):
             raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another, or delete that one first.")
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keeps_card = not overwrite_card and _has_edited_card(api, repo_id, revision)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
+        version = {"revision": revision, **kind}
+        keeps_card = not overwrite_card and _has_edited_card(api, repo_id, **version)
         if keeps_card:
             logger.warning(f"{repo_id} keeps its own card, which was edited there; `overwrite_card` replaces it.")
+        present = api.list_repo_files(repo_id, **version)
         # Not `upload_folder`, which splits an upload that takes minutes into several commits.
         commit = api.create_commit(
             repo_id,
-            _operations(api, Path(folder), repo_id, revision, skipped={CARD_NAME} if keeps_card else set()),
+            _operations(
+                Path(folder),
+                present,
+                stale=STALE_WEIGHTS if space_sdk is None else STALE_PAGE,
+                skipped={CARD_NAME} if keeps_card else set(),
+            ),
             commit_message=commit_message,
-            revision=revision,
+            **version,
         )
         if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, **kind)
         return commit
 
 
-def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, skipped: set[str]) -> list:
+def _operations(folder: Path, present: list[str], stale: list[str], skipped: set[str]) -> list:
+    """
+    What a push changes: files of `folder` but for those `skipped` are added or replaced; of the files `present` in the
+    repository, those are deleted that fit a pattern of `stale` and are not in `folder`.
+    """
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     # Without hidden files and `__pycache__`, where git and caches keep what is private.
     paths = {
@@ -127,13 +143,9 @@ def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None, sk
         for name, file in files.items()
         if not any(part[0] == "." or part == "__pycache__" for part in name.parts)
     }
-    stale = [
-        name
-        for name in api.list_repo_files(repo_id, revision=revision)
-        if name not in paths and any(fnmatch(name, pattern) for pattern in STALE_WEIGHTS)
-    ]
     added = [CommitOperationAdd(name, path) for name, path in paths.items() if name not in skipped]
-    return added + [CommitOperationDelete(name) for name in stale]
+    old = [name for name in present if name not in paths and any(fnmatch(name, pattern) for pattern in stale)]
+    return added + [CommitOperationDelete(name) for name in old]
 
 
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
@@ -144,18 +156,27 @@ def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
         return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
-def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Create a repository if there is none; return its full id. Raises `ValueError` for a public one if `private`."""
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
+def open_repository(api: HfApi, repo_id: str, private: bool | None, space_sdk: str | None = None) -> str:
+    """
+    Create a repository, or a Space, if there is none; return its full id.
+
+    Raises `ValueError` for a public one if `private`, and for a Space of another kind than `space_sdk`.
+    """
+    kind = {"repo_type": "model" if space_sdk is None else "space"}
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=space_sdk, **kind).repo_id
+    info = api.repo_info(repo_id, **kind) if private or space_sdk is not None else None
+    if private and not info.private:
         raise ValueError(f"{repo_id} exists and everybody sees it: make it private in its settings first.")
+    if space_sdk is not None and info.sdk not in (None, space_sdk):
+        raise ValueError(f"The Space {repo_id} is one of {info.sdk}, and not {space_sdk}: choose another name.")
     return repo_id
 
 
-def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+def _has_edited_card(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> bool:
+    version = {"revision": revision, "repo_type": repo_type}
+    if not api.file_exists(repo_id, CARD_NAME, **version):
         return False
-    path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=api.token)
+    path = hf_hub_download(repo_id, CARD_NAME, token=api.token, **version)
     return not is_untouched(Path(path).read_text(encoding="utf-8", errors="replace"))
 
 

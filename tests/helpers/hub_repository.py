@@ -80,6 +80,7 @@ class Repository:
     def __init__(self, id: str, private: bool = False):
         self.id = id
         self.private = private
+        self.sdk: str | None = None  # of a Space
         self.blobs: dict[str, bytes] = {}  # git's SHA-1 -> content
         self.objects: dict[str, bytes] = {}  # SHA-256 -> content of a large file
         self.commits: dict[str, Commit] = {}

@@ -5,8 +5,9 @@ accounts and tokens, creating and deleting repositories, private ones, preupload
 commits, tags, branches, trees, model info, and resolve with range requests. Large files lie behind signed addresses of
 a second server, which is another origin, as the Hub's storage is: a client that sends its token there is caught.
 
-Data sets and models share ids and routes. Not here: pull requests, spaces, and xet. The client uses xet for every
-upload if `hf_xet` is installed, whatever the server says, unless `HF_HUB_DISABLE_XET` is set; `hub_client.py` sets it.
+Models, data sets and Spaces share ids and routes. Not here: pull requests, running Spaces, and xet. The client uses
+xet for every upload if `hf_xet` is installed, whatever the server says, unless `HF_HUB_DISABLE_XET` is set;
+`hub_client.py` sets it.
 """
 
 import base64
@@ -29,7 +30,7 @@ TOKENS = {
     STRANGERS_TOKEN: Account("stranger", can_write=True),
 }
 REPO = r"(?P<repo>[^/]+/[^/]+)"
-MODEL = f"/api/(?:models|datasets)/{REPO}"
+MODEL = f"/api/(?:models|datasets|spaces)/{REPO}"
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
@@ -123,13 +124,13 @@ class HubServer:
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request, account: Account | None):
         payload = request.json()
-        if payload.get("type", "model") not in ("model", "dataset"):
-            raise HubError(501, "This hub has models and data sets only")
+        if payload.get("type", "model") not in ("model", "dataset", "space"):
+            raise HubError(501, f"This hub has no {payload['type']}s")
         self.hub.writer(account, payload.get("organization") or account and account.user)
         id = f"{payload.get('organization') or account.user}/{payload['name']}"
         facts = {"url": f"{self.url}/{id}", "name": id}
         try:
-            self.hub.create(id, account, payload.get("visibility") == "private")
+            self.hub.create(id, account, payload.get("visibility") == "private").sdk = payload.get("sdk")
         except HubError as error:
             if error.status != 409:
                 raise
@@ -161,6 +162,7 @@ class HubServer:
             "sha": commit.id,
             "lastModified": commit.date,
             "private": repository.private,
+            "sdk": repository.sdk,
             "tags": [],
             "siblings": [sibling_info(path, file) for path, file in sorted(commit.files.items())],
             **card_fields(card),
@@ -207,7 +209,7 @@ class HubServer:
         wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
         return [file_info(path, files[path]) for path in wanted if path in files]
 
-    @route("GET", f"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route("GET", f"/(?:datasets/|spaces/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, request: Request, account: Account | None, repo: str, revision: str, path: str):
         repository = self.hub.find(repo, account)
         try:
@@ -243,7 +245,7 @@ class HubServer:
             ]
         }
 
-    @route("POST", f"/(?:datasets/)?{REPO}[.]git/info/lfs/objects/batch")
+    @route("POST", f"/(?:datasets/|spaces/)?{REPO}[.]git/info/lfs/objects/batch")
     def lfs_batch(self, request: Request, account: Account | None, repo: str):
         repository = self.hub.find(repo, account, to_write=True)
         objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in request.json()["objects"]]
