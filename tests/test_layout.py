@@ -47,8 +47,8 @@ OPTIONAL = {
     "pymilvus": {"search/milvus_store.py"},
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
     "matplotlib": {"visualization/figures.py"},
-    "onnx": {"hub/onnx_export.py"},
-    "onnxruntime": {"hub/onnx_export.py", "onnx_cots.py"},
+    "onnx": {"hub/onnx_export.py", "hub/transformers_js.py"},
+    "onnxruntime": {"hub/onnx_export.py", "hub/transformers_js.py", "onnx_cots.py"},
 }
 
 

@@ -32,6 +32,7 @@ from ..hub_export import CARD_NAME, check_processor, cots_model_of, is_untouched
 from ..onnx_cots import DTYPES, METADATA, ONNX_FOLDER, COTSOnnxModel, model_file
 from .identity import model_identity
 from .standard_exports import save_tokenizer, standard_image_processor
+from .transformers_js import merge_encoders
 
 logger = transformers_logging.get_logger(__name__)
 
@@ -145,7 +146,8 @@ def export_onnx(
         model: A [`COTSModel`] or [`COTSForPreTraining`].
         processor: Its [`COTSProcessor`].
         folder: A repository of the same model, or a new folder. Its `config.json` stays; where there is none, one of
-            type `clip` is written, which runtimes without custom code know.
+            type `clip` is written, which runtimes without custom code know, and both encoders in one graph as well,
+            `onnx/model.onnx`, for the pipeline of transformers.js.
         images: Validation images, as the processor takes them; every text searches them, and they search the texts.
         texts: Validation captions.
         model_id: Where the card's example loads the model from; by default the folder's name.
@@ -168,11 +170,19 @@ def export_onnx(
         shutil.rmtree(folder / ONNX_FOLDER, ignore_errors=True)
         (temporary / ONNX_FOLDER).rename(folder / ONNX_FOLDER)
     _write_preprocessor(processor, folder)
-    if not (folder / "config.json").exists():
+    if not _is_whole_model(folder):
         save_tokenizer(model, processor.tokenizer, folder)
         write_json(folder / "config.json", clip_config(model))
+        for dtype in DTYPES:
+            merge_encoders(folder, dtype, model.config.temperature)
     _write_card(folder, variants, queries, folder.name if model_id is None else model_id)
     return variants
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether the folder is a model's repository, and not new or an earlier export."""
+    path = folder / "config.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("model_type") != "clip"
 
 
 def _check_queries(images: Sequence | None, texts: Sequence[str] | None) -> tuple[list, list[str]] | None:
@@ -449,7 +459,15 @@ text_embeds = model.encode_text(**model.tokenize(["two dogs run in the snow"]))
 print(text_embeds.shape)  # encode_image(model.prepare_images([image])) likewise, of PIL images
 ```
 
-transformers.js loads the same files by its `dtype` "fp32", "fp16", "int8" and "q8".
+transformers.js loads the same files by its `dtype` "fp32", "fp16", "int8" and "q8":
+
+```js
+import {{ AutoTokenizer, CLIPTextModelWithProjection }} from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("{model_id}");
+const model = await CLIPTextModelWithProjection.from_pretrained("{model_id}", {{ dtype: "q8" }});
+const {{ text_embeds }} = await model(tokenizer(["two dogs run in the snow"], {{ padding: true, truncation: true }}));
+```
 """
 MEASURED = (
     "Measured on {images:,} images and {texts:,} texts of the validation data, against the model in float32: the\n"

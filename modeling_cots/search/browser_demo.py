@@ -25,14 +25,16 @@ from ..hub.onnx_export import export_onnx
 from ..hub_export import CARD_NAME, mark_generated
 from ..hub_push import processor_of, push_folder
 from ..modeling_cots import COTSModel
+from ..onnx_cots import model_file
 from ..processing_cots import COTSProcessor
 from .embedding import THUMBNAIL_SIDE, Embedder, ImageFolder, entry_names
 
 PAGE = Path(__file__).parent / "browser_page"
 SPACE_CARD = Path(__file__).parent / "browser_space.md"
-# The suffix of the encoders' files for each precision, and what GPUs compute in: half precision where they have it.
-SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_int8"}
+# What CPUs and GPUs compute in; GPUs in half precision where they have it. The 8-bit files are those for CPUs without
+# VNNI instructions, which no browser uses.
 CPU_DTYPES, GPU_DTYPES = ("float32", "int8"), ("float16", "float32")
+ONNX_DTYPES = {"int8": "quantized"}
 NUM_EXAMPLES = 4
 MAX_TOKENS = 512  # of encoders and tokenizers without an end: a visitor types at most 300 characters
 LABELS = ("a photograph of people", "an animal", "food", "a building", "a landscape")  # where there are no captions
@@ -257,12 +259,12 @@ def _write_encoders(model, processor, folder: Path, dtype: str) -> dict[str, dic
     encoders: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         export_onnx(model, processor, temporary)
-        for encoder, name in (("text", "text_model"), ("image", "vision_model")):
+        for encoder, role in (("text", "text"), ("image", "vision")):
             encoders[encoder] = {}
             for precision in dict.fromkeys((dtype, *GPU_DTYPES)):
-                file = f"{name}{SUFFIXES[precision]}.onnx"
-                shutil.copyfile(Path(temporary, "onnx", file), folder / file)
-                encoders[encoder][precision] = f"{folder.name}/{file}"
+                source = Path(temporary, model_file(role, ONNX_DTYPES.get(precision, precision)))
+                shutil.copyfile(source, folder / source.name)
+                encoders[encoder][precision] = f"{folder.name}/{source.name}"
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(Path(temporary, name), folder / name)
     return encoders

@@ -110,11 +110,11 @@ def test_pushes_a_static_space_and_replaces_an_earlier_page(model, photos, own_h
     own_hub.run(export_and_push, str(SCRIPT), repo_id, ["--model", model, "--images", photos, "--dtype", "int8"])
     space = own_hub.run(look_up, repo_id)
     assert space["sdk"] == "static" and json.loads(space["demo"])["dtype"] == "int8"
-    assert {"index.html", "README.md", "sw.js", "encoders/text_model_int8.onnx"} <= set(space["files"])
+    assert {"index.html", "README.md", "sw.js", "encoders/text_model_quantized.onnx"} <= set(space["files"])
     second = ["--model", model, "--images", photos, "--output_dir", str(tmp_path / "page")]
     own_hub.run(export_and_push, str(SCRIPT), repo_id, second)
     files = own_hub.run(look_up, repo_id)["files"]
-    assert "encoders/text_model.onnx" in files and "encoders/text_model_int8.onnx" not in files
+    assert "encoders/text_model.onnx" in files and "encoders/text_model_quantized.onnx" not in files
 
 
 def test_refuses_what_is_no_page_and_a_space_of_another_kind(own_hub, tmp_path):
