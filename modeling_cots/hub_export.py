@@ -269,6 +269,18 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
     return mark_generated(text)
 
 
+def link_space(card: str, space_id: str) -> str:
+    """The card with one line below its title that links a Space in which the model can be tried."""
+    line = f"[Try it in your browser](https://huggingface.co/spaces/{space_id})."
+    generated = is_untouched(card)
+    text = unmarked(card) if generated else card
+    text = re.sub(r"\[Try it in your browser\]\(https://huggingface\.co/spaces/[\w./-]+\)\.\n+", "", text)
+    title = re.match(r"(?s:---\n.*?\n---\n)?(?s:.*?)^# .*\n+", text, re.MULTILINE)
+    place = len(text) if title is None else title.end()
+    text = f"{text[:place].rstrip()}\n\n{line}\n\n{text[place:]}"
+    return mark_generated(text) if generated else text
+
+
 def copy_card_images(card: str, source: Path, target: Path) -> None:
     """Copy the images that a card shows: files in `source` (its folder) whose relative paths stand in its text."""
     for name in set(re.findall(r"[\w./-]+\.(?:png|jpe?g|webp)", card)):
@@ -291,6 +303,7 @@ __all__ = [
     "copy_card_images",
     "export_repository",
     "is_untouched",
+    "link_space",
     "mark_generated",
     "rename_card",
 ]

@@ -25,7 +25,14 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from without_package import run_without_package
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSModel, COTSProcessor, COTSVideoProcessor
-from modeling_cots.hub_export import cots_model_of, export_repository, is_untouched, mark_generated, rename_card
+from modeling_cots.hub_export import (
+    cots_model_of,
+    export_repository,
+    is_untouched,
+    link_space,
+    mark_generated,
+    rename_card,
+)
 
 FILES = {
     "README.md",
@@ -195,6 +202,17 @@ def test_the_examples_of_a_generated_card_follow_the_repository():
 
 
 # ------------------------------------------------------------------------------------------------------ loading
+
+
+def test_a_card_links_one_space_below_its_title():
+    card = "---\n# a comment\nlicense: mit\n---\n\nBefore.\n\n# Title\n\nText.\n\n```python\n# code\n```\n"
+    line = "[Try it in your browser](https://huggingface.co/spaces/{}).\n\n"
+    expected = card.replace("# Title\n\n", "# Title\n\n" + line)
+    assert link_space(card, "me/first") == expected.format("me/first")
+    assert link_space(link_space(card, "me/first"), "me/second.page") == expected.format("me/second.page")
+    generated = link_space(link_space(mark_generated(card), "me/first"), "me/second")
+    assert is_untouched(generated) and line.format("me/second") in generated and "first" not in generated
+    assert link_space("Only text.", "me/first") == "Only text.\n\n" + line.format("me/first")
 
 
 def test_loads_with_the_package_without_trust(model, folder, tiny_processor):

@@ -177,3 +177,12 @@ def test_onnx_files_go_into_the_repository_or_into_one_of_their_own(run, trained
 def test_options_of_onnx_files_alone_are_refused(run, trained, tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
         run(model=trained, output_dir=tmp_path / "out", **options)
+
+
+def test_the_card_links_a_space(run, trained, tmp_path):
+    run(model=trained, output_dir=tmp_path / "model", space="you/search-page")
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "# Measured\n\n[Try it in your browser](https://huggingface.co/spaces/you/search-page)." in card
+    assert is_untouched(card)
+    with pytest.raises(ValueError, match="--space must name a Space as owner/name, got 'search page'"):
+        run(model=trained, output_dir=tmp_path / "other", space="search page")

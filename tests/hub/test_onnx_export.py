@@ -91,7 +91,7 @@ def test_every_variant_stands_beside_and_has_unit_length(tiny_processor, tmp_pat
     model = build_model()
     export_onnx(model, tiny_processor, tmp_path)
     files = {path.name for path in (tmp_path / "onnx").iterdir()}
-    assert files == {f"{name}_model{suffix}.onnx" for name in ("text", "vision") for suffix in DTYPES.values()}
+    assert files == {f"{name}model{suffix}.onnx" for name in ("text_", "vision_", "") for suffix in DTYPES.values()}
     input_ids, attention_mask = random_text(3, 9)
     with torch.no_grad():
         expected = model.encode_text(input_ids, attention_mask).numpy()
