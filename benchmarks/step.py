@@ -168,7 +168,7 @@ class Step:
             "text, masked": self.with_backward(
                 lambda: cots.run_text_model(batch["masked_input_ids"], mask).last_hidden_state
             ),
-            "momentum encoders": lambda: trainer.objective.momentum_encode(batch),
+            "momentum encoders": lambda: trainer.cots_objective.momentum_encode(batch),
             "image tokenizer": lambda: trainer.image_tokenizer(pixels, self.config.patch_size),
             "contrast and KL": self.with_backward(self.contrast),
             "patch head": self.with_backward(self.patch_head()),
@@ -187,7 +187,7 @@ class Step:
         return run
 
     def contrast(self) -> torch.Tensor:
-        objective, size = self.trainer.objective, self.sizes.batch
+        objective, size = self.trainer.cots_objective, self.sizes.batch
         query = torch.zeros(size, self.config.projection_dim, device=self.device, requires_grad=True)
         gathered, local = objective.gather(query.detach(), query.detach(), self.batch)
         logits, _ = objective.contrast(query, query, gathered, local)

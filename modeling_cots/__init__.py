@@ -52,6 +52,7 @@ _LAZY_NAMES = {
     "export_text_encoder": "hub.standard_exports",
     "export_zero_shot_classifier": "hub.standard_exports",
     "load_clip_benchmark": "evaluation.clip_benchmark",
+    "lora_config": "training.adapters",
     "open_pairs": "data.pairs",
     "push_folder": "hub_push",
 }

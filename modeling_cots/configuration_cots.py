@@ -4,12 +4,15 @@ The training constants of the paper (momentum, queue length, loss weights, filte
 `COTSTrainingArguments`.
 """
 
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+# The layers of queries and values in all encoders that COTS may have, by the ends of their names.
+ADAPTED_LAYERS = ["query", "value", "q_proj", "v_proj", "query_proj", "value_proj", "q_lin", "v_lin", "q", "v", "Wqkv"]
 PAPER_IMAGE_SIZE = 384  # supplement: "ViT-B/16, 384 x 384"; ViTConfig's own default is 224
 IMAGE_POOLINGS = "cls", "cls_mean"
 
@@ -93,6 +96,10 @@ class COTSConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here a plain ValueError; the strict dataclass wraps what it calls itself
 
+    def to_dict(self) -> dict[str, Any]:
+        _name_adapted_layers()
+        return super().to_dict()
+
     def validate_architecture(self):
         """Raise `ValueError` for values that no model can be built from."""
         if not self.temperature > 0:
@@ -125,6 +132,19 @@ class COTSConfig(PreTrainedConfig):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the vision encoder is built for, in pixels."""
         return encoder_sides(self.vision_config, "image_size")
+
+
+def _name_adapted_layers() -> None:
+    """
+    Tell peft, where it is in use, which layers an adapter without `target_modules` goes to in a COTS model.
+
+    peft has no way to ask the model: it looks into tables by `model_type`, right after it has called `to_dict` for
+    that. Queries and values are its own choice for BERT (tests/training/test_adapters.py).
+    """
+    tables = vars(sys.modules.get("peft.utils.constants", object)).items()
+    for name, table in list(tables):
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and table.get("bert") == ["query", "value"]:
+            table.setdefault(COTSConfig.model_type, list(ADAPTED_LAYERS))
 
 
 def encoder_sides(config: PreTrainedConfig, name: str) -> tuple[int, int]:

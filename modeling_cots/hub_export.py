@@ -137,13 +137,15 @@ def export_repository(
 
 
 def cots_model_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The [`COTSModel`] in a model: without heads, and without the mask token that pre-training adds.
+    """The [`COTSModel`] in a model: without heads and the mask token that pre-training adds, with adapters merged.
 
     Raises `ValueError` for a model that is not COTS.
     """
     if getattr(model.config, "model_type", None) != "cots":
         raise ValueError(f"This exports COTS models, got {type(model).__name__}.")
-    cots = model.base_model
+    if hasattr(model, "get_base_model"):  # of peft
+        model = model.get_base_model()
+    cots = _with_adapters_merged(model.base_model)
     with torch.device("meta"):  # only for the names: some encoders have a mask token without pre-training, too
         names = type(cots)(copy.deepcopy(cots.config)).state_dict().keys()
     weights = cots.state_dict()
@@ -152,6 +154,31 @@ def cots_model_of(model: PreTrainedModel) -> PreTrainedModel:
     copied = type(cots)(copy.deepcopy(cots.config)).to(cots.dtype)
     copied.load_state_dict({name: weights[name] for name in names})
     return copied
+
+
+def _with_adapters_merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with adapters of peft, in which their layers are plain ones again; others as they are."""
+    if not any(_is_of_adapter(module) for module in model.modules()):
+        return model
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        if not _is_of_adapter(module):
+            continue
+        if hasattr(module, "unload_and_optionally_merge_module"):  # a layer that trained whole
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            module.merge()
+            plain = module.get_base_layer()
+        owner, _, last = name.rpartition(".")
+        setattr(merged.get_submodule(owner), last, plain)
+    if getattr(merged, "_hf_peft_config_loaded", False):  # else it would be saved as adapters
+        merged._hf_peft_config_loaded = False
+    vars(merged).pop("peft_config", None)
+    return merged
+
+
+def _is_of_adapter(module: torch.nn.Module) -> bool:
+    return hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "get_base_layer")
 
 
 def check_processor(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:

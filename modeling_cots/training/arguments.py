@@ -184,6 +184,13 @@ class COTSTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
+    def check(self) -> None:
+        """Raise `ValueError` for values that no run can use; they may have been set since the arguments were made."""
+        check_numbers(self)
+        check_base_arguments(self)
+        self._check_ranges()
+        self._check_base_arguments()
+
     def _check_ranges(self) -> None:
         if not self.max_key_drift > 0:
             raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}.")

@@ -13,23 +13,29 @@ from ..data.video_collators import COTSVideoDataCollator
 from ..encoders_cots import check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
+from .adapters import pretraining_model_of
 from .arguments import COTSTrainingArguments
-from .base_arguments import check_measure
+from .base_arguments import REFUSED, check_measure
 from .processes import check_launch
 
 # Parts of `transformers.Trainer` that COTSTrainer has its own of, and why they must be left out.
 REFUSED_PARTS = {
-    "model_init": "the momentum copy is of one model: give `model`",
     "compute_loss_func": "the loss is COTSObjective's",
     "compute_metrics": "evaluation measures retrieval",
     "preprocess_logits_for_metrics": "evaluation measures retrieval",
 }
 
 
-def check_setup(model, args: COTSTrainingArguments, processor) -> None:
-    """Raise `ValueError` for a model, arguments, a launch or a tokenizer that COTS cannot be trained with."""
-    if not isinstance(model, COTSForPreTraining):
-        raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(model).__name__}.")
+def check_model(model, processor) -> None:
+    """Raise `ValueError` for a model that COTS cannot train, or whose vocabulary does not fit the tokenizer."""
+    inner = pretraining_model_of(model)
+    if not isinstance(inner, COTSForPreTraining):
+        raise ValueError(f"COTSTrainer trains a COTSForPreTraining, got {type(inner).__name__}.")
+    check_vocabulary(processor.tokenizer, inner.config)
+
+
+def check_setup(args: COTSTrainingArguments | None, processor) -> None:
+    """Raise `ValueError` for arguments, a launch or a missing processor that COTS cannot be trained with."""
     if not isinstance(args, COTSTrainingArguments):
         raise ValueError(f"COTSTrainer needs COTSTrainingArguments, got {type(args).__name__}.")
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -40,7 +46,6 @@ def check_setup(model, args: COTSTrainingArguments, processor) -> None:
     check_launch(args)
     if processor is None:
         raise ValueError("COTSTrainer needs the COTSProcessor as `processing_class`.")
-    check_vocabulary(processor.tokenizer, model.config)
 
 
 def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
@@ -58,6 +63,27 @@ def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
             "its own buffer: leave it out, or open the stream with shuffle_buffer=0."
         )
     check_measure(args, parts.get("eval_dataset"))
+
+
+def check_trial(trial) -> None:
+    """Raise `ValueError` for a trial of a search over arguments that training would ignore."""
+    for name in getattr(trial, "params", trial):
+        if name in REFUSED:
+            raise ValueError(f"There is nothing to search for in {name}: {REFUSED[name]}.")
+
+
+def search_measure(args: COTSTrainingArguments, eval_dataset) -> tuple[str, str]:
+    """
+    The measure that trials of a search are compared by, and whether to "maximize" or to "minimize" it.
+
+    Raises `ValueError` where several data sets are evaluated and no measure is chosen.
+    """
+    name = args.metric_for_best_model
+    if name is None and isinstance(eval_dataset, dict):
+        raise ValueError("With several data sets, set metric_for_best_model: by which measure are trials compared?")
+    name = "eval_recall_sum" if name is None else name
+    best = "minimize" if name.endswith("_rank") else "maximize"
+    return (name if name.startswith("eval_") else f"eval_{name}"), best
 
 
 def check_batches(loader, dataset, args: COTSTrainingArguments) -> None:

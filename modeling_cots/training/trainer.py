@@ -6,6 +6,7 @@ checkpoints, the refusal of a step, and the Hub.
 """
 
 import os
+from operator import itemgetter
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -24,6 +25,15 @@ from ..hub_push import full_repo_id
 from ..method.image_tokenizer import ImageTokenizer
 from ..method.momentum import MomentumState
 from ..modeling_cots_pretraining import COTSForPreTraining
+from .adapters import (
+    ADAPTER_WEIGHTS_NAME,
+    check_adapters,
+    export_adapters,
+    has_adapters,
+    load_adapters_,
+    pretraining_model_of,
+    save_adapters,
+)
 from .arguments import ADAM, COTSTrainingArguments
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
@@ -47,11 +57,14 @@ from .setup import (
     build_training_collator,
     check_batches,
     check_encoder_learning_rate,
+    check_model,
     check_parts,
     check_setup,
+    check_trial,
     choose_image_tokens,
     encoder_parameters,
     freeze_unused_parameters,
+    search_measure,
 )
 from .standardization import fit_standardization_, needs_fitting
 from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
@@ -73,7 +86,8 @@ class COTSTrainer(Trainer):
     Trains a [`COTSForPreTraining`] with the four losses of COTS; everything else is `transformers.Trainer`.
 
     Args:
-        model ([`COTSForPreTraining`]): The model, already loaded.
+        model ([`COTSForPreTraining`], *optional*):
+            The model, already loaded; with adapters of peft too, wrapped by `get_peft_model` or made by `add_adapter`.
         args ([`COTSTrainingArguments`]): Training arguments.
         train_dataset: Items as `open_pairs` and `ScenesDataset` give them, one item an image; or those of
             `open_videos`, whose embeddings take the place of the images' in losses, queues and momentum copy; or a
@@ -86,6 +100,8 @@ class COTSTrainer(Trainer):
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
         eval_protocol (`str`, *optional*): One of `PROTOCOLS`, by which `eval_dataset` is measured.
         data_collator (*optional*): Replaces [`COTSDataCollator`] in training.
+        model_init (*optional*): A function that makes the model, in place of `model`: every call of `train` begins
+            with a new one, and `hyperparameter_search` needs it. It may take the trial as its argument.
 
     Raises `ValueError` at construction for a model, tokenizer or launch mode that the method cannot work with.
     """
@@ -95,46 +111,81 @@ class COTSTrainer(Trainer):
 
     def __init__(
         self,
-        model: COTSForPreTraining,
-        args: COTSTrainingArguments,
+        model: COTSForPreTraining | None = None,
+        args: COTSTrainingArguments | None = None,
         *,
         image_tokenizer: ImageTokenizer | None = None,
         max_text_length: int = 64,
         eval_protocol: str | None = None,
         data_collator=None,
         processing_class=None,
+        model_init=None,
         **kwargs,
     ):
-        check_setup(model, args, processing_class)
+        check_setup(args, processing_class)
         check_parts(args, kwargs)
-        token_source, image_tokenizer = choose_image_tokens(
-            kwargs.get("train_dataset"), model, args, image_tokenizer, has_own_collator=data_collator is not None
-        )
+        if (model is None) == (model_init is None):
+            raise ValueError("COTSTrainer needs a model, or model_init, which makes one: give one of the two.")
+        self.args, self.processing_class, self.train_dataset = args, processing_class, kwargs.get("train_dataset")
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
         self.example_retrievals: ExampleRetrievals | None = None  # of the last evaluation, to be shown
-        if data_collator is None:
-            data_collator = build_training_collator(
-                kwargs.get("train_dataset"), model.config, args, processing_class, max_text_length, token_source
-            )
+        self._given_image_tokenizer, self._given_collator = image_tokenizer, data_collator
+        if model is not None:
+            self._check_model(model)
         super().__init__(
-            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            model_init=model_init,
+            **kwargs,
         )
         check_not_sharded(bool(args.fsdp or args.deepspeed) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
         set_timeout(args)
+        self.pixel_normalizer = PixelNormalizer(processing_class).to(args.device)
+        self._build_method()
+        self._warned_of: set[str] = set()
+        self.recall_is_chance: bool | None = None  # of the last evaluation; None where that cannot be told
+        self.stream_loader = None
+        self.filter_log = None if args.filter_log is None else FilterLog(args.filter_log, args.process_index)
+        self.checkpoints = RunCheckpoints(args, self.accelerator)
+        self._scale_before_step: float | None = None
+        self._first_step_of_epoch = 0
+        self._answer_events()
+
+    def _check_model(self, model: COTSForPreTraining) -> None:
+        """Raise `ValueError` for a model that cannot be trained; find where its image tokens come from."""
+        check_model(model, self.processing_class)
+        self._token_source, self.image_tokenizer = choose_image_tokens(
+            self.train_dataset,
+            pretraining_model_of(model),
+            self.args,
+            self._given_image_tokenizer,
+            has_own_collator=self._given_collator is not None,
+        )
+
+    def _build_method(self) -> None:
+        """What belongs to one model and the arguments as they are: its collator, momentum copy, queues and losses."""
+        args, model = self.args, pretraining_model_of(self.model)
+        if self._given_collator is None:
+            self.data_collator = build_training_collator(
+                self.train_dataset, model.config, args, self.processing_class, self.max_text_length, self._token_source
+            )
         freeze_unused_parameters(model, args)
         self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
         check_encoder_learning_rate(model, args)
         self._tell_what_is_frozen()
         self._fit_standardization()
+        check_adapters(self.model)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
-        self.image_tokenizer = None if image_tokenizer is None else image_tokenizer.to(args.device)
-        self.pixel_normalizer = PixelNormalizer(processing_class).to(args.device)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.to(args.device)
         if args.compile_layers:
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
-        self.objective = COTSObjective(
+        self.cots_objective = COTSObjective(
             model,
             self.momentum_state.encoder.model,
             self.queue,
@@ -144,17 +195,51 @@ class COTSTrainer(Trainer):
             self.frozen,
         )
         self.training_log = TrainingLog()
-        self.queue_freshness = QueueFreshness(self.objective)
-        self._warned_of: set[str] = set()
-        self.recall_is_chance: bool | None = None  # of the last evaluation; None where that cannot be told
-        self.stream_loader = None
-        self.filter_log = None if args.filter_log is None else FilterLog(args.filter_log, args.process_index)
+        self.queue_freshness = QueueFreshness(self.cots_objective)
         self.finite_check = FiniteCheck(args.max_skipped_fraction)
         self.step_snapshot = StepSnapshot(self.queue, args.device)
-        self.checkpoints = RunCheckpoints(args, self.accelerator)
-        self._scale_before_step: float | None = None
-        self._first_step_of_epoch = 0
-        self._answer_events()
+
+    def call_model_init(self, trial=None) -> COTSForPreTraining:
+        model = super().call_model_init(trial)
+        self._check_model(model)
+        return model
+
+    def _hp_search_setup(self, trial) -> None:
+        """At the start of every `train`: what `model_init` made is another model, and a trial has other arguments."""
+        super()._hp_search_setup(trial)
+        if self.model_init is None:  # what was frozen when the trainer was made may train now
+            self.momentum_state.encoder.separate_(pretraining_model_of(self.model).cots)
+            return
+        if trial is not None:
+            check_trial(trial)
+            self.args.check()
+            self._check_model(self.model)
+        self._build_method()
+
+    def hyperparameter_search(
+        self, hp_space=None, compute_objective=None, n_trials: int = 20, direction=None, **options
+    ):
+        """
+        As the base class does, on models of `model_init`; the names of a search space are those of the arguments.
+
+        Without `compute_objective`, trials are compared by `metric_for_best_model`, or by the sum of recalls, and the
+        direction follows from it. Raises `ValueError` without `model_init` or `eval_dataset`, for another direction,
+        and for values that no run could use.
+        """
+        if self.model_init is None:
+            raise ValueError(
+                "A search makes a new model in every trial: give COTSTrainer model_init in place of model."
+            )
+        if self.eval_dataset is None:
+            raise ValueError("COTSTrainer needs an eval_dataset to compare trials by.")
+        if compute_objective is None:
+            measure, best = search_measure(self.args, self.eval_dataset)
+            if direction not in (None, best):
+                raise ValueError(f"{measure} is to be {best}d: leave direction={direction} out.")
+            direction, compute_objective = best, itemgetter(measure)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, "minimize" if direction is None else direction, **options
+        )
 
     def _tell_what_is_frozen(self) -> None:
         frozen = self.frozen.describe()
@@ -166,9 +251,10 @@ class COTSTrainer(Trainer):
 
     def _fit_standardization(self) -> None:
         """Of a new model, before it is copied; every process does the same, and a resumed run loads what it was."""
-        if self.train_dataset is not None and needs_fitting(self.model.cots):
+        cots = pretraining_model_of(self.model).cots
+        if self.train_dataset is not None and needs_fitting(cots):
             fit_standardization_(
-                self.model.cots,
+                cots,
                 self.train_dataset,
                 self.processing_class,
                 batch_size=self.args.eval_batch_size,
@@ -261,14 +347,14 @@ class COTSTrainer(Trainer):
         """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
         if model.training:
             self.frozen.eval_()
-        result = self.objective(model, inputs, self.state.global_step)
+        result = self.cots_objective(model, inputs, self.state.global_step)
         self.training_log.add(result, self.queue)
         if model.training:
             self.finite_check.add(result.losses, result.logits, inputs)
             if self.filter_log is not None:
                 self.filter_log.add(self.state.global_step + 1, result, inputs)
             self.queue_freshness.add(inputs, result)
-            self.objective.push(result)
+            self.cots_objective.push(result)
         return (result.loss, result.model_output) if return_outputs else result.loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -352,7 +438,7 @@ class COTSTrainer(Trainer):
         if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
             self.optimizer._is_overflow = True
         if not self.accelerator.optimizer_step_was_skipped:
-            self.momentum_state.encoder.update_(self.model.cots, self.objective.momentum())
+            self.momentum_state.encoder.update_(pretraining_model_of(self.model).cots, self.cots_objective.momentum())
 
     # ------------------------------------------------------------------------------------------- logging
 
@@ -463,7 +549,7 @@ class COTSTrainer(Trainer):
 
     def _embed(self, dataset, *, progress: bool = True) -> PairEmbeddings:
         return embed_pairs(
-            self.model.cots,
+            pretraining_model_of(self.model).cots,
             dataset,
             self.processing_class,
             self.accelerator,
@@ -531,12 +617,19 @@ class COTSTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
+        self._save_weights(output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        save_arguments(self.args, output_dir)
+
+    def _save_weights(self, output_dir: str, state_dict: dict | None) -> None:
+        """The model; of one with adapters, these alone."""
+        if has_adapters(self.model):
+            save_adapters(self.model, output_dir)
+            return
         # Checkpoints keep the names of the running model: Trainer resumes with `load_state_dict(strict=False)`, to
         # which the legacy names that `save_pretrained` writes by default are unknown, so that the vision encoder would
         # keep its fresh weights with no more than a warning (tests/training/test_resume.py).
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
-        self.processing_class.save_pretrained(output_dir)
-        save_arguments(self.args, output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.filter_log is not None:
@@ -554,6 +647,22 @@ class COTSTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         self.step_snapshot.take_generators()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if has_adapters(self.model):
+            load_adapters_(self.model, resume_from_checkpoint)
+            return
+        if os.path.isfile(os.path.join(resume_from_checkpoint, ADAPTER_WEIGHTS_NAME)):
+            raise ValueError(
+                f"{resume_from_checkpoint} holds adapters, and this model has none: give the model the same adapters."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not has_adapters(self.model):
+            super()._load_best_model()
+            return
+        load_adapters_(self.model, self.state.best_model_checkpoint)
+
     def _issue_warnings_after_load(self, load_result) -> None:
         check_loaded_weights(load_result, self.model._tied_weights_keys)
 
@@ -563,9 +672,6 @@ class COTSTrainer(Trainer):
             self.momentum_state.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.momentum_state.encoder.separate_(
-            self.model.cots
-        )  # what was frozen when the trainer was made may train now
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.momentum_state.load(checkpoint)
@@ -573,9 +679,24 @@ class COTSTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- the Hub
 
     def export_model(self, output_dir: str) -> None:
-        """Write a complete Hub repository of the [`COTSModel`], with the card of this run (`hub_export.py`)."""
+        """
+        Write a complete Hub repository of the [`COTSModel`], with the card of this run (`hub_export.py`).
+
+        Adapters are merged into the weights; `export_adapters` writes them apart.
+        """
         if self.args.should_save:
             self._write_repository(output_dir)
+
+    def export_adapters(self, output_dir: str) -> None:
+        """
+        Write the active adapter as peft does, to be loaded onto a [`COTSModel`] of the same encoders.
+
+        Raises `ValueError` for a model without adapters.
+        """
+        if not has_adapters(self.model):
+            raise ValueError("This model has no adapters to export: export_model writes all of its weights.")
+        if self.args.should_save:
+            export_adapters(self.model, output_dir)
 
     def _write_repository(self, folder: str) -> None:
         model = cots_model_of(self.model)
@@ -644,4 +765,4 @@ class COTSTrainer(Trainer):
         """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
         if self.is_world_process_zero():
             folder = self.args.output_dir
-            self._build_card(self.model.cots, folder).save(os.path.join(folder, "README.md"))
+            self._build_card(cots_model_of(self.model), folder).save(os.path.join(folder, "README.md"))

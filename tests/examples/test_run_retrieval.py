@@ -164,7 +164,8 @@ def test_captions_of_one_image_are_never_negatives_of_each_other(run, tmp_path, 
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.contrast, self.objective.contrast = self.objective.contrast, self.checked_contrast
+            objective = self.cots_objective
+            self.contrast, objective.contrast = objective.contrast, self.checked_contrast
 
         def checked_contrast(self, *args):
             logits, drift = self.contrast(*args)

@@ -110,14 +110,14 @@ def test_a_run_logs_exactly_what_it_leaves_out(make_trainer, tmp_path):
     dataset = ScenesDataset("train", 24, 32)
     trainer = make_trainer(train_dataset=dataset, filter_log=log, **ARGUMENTS)
     decisions = []
-    original = trainer.objective.filter
+    original = trainer.cots_objective.filter
 
     def noting(scores, valid):
         keep, threshold = original(scores, valid)
         decisions.append((trainer.state.global_step + 1, keep, scores, threshold))
         return keep, threshold
 
-    trainer.objective.filter = noting
+    trainer.cots_objective.filter = noting
     trainer.train()
     expected = [
         (step, pytest.approx(float(score)), float(threshold))

@@ -81,8 +81,8 @@ def test_similarities_and_losses_are_float32_under_autocast(make_trainer, monkey
         monkeypatch.setattr(objective, name, noting(name))
     trainer = make_trainer(**{precision: True})
     scores = []
-    original = trainer.objective.filter
-    trainer.objective.filter = lambda s, valid: (scores.append(s.dtype), original(s, valid))[1]
+    original = trainer.cots_objective.filter
+    trainer.cots_objective.filter = lambda s, valid: (scores.append(s.dtype), original(s, valid))[1]
     trainer.train()
     assert seen == dict.fromkeys(seen, {torch.float32})
     assert len(seen) == 4

@@ -145,7 +145,7 @@ def test_candidates_are_fresh_keys_of_other_images_and_captions(make_trainer, ma
     queue.pair_ids[11] = 1
     queue.fresh_keys.num_fresh.fill_(num_fresh)
     model, tau = trainer.model.eval(), trainer.model.config.temperature
-    result = trainer.objective(model, batch, 0)
+    result = trainer.cots_objective(model, batch, 0)
     slow = trainer.momentum_state.encoder.model
     sides = {
         "i2t": (result.model_output.image_embeds, slow.encode_text(batch["input_ids"], batch["attention_mask"])),
@@ -179,7 +179,7 @@ def test_pairs_that_could_not_be_read_have_no_part_in_the_drift(make_trainer):
     model = trainer.model.eval()
     whole, fewer = batch_of(trainer, range(6)), batch_of(trainer, range(4))
     whole["valid"][4:] = False
-    drifts = [trainer.objective(model, batch, 0).key_drift.item() for batch in (whole, fewer)]
+    drifts = [trainer.cots_objective(model, batch, 0).key_drift.item() for batch in (whole, fewer)]
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
 
 
@@ -229,7 +229,7 @@ def test_momentum_follows_the_optimizer_and_not_the_batches(make_trainer):
 def test_momentum_rises_with_the_share_of_fresh_keys(make_trainer, num_fresh, momentum):
     trainer = make_trainer(momentum=0.8)
     trainer.queue.fresh_keys.num_fresh.fill_(num_fresh)
-    assert trainer.objective.momentum() == pytest.approx(momentum)
+    assert trainer.cots_objective.momentum() == pytest.approx(momentum)
 
 
 @pytest.mark.parametrize("num_fresh", [0, 5, 20])
@@ -237,7 +237,7 @@ def test_gradient_flows_through_keys_as_far_as_the_queue_is_not_fresh(make_train
     """Against the loss with keys cut in two: a share of their gradient, and none in the paper's way."""
     trainer = make_trainer(adaptive_filter=False, cmvm_weight=0, cmlm_weight=0, kl_weight=0)
     trainer.queue.fresh_keys.num_fresh.fill_(num_fresh)
-    batch, local, objective = batch_of(trainer, range(6)), slice(0, 6), trainer.objective
+    batch, local, objective = batch_of(trainer, range(6)), slice(0, 6), trainer.cots_objective
     queries = [F.normalize(torch.randn(6, 16), dim=1).requires_grad_(True) for _ in range(2)]
     gathered, _ = objective.gather(*(query.detach() for query in queries), batch)
 
@@ -331,7 +331,9 @@ def test_a_weight_of_0_skips_the_work_and_leaves_no_parameter_without_gradient(m
 
 def test_kl_warm_up_grows_linearly(make_trainer):
     trainer = make_trainer(kl_weight=0.8, kl_warmup_steps=4)
-    assert [trainer.objective.kl_weight(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert [trainer.cots_objective.kl_weight(step) for step in range(6)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
+    )
 
 
 def test_unreadable_images_are_counted_and_leave_no_trace(make_trainer, caplog):
@@ -461,7 +463,7 @@ def test_refuses_processes_that_know_nothing_of_each_other(make_trainer, monkeyp
     trainer = make_trainer()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched.* add --use_cpu"):
-        check_setup(trainer.model, trainer.args, trainer.processing_class)
+        check_setup(trainer.args, trainer.processing_class)
 
 
 def test_refuses_an_image_tokenizer_of_another_vocabulary(make_trainer, tiny_processor):

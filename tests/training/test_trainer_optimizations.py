@@ -68,7 +68,7 @@ def test_momentum_embeddings_in_half_precision_are_those_of_full_precision_but_f
     items = [halves.train_dataset[index] for index in range(8)]
     batch = halves._prepare_inputs(halves.data_collator(items))
     for half, whole in zip(
-        halves.objective.momentum_encode(batch), wholes.objective.momentum_encode(batch), strict=True
+        halves.cots_objective.momentum_encode(batch), wholes.cots_objective.momentum_encode(batch), strict=True
     ):
         assert not torch.equal(half.float(), whole)
         # bfloat16 has eight bits: two layers deep, a unit vector keeps its direction to a thousandth.
