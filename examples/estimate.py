@@ -73,7 +73,13 @@ def script_of(argv: list[str]):
 
 
 def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
-    """The cost of the model and the shapes that the options of a training script describe."""
+    """
+    The cost of the model and the shapes that the options of a training script describe.
+
+    Raises `ValueError` for adapters, which are not counted.
+    """
+    if script_args.lora_rank is not None:
+        raise ValueError("This counts runs that train whole encoders; LoRA needs less: leave lora_rank out.")
     is_bert_base = script_args.text_model in BERT_BASE
     config = build_config(
         script_args.model,

@@ -49,8 +49,6 @@ OPTIONAL = {
     "matplotlib": {"visualization/figures.py"},
     "onnx": {"hub/onnx_export.py", "hub/transformers_js.py"},
     "onnxruntime": {"hub/onnx_export.py", "hub/transformers_js.py", "onnx_cots.py"},
-    "onnx": {"hub/onnx_export.py"},
-    "onnxruntime": {"hub/onnx_export.py", "onnx_cots.py"},
     "peft": {"training/adapters.py"},
 }
 

@@ -10,6 +10,7 @@ the end `output_dir` is a folder that `COTSModel.from_pretrained` and `AutoProce
 what resuming needs.
 """
 
+import os
 from dataclasses import dataclass
 
 from transformers import set_seed
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     trainer.export_model(args.output_dir)
+    if script_args.lora_rank is not None:
+        trainer.export_adapters(os.path.join(args.output_dir, "adapters"))
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

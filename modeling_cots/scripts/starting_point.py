@@ -56,6 +56,11 @@ def read_json(path: str) -> dict:
 
 def name_start(options) -> str:
     """What training starts from, in a few words, as cards tell it."""
+    adapters = "" if options.lora_rank is None else f", with LoRA of rank {options.lora_rank}"
+    return _name_weights(options) + adapters
+
+
+def _name_weights(options) -> str:
     if options.model is not None:
         return f"the checkpoint {options.model}"
     if is_from_scratch(options):

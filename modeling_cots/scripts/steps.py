@@ -20,6 +20,7 @@ from ..method.image_tokenizer import ImageTokenizer
 from ..method.kmeans_tokenizer import KMeansImageTokenizer
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
+from ..training.adapters import with_lora
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
 from .command_line import option_names, parse_config_and_options
@@ -148,6 +149,13 @@ class ModelArguments:
         metadata={
             "help": "The global image feature: `cls`, the output at [CLS] (the paper), or `cls_mean`, and the mean of "
             "the patches' outputs."
+        },
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA of this rank on queries and values of pre-trained encoders, and whole only what these "
+            "do not bring along; needs peft. Not in the paper."
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
@@ -279,6 +287,11 @@ def read_config(options: ModelArguments) -> COTSConfig:
         standardize_features=options.standardize_features,
         image_pooling=options.image_pooling,
     )
+    if options.lora_rank is not None and options.model is None and None in (options.text_model, options.vision_model):
+        raise ValueError(
+            "LoRA leaves encoders frozen, so both must be pre-trained: give text_model and vision_model, or model; "
+            "or leave lora_rank out."
+        )
     if is_from_scratch(options):
         set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
     return config
@@ -385,6 +398,8 @@ def build_parts(
         with_heads=args.cmvm_weight > 0 or args.cmlm_weight > 0,
         revisions=revisions,
     )
+    if options.lora_rank is not None:
+        model = with_lora(model, args, options.lora_rank)
     return TrainingParts(model, processor, image_tokenizer)
 
 
@@ -421,7 +436,14 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use cots-train.")
-    for name in ("image_size", "temperature", "projection_hidden_size", "standardize_features", "image_pooling"):
+    for name in (
+        "image_size",
+        "temperature",
+        "projection_hidden_size",
+        "standardize_features",
+        "image_pooling",
+        "lora_rank",
+    ):
         if not trains and getattr(options, name) is not None:
             raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:

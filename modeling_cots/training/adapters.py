@@ -18,7 +18,7 @@ from torch import nn
 from .arguments import COTSTrainingArguments
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"  # peft's
 BASE_CHECKSUM = "frozen_weights_checksum"
@@ -51,6 +51,14 @@ def lora_config(args: COTSTrainingArguments, rank: int = 16, **options) -> "Lora
     if args.cmlm_weight > 0:
         modules += ["image_to_text", "cmlm_head.0"]  # the output matrix after it is that of the word embeddings
     return LoraConfig(**{"r": rank, "lora_alpha": rank, "modules_to_save": modules, **options})
+
+
+def with_lora(model: nn.Module, args: COTSTrainingArguments, rank: int) -> "PeftModel":
+    """A [`COTSForPreTraining`] with LoRA, by `lora_config`; raises `ValueError` as that does."""
+    config = lora_config(args, rank)
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
 
 
 def pretraining_model_of(model: nn.Module) -> nn.Module:

@@ -118,6 +118,25 @@ def test_a_folder_with_files_of_ones_own_stays_as_it_is(run, tmp_path):
     assert (folder / "model.safetensors").is_file() and "COTS" in (folder / "README.md").read_text()
 
 
+def test_lora_on_a_checkpoint_is_resumed_and_exported_merged_and_apart(run, tmp_path, scenes):
+    peft = pytest.importorskip("peft")
+    base = run("scenes", max_steps=1, eval_split="none", output_dir=str(tmp_path / "base"))
+    options = {"model": str(base), "lora_rank": 2, "eval_split": "none", "learning_rate": 0.05, "save_steps": 1}
+    options |= {"save_strategy": "steps", "output_dir": str(tmp_path / "lora")}
+    run("scenes", **{**options, "max_steps": 1})
+    folder = run("scenes", **options, resume_from_checkpoint="latest")
+    assert not (folder / "checkpoint-2" / "model.safetensors").exists()
+    merged, plain = (COTSModel.from_pretrained(each) for each in (folder, base))
+    apart = peft.PeftModel.from_pretrained(COTSModel.from_pretrained(base), str(folder / "adapters"))
+    ids = torch.tensor([[5, 6, 7]])
+    embeds = [model.eval().encode_text(ids) for model in (merged, apart, plain)]
+    torch.testing.assert_close(embeds[0], embeds[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(embeds[0], embeds[2], atol=1e-3)
+    assert "with LoRA of rank 2" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="both must be pre-trained"):
+        run("scenes", lora_rank=2)
+
+
 def test_takes_pre_trained_encoders_with_their_tokenizer(run, tmp_path, scenes):
     from modeling_cots.scripts.factory import train_tokenizer
 

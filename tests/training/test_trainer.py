@@ -489,12 +489,12 @@ def test_holds_the_learning_rate_and_then_lets_it_fall_linearly(make_trainer):
 def test_the_mixture_filters_by_the_queue_and_has_no_k(make_trainer):
     trainer = make_trainer(filter_rule="mixture", queue_size=40)
     queue, scores = trainer.queue, torch.tensor([0.0, 0.9, 1.0])
-    assert trainer.objective.filter(scores, torch.ones(3, dtype=torch.bool))[0].all(), "the queue is not full"
+    assert trainer.cots_objective.filter(scores, torch.ones(3, dtype=torch.bool))[0].all(), "the queue is not full"
     images = F.normalize(torch.randn(40, queue.image_embeds.shape[1]), dim=1)
     near = images[10:] + 0.1 * torch.randn(30, images.shape[1])
     texts = F.normalize(torch.cat([torch.randn(10, images.shape[1]), near]), dim=1)
     queue.push(images, texts, (images * texts).sum(dim=1), torch.arange(40))
-    keep, threshold = trainer.objective.filter(scores, torch.tensor([True, True, True]))
+    keep, threshold = trainer.cots_objective.filter(scores, torch.tensor([True, True, True]))
     expected = mixture_threshold(queue.scores, (images * texts.roll(1, dims=0)).sum(dim=1))
     assert threshold == pytest.approx(expected.item(), abs=1e-6) and keep.tolist() == [False, True, True]
     for wrong in ({"filter_rule": "mixture", "filter_num_std": 1.0}, {"filter_rule": "gmm"}):
