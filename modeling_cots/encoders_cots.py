@@ -6,7 +6,11 @@ Encoders are transformers' own. The text encoder needs `input_ids` and `last_hid
 
 import inspect
 
+import torch
+from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+
+BFLOAT16_NOTE = "Linear layers run in bfloat16, which this CPU computes faster than float32; {} overrides."
 
 
 def accepts(function, name: str) -> bool:
@@ -78,3 +82,29 @@ def copy_encoder_weights(source: PreTrainedModel, target: PreTrainedModel) -> No
         raise ValueError(
             f"The checkpoint of {type(source).__name__} lacks {len(missing)} weights of the encoder: {missing[:3]} ..."
         )
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices (AVX512 BF16 or AMX)."""
+    # No public function says it, and torch runs bfloat16 everywhere, more slowly than float32 without them.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test is not None and test() for test in tests)
+
+
+def use_bfloat16_(model: PreTrainedModel) -> None:
+    """
+    Run the linear layers of both encoders in bfloat16, and everything between them in float32.
+
+    Nearly all of the time goes into linear layers. With a float32 residual stream the embeddings are twice as near
+    those of float32 as in bfloat16 throughout. A model that runs so cannot be saved.
+    """
+    for encoder in (model.text_model, model.vision_model):
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+                module.register_forward_pre_hook(_to_weight_dtype)
+    model.has_rounded_weights = True
+
+
+def _to_weight_dtype(module: nn.Linear, args: tuple) -> tuple:
+    return (args[0].to(module.weight.dtype), *args[1:])

@@ -185,6 +185,11 @@ class COTSOutput(ModelOutput):
 class COTSPreTrainedModel(PreTrainedModel):
     """Weights, initialization, saving and loading that the COTS models share."""
 
+    # Set by `from_pretrained(dtype="auto")`, as `pipeline` calls it: a dtype may be chosen for the machine.
+    may_choose_dtype = False
+    # Set by `use_bfloat16_`.
+    has_rounded_weights = False
+
     config: COTSConfig
     base_model_prefix = "cots"
     main_input_name = "input_ids"
@@ -207,8 +212,10 @@ class COTSPreTrainedModel(PreTrainedModel):
         if commit is not None:
             kwargs["revision"] = commit
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.may_choose_dtype = kwargs.get("dtype") == "auto"
         if commit is not None:  # transformers itself has stopped recording it
-            (loaded[0] if isinstance(loaded, tuple) else loaded).config._commit_hash = commit
+            model.config._commit_hash = commit
         return loaded
 
     @classmethod
@@ -255,6 +262,8 @@ class COTSPreTrainedModel(PreTrainedModel):
                 "save_pretrained(push_to_hub=True) would push an incomplete repository, without processor, code and "
                 "card: call model.push_to_hub(repo_id, processor=processor) instead."
             )
+        if self.has_rounded_weights:
+            raise ValueError('This model runs in bfloat16 for speed: to save it, load it with dtype="float32".')
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, processor=None, card=None, **push_options):

@@ -5,6 +5,7 @@ arrays, or torch tensors where torch is there already, as the search and the pip
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -119,9 +120,9 @@ class COTSOnnxModel:
         means = embeds.reshape(*frames.shape[:2], -1).mean(axis=1)
         return _like(pixel_values_videos, means / np.linalg.norm(means, axis=-1, keepdims=True))
 
-    def __call__(self, input_ids=None, pixel_values=None, attention_mask=None, **unused) -> SimpleNamespace:
+    def __call__(self, input_ids=None, pixel_values=None, attention_mask=None, **unused) -> "COTSOnnxOutput":
         """`text_embeds`, `image_embeds` and, with both, `logits_per_image` and `logits_per_text`, as COTSModel."""
-        output = SimpleNamespace()
+        output = COTSOnnxOutput()
         if input_ids is not None:
             output.text_embeds = self.encode_text(input_ids, attention_mask)
         if pixel_values is not None:
@@ -195,6 +196,14 @@ class COTSOnnxModel:
         return False
 
 
+class COTSOnnxOutput(SimpleNamespace):
+    """What was asked for, by name, and in the order of COTSOutput by number, as pipelines of transformers read it."""
+
+    def __getitem__(self, number: int):
+        names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+        return [getattr(self, name) for name in names if hasattr(self, name)][number]
+
+
 def _metadata(session) -> dict[str, Any]:
     found = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if found is None:
@@ -208,8 +217,16 @@ def _like(given, embeds: np.ndarray):
 
 
 def _read(image: Image.Image) -> Image.Image:
-    # Beside a downloaded export this file is imported by its own name, and so is the one with `read_image`.
-    reading = importlib.import_module(f"{__package__}.image_reading_cots" if __package__ else "image_reading_cots")
+    if __package__:
+        return importlib.import_module(".image_reading_cots", __package__).read_image(image)
+    # Beside a downloaded export this file is loaded by its path, and so is the one with `read_image`.
+    spec = importlib.util.spec_from_file_location(
+        "image_reading_cots", Path(__file__).with_name("image_reading_cots.py")
+    )
+    reading = sys.modules.get("image_reading_cots") or importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    if "image_reading_cots" not in sys.modules:
+        spec.loader.exec_module(reading)
+        sys.modules["image_reading_cots"] = reading
     return reading.read_image(image)
 
 

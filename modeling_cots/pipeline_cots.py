@@ -17,6 +17,7 @@ from transformers import ImageFeatureExtractionPipeline, Pipeline, ZeroShotImage
 from transformers.image_utils import is_pil_image
 from transformers.utils import logging
 
+from .encoders_cots import BFLOAT16_NOTE, computes_bfloat16, use_bfloat16_
 from .image_reading_cots import UnreadableImageError, fetch_image, read_image
 from .processing_cots import TOKENIZER_LOCK
 
@@ -93,6 +94,7 @@ class ImageTextRetrievalPipeline(Pipeline):
         if not hasattr(self.model, "encode_image"):
             raise ValueError(f"The task {TASK!r} needs a COTSModel, got {type(self.model).__name__}.")
         self.model.eval()
+        choose_dtype_(self)
 
     def __call__(self, inputs: Any, candidates: Sequence[Any] | None = None, **kwargs) -> list:
         """
@@ -213,6 +215,15 @@ class ImageTextRetrievalPipeline(Pipeline):
 class COTSZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
     """transformers' `zero-shot-image-classification`; images of a COTS model are read as its training did."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        choose_dtype_(self)
+
+    def check_model_type(self, supported_models) -> None:
+        """As transformers does, but without its warning for the ONNX files of a COTS model."""
+        if not _is_cots(self.model):
+            super().check_model_type(supported_models)
+
     def preprocess(self, image, *args, timeout: float | None = None, **kwargs):
         if not _is_cots(self.model):
             return super().preprocess(image, *args, timeout=timeout, **kwargs)
@@ -224,6 +235,10 @@ class COTSZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipelin
 class COTSImageFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     """transformers' `image-feature-extraction`; images of a COTS model are read as its training did."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        choose_dtype_(self)
+
     def preprocess(self, image, timeout: float | None = None, **kwargs):
         image = _load(image, timeout) if _is_cots(self.model) else image
         return super().preprocess(image, timeout=timeout, **kwargs)
@@ -234,6 +249,15 @@ STOCK_PIPELINES = {
     "zero-shot-image-classification": COTSZeroShotImageClassificationPipeline,
     "image-feature-extraction": COTSImageFeatureExtractionPipeline,
 }
+
+
+def choose_dtype_(pipe: Pipeline) -> None:
+    """Run a COTS model that `pipeline` has loaded, with no `dtype` given, in bfloat16 where the CPU computes it."""
+    model = pipe.model
+    is_free = _is_cots(model) and getattr(model, "may_choose_dtype", False) and not model.has_rounded_weights
+    if is_free and model.dtype == torch.float32 and pipe.device.type == "cpu" and computes_bfloat16():
+        use_bfloat16_(model)
+        logger.warning_once(BFLOAT16_NOTE.format('dtype="float32"'))
 
 
 def _is_cots(model) -> bool:

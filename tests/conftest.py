@@ -48,6 +48,13 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def float32_everywhere(monkeypatch):
+    """Pipelines and searches would run in bfloat16 on some CPUs, and the tests see other numbers there."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+
+
 @pytest.fixture
 def tiny_config() -> COTSConfig:
     """Two layers, 32 wide, 99 words, 16 patches of 8 x 8; a fresh object for every test."""

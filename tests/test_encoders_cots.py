@@ -12,6 +12,7 @@ from modeling_cots.encoders_cots import (
     build_vision_encoder,
     check_vocabulary,
     max_text_length,
+    use_bfloat16_,
 )
 
 
@@ -179,3 +180,20 @@ def test_a_tokenizer_may_have_as_many_tokens_as_there_are_embeddings_and_no_more
     check_vocabulary(range(20), config)
     with pytest.raises(ValueError, match="has 100 tokens and the text encoder only 99 embeddings"):
         check_vocabulary(range(100), config)
+
+
+@pytest.mark.parametrize(("text", "vision"), [("bert", "vit"), ("distilbert", "beit"), ("modernbert", "dinov2")])
+def test_linear_layers_in_bfloat16_stay_near_float32(tiny_inputs, text, vision, tmp_path):
+    torch.manual_seed(0)
+    model = COTSModel(cots_config(text=text, vision=vision)).eval()
+    texts = {name: tiny_inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model.encode_text(**texts), model.encode_image(tiny_inputs["pixel_values"])
+        use_bfloat16_(model)
+        found = model.encode_text(**texts), model.encode_image(tiny_inputs["pixel_values"])
+    for before, after in zip(expected, found, strict=True):
+        assert after.dtype == torch.float32
+        assert 0 < (before - after).abs().max() < 0.02
+    assert model.dtype == torch.float32
+    with pytest.raises(ValueError, match='load it with dtype="float32"'):
+        model.save_pretrained(tmp_path)

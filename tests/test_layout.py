@@ -32,7 +32,7 @@ ALLOWED = {
 NOT_CARRIED = {"__init__.py", "__main__.py", "modeling_cots_pretraining.py"}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
 # `av` is imported inside functions only, behind transformers' own check for it; so is onnxruntime.
-# `onnx_cots.py` alone needs tokenizers, and no transformers; `image_reading_cots` by its own name, beside an export.
+# `onnx_cots.py` alone needs tokenizers, and no transformers.
 # PIL is what image processors of transformers need.
 CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av", "onnxruntime", "tokenizers"}
 THIRD_PARTY = {

@@ -10,9 +10,9 @@ from forks import server_without_package
 from hub_network import Answer, Network, Server
 from image_files import as_base64, as_bytes
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 
-from modeling_cots import COTSModel, ImageTextRetrievalPipeline, RetrievalIndex, pipeline_cots
+from modeling_cots import COTSModel, ImageTextRetrievalPipeline, RetrievalIndex, encoders_cots, pipeline_cots
 from modeling_cots.hub_export import CUSTOM_PIPELINES, export_repository
 from modeling_cots.pipeline_cots import TASK
 
@@ -250,7 +250,7 @@ def test_saving_keeps_the_processor(finder, tmp_path, images):
 REMOTE = """
 import json, sys
 sys.modules["modeling_cots"] = None  # installed or not, it cannot be imported
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 folder, task, text, *images = sys.argv[1:]
 try:
     pipeline(task, model=folder, trust_remote_code=False)
@@ -258,10 +258,10 @@ except ValueError as error:
     assert "trust_remote_code" in str(error), error
 else:
     raise AssertionError("code of a repository ran without trust_remote_code")
-finder = pipeline(task, model=folder, trust_remote_code=True)
+finder = pipeline(task, model=folder, trust_remote_code=True, dtype="float32")
 assert type(finder).__module__.startswith("transformers_modules.")
 print(json.dumps(finder([text, images[0]], images, batch_size=2)))
-print(json.dumps(pipeline(model=folder, trust_remote_code=True)(text, images)))
+print(json.dumps(pipeline(model=folder, trust_remote_code=True, dtype="float32")(text, images)))
 """
 
 
@@ -288,3 +288,22 @@ def test_the_package_serves_a_repository_by_name_without_its_code(repository):
     """transformers would ask for `trust_remote_code` for any task in `custom_pipelines`."""
     assert type(pipeline(TASK, model=str(repository))) is ImageTextRetrievalPipeline
     assert type(pipeline(TASK, model=str(repository), trust_remote_code=True)) is ImageTextRetrievalPipeline
+
+
+@pytest.mark.parametrize("task", [TASK, "zero-shot-image-classification", "image-feature-extraction"])
+def test_a_model_that_the_pipeline_loads_runs_in_bfloat16_where_the_cpu_computes_it(folder, model, monkeypatch, task):
+    said: list[str] = []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(pipeline_cots.logger, "warning_once", lambda note: said.append(note))
+
+    def dtypes(**options) -> set[torch.dtype]:
+        pipe = pipeline(task, device="cpu", **options)
+        return {module.weight.dtype for module in pipe.model.modules() if isinstance(module, torch.nn.Linear)}
+
+    assert dtypes(model=str(folder), dtype="float32") == {torch.float32} and said == []
+    assert dtypes(model=str(folder)) == {torch.bfloat16, torch.float32}  # the projections stay
+    assert said == [encoders_cots.BFLOAT16_NOTE.format('dtype="float32"')]
+    processor = AutoProcessor.from_pretrained(folder)
+    parts = {"processor": processor} if task == TASK else {"image_processor": processor.image_processor}
+    parts |= {"tokenizer": processor.tokenizer} if task.startswith("zero") else {}
+    assert dtypes(model=model, **parts) == {torch.float32}  # the caller's own model stays as it is

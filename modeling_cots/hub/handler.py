@@ -4,31 +4,35 @@ It answers three kinds of requests: how well labels fit an image (zero-shot clas
 and embeddings of texts. Requests come from strangers. A payload is checked before it is used. An image is limited in
 bytes and pixels. A URL is fetched only from public addresses: its host name is resolved once, all addresses are
 checked, and the connection goes to one of them, again for every redirect. A request that fails is answered with
-`{"error": ...}`. This file imports nothing from the package: it is loaded by its path.
+`{"error": ...}`. This file imports nothing from the package: it is loaded by its path. On a machine without a GPU a
+repository with ONNX files is run by onnxruntime, and torch is not imported.
 """
 
 import base64
 import contextlib
 import http.client
+import importlib.util
 import io
 import ipaddress
 import logging
+import math
+import os
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
 logger = logging.getLogger(__name__)
 
+GPU = "/dev/nvidia0"  # there, torch's float16 and batches are faster than what onnxruntime does on the CPU
 FIELDS = ("image", "text", "candidate_labels", "hypothesis_template")
 MAX_TEXTS = 256
 MAX_TEXT_LENGTH = 10_000  # characters; the tokenizer cuts at far fewer
@@ -312,9 +316,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = ""):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        load = load_onnx if runs_onnx(path) else load_torch
+        self.model, self.processor, self.device = load(path)
 
     def __call__(self, data: Any) -> list | dict[str, str]:
         """
@@ -333,20 +336,21 @@ class EndpointHandler:
             logger.exception("A request failed.")
             return {"error": "internal error: the request could not be answered"}
 
-    @torch.inference_mode()
     def _answer(self, query: Query, image: Image.Image | None) -> list:
         if query.labels:
-            logits = self.model(**self._inputs(list(query.texts), image)).logits_per_image[0]
-            scores = logits.float().softmax(dim=-1).tolist()
+            logits = self._run(self.model, list(query.texts), image).logits_per_image[0].tolist()
+            weights = [math.exp(logit - max(logits)) for logit in logits]
+            scores = [weight / sum(weights) for weight in weights]
             ranked = sorted(zip(query.labels, scores, strict=True), key=lambda pair: -pair[1])
             return [{"label": label, "score": score} for label, score in ranked]
         if image is not None:
-            return self.model.encode_image(**self._inputs(None, image))[0].float().tolist()
-        embeds = self.model.encode_text(**self._inputs(list(query.texts), None)).float().tolist()
+            return self._run(self.model.encode_image, None, image)[0].tolist()
+        embeds = self._run(self.model.encode_text, list(query.texts), None).tolist()
         return embeds if query.is_batch else embeds[0]
 
-    def _inputs(self, texts: list[str] | None, image: Image.Image | None) -> dict[str, torch.Tensor]:
-        inputs = {} if texts is None else {"text": texts, "padding": True, "truncation": True}
+    def _run(self, encode: Callable, texts: list[str] | None, image: Image.Image | None):
+        """What a function of the model gives for the inputs that the processor makes."""
+        inputs: dict = {} if texts is None else {"text": texts, "padding": True, "truncation": True}
         if image is not None:
             inputs["images"] = [image]
         try:
@@ -355,4 +359,40 @@ class EndpointHandler:
             if image is None:
                 raise
             raise RequestError("the image cannot be turned into RGB") from error
-        return {name: tensor.to(self.device) for name, tensor in prepared.items()}
+        if self.device is None:
+            return encode(**prepared)
+        import torch
+
+        with torch.inference_mode():
+            return encode(**{name: tensor.to(self.device) for name, tensor in prepared.items()})
+
+
+def runs_onnx(path: str) -> bool:
+    """Whether a repository has ONNX files with the code that runs them, and this machine onnxruntime and no GPU."""
+    files = (Path(path) / "onnx" / "text_model.onnx", Path(path) / "onnx_cots.py")
+    is_installed = importlib.util.find_spec("onnxruntime") is not None
+    return all(file.is_file() for file in files) and is_installed and not os.path.exists(GPU)
+
+
+def load_onnx(path: str) -> tuple:
+    """The ONNX files, what prepares their inputs, and `None` for the device: arrays are moved to none."""
+    spec = importlib.util.spec_from_file_location("onnx_cots", Path(path) / "onnx_cots.py")
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)
+    model = module.COTSOnnxModel(path)
+
+    def processor(text=None, images=None, **options) -> dict:
+        inputs = {} if text is None else model.tokenize(text)
+        return inputs if images is None else {**inputs, "pixel_values": model.prepare_images(images)}
+
+    return model, processor, None
+
+
+def load_torch(path: str) -> tuple:
+    """The model, on the GPU if there is one, its processor, and that device."""
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=True), device

@@ -28,7 +28,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 from transformers.utils.logging import tqdm
 
-from ..hub_export import CARD_NAME, check_processor, cots_model_of, is_untouched, mark_generated, unmarked, write_json
+from ..hub_export import (
+    CARD_NAME,
+    HANDLER_FILES,
+    check_processor,
+    cots_model_of,
+    find_code,
+    is_untouched,
+    mark_generated,
+    unmarked,
+    write_json,
+)
 from ..onnx_cots import DTYPES, METADATA, ONNX_FOLDER, COTSOnnxModel, model_file
 from .identity import model_identity
 from .standard_exports import save_tokenizer, standard_image_processor
@@ -39,6 +49,8 @@ logger = transformers_logging.get_logger(__name__)
 ENCODERS = ("text", "vision")
 OPSET = 17  # the first with LayerNormalization; onnxruntime has had it since 1.13
 MAX_BYTES = 2**31 - 2**20  # one ONNX file is one protobuf message
+ONNX_CODE = ("onnx_cots.py", "image_reading_cots.py")
+ONNX_REQUIREMENTS = ("onnxruntime", "tokenizers", "huggingface_hub", "numpy", "pillow")
 KEPT = 98.0  # percent of the validation queries whose first result 8-bit files must keep
 BATCH_SIZE = 32
 QUIET_SECONDS = 2.0  # shorter work shows no progress bar
@@ -175,6 +187,7 @@ def export_onnx(
         write_json(folder / "config.json", clip_config(model))
         for dtype in DTYPES:
             merge_encoders(folder, dtype, model.config.temperature)
+    _write_code(find_code(model), folder)
     _write_card(folder, variants, queries, folder.name if model_id is None else model_id)
     return variants
 
@@ -414,6 +427,17 @@ def _write_preprocessor(processor: ProcessorMixin, folder: Path) -> None:
         folder / "preprocessor_config.json",
         {**settings, "image_processor_type": "ViTImageProcessor", "feature_extractor_type": "ViTFeatureExtractor"},
     )
+
+
+def _write_code(source: Path, folder: Path) -> None:
+    """The file that runs the export, the one that it imports, the handler, and what an endpoint installs for them."""
+    handler = next(source / name for name in HANDLER_FILES if (source / name).is_file())
+    for file, name in [(source / name, name) for name in ONNX_CODE] + [(handler, HANDLER_FILES[1])]:
+        if not (folder / name).exists() or not os.path.samefile(file, folder / name):
+            shutil.copyfile(file, folder / name)
+    path = folder / "requirements.txt"
+    needed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    path.write_text("\n".join(dict.fromkeys([*needed, *ONNX_REQUIREMENTS])) + "\n", encoding="utf-8")
 
 
 def clip_config(model: PreTrainedModel) -> dict:

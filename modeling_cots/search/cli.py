@@ -21,8 +21,7 @@ from contextlib import closing
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision, refuse_version
 from ..data.skip_report import and_more
-from ..modeling_cots import COTSModel
-from ..processing_cots import COTSProcessor
+from .backends import BACKENDS, ONNX_DTYPES, TORCH_DTYPES, check_backend, load_encoders
 from .embedding import MAX_REPORTED, THUMBNAIL_SIDE, ImageFolder, as_image_folder, known_names, row_ids_of
 from .index import SearchIndex, delete_entries, process_state
 from .index_types import INDEX_TYPES
@@ -79,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (add, query):
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
     for command in (index, add, query):
+        command.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the model (torch)")
+        command.add_argument("--dtype", help=f"of torch {', '.join(TORCH_DTYPES)}; of onnx {', '.join(ONNX_DTYPES)}")
         command.add_argument(
             "--revision",
             "--model_revision",
@@ -100,7 +101,9 @@ def run_index(args: argparse.Namespace) -> None:
     state = process_state()
     is_new = not store_exists(args.index)
     state.wait_for_everyone()  # no process makes the index before all have looked
-    model, processor = load_model(*((args.model, args.revision) if is_new else model_of(args)))
+    model, processor = load_model(
+        *((args.model, args.revision) if is_new else model_of(args)), args.backend, args.dtype
+    )
     if state.is_main_process and is_new:
         SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
     state.wait_for_everyone()
@@ -206,7 +209,7 @@ def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespac
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
     """The index with its model, loaded from the index's own record or from `--model`."""
-    return SearchIndex(args.index, *load_model(*model_of(args)))
+    return SearchIndex(args.index, *load_model(*model_of(args), args.backend, args.dtype))
 
 
 def model_of(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -217,14 +220,12 @@ def model_of(args: argparse.Namespace) -> tuple[str, str | None]:
     return name, args.revision or (info.get("model_commit") if name == info["model"] else None)
 
 
-def load_model(name: str, revision: str | None = None):
+def load_model(name: str, revision: str | None = None, backend: str = "torch", dtype: str | None = None) -> tuple:
     """Load model and processor of one revision, the model onto this process's device."""
     check_revision("model", name, revision)
+    check_backend(backend, dtype)
     try:
-        model = COTSModel.from_pretrained(name, revision=revision or "main")
-        commit = getattr(model.config, "_commit_hash", None)  # another one may have been pushed in between
-        processor = COTSProcessor.from_pretrained(name, revision=commit or "main")
+        return load_encoders(name, revision, process_state().device, backend, dtype)
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" at the revision {revision!r}"
         raise ValueError(f"There is no COTS model in {name!r}{at}; name one with --model. ({error})") from error
-    return model.to(process_state().device), processor

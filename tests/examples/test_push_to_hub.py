@@ -166,8 +166,10 @@ def test_onnx_files_go_into_the_repository_or_into_one_of_their_own(run, trained
     assert "# Measured" in card and "## ONNX files" in card and "on 200 images and 1,000 texts" in card
     said = run(model=trained, kind="onnx", output_dir=tmp_path / "alone")
     assert "are not measured" in said
-    assert not {"model.safetensors", "handler.py"} & files_of(tmp_path / "alone")
-    assert {"onnx/vision_model_int8.onnx", "config.json", "tokenizer.json"} <= files_of(tmp_path / "alone")
+    assert not {"model.safetensors", "modeling_cots.py"} & files_of(tmp_path / "alone")
+    assert {"onnx/vision_model_int8.onnx", "config.json", "tokenizer.json", "handler.py", "onnx_cots.py"} <= files_of(
+        tmp_path / "alone"
+    )
 
 
 @pytest.mark.parametrize(

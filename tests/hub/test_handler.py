@@ -10,6 +10,7 @@ import socket
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import as_base64, as_bytes
@@ -55,8 +56,8 @@ def handler(monkeypatch) -> EndpointHandler:
     def load(kind):
         return lambda path, **kwargs: loaded.append((path, kwargs)) or kind()
 
-    monkeypatch.setattr(hub_handler.AutoModel, "from_pretrained", load(StubModel))
-    monkeypatch.setattr(hub_handler.AutoProcessor, "from_pretrained", load(StubProcessor))
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load(StubModel))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load(StubProcessor))
     handler = EndpointHandler("repository")
     handler.loaded = loaded
     return handler
