@@ -176,7 +176,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
         if bool_masked_pos is None:
             return run(pixel_values), None
         bool_masked_pos = bool_masked_pos.bool()
-        if 2 * bool_masked_pos.numel() > MAX_JOINED_POSITIONS:
+        if 2 * bool_masked_pos.numel() > MAX_JOINED_POSITIONS or self._shows_layers(self.cots.vision_model, kwargs):
             return run(pixel_values), run(pixel_values, bool_masked_pos)
         nothing = torch.zeros_like(bool_masked_pos)
         return _split_passes(run(torch.cat([pixel_values] * 2), torch.cat([nothing, bool_masked_pos])))
@@ -185,10 +185,16 @@ class COTSForPreTraining(COTSPreTrainedModel):
         run = partial(self.cots.run_text_model, **kwargs)
         if masked_input_ids is None:
             return run(input_ids, attention_mask, token_type_ids), None
-        if 2 * input_ids.numel() > MAX_JOINED_POSITIONS:
+        if 2 * input_ids.numel() > MAX_JOINED_POSITIONS or self._shows_layers(self.cots.text_model, kwargs):
             return tuple(run(ids, attention_mask, token_type_ids) for ids in (input_ids, masked_input_ids))
         shared = (None if tensor is None else torch.cat([tensor] * 2) for tensor in (attention_mask, token_type_ids))
         return _split_passes(run(torch.cat([input_ids, masked_input_ids]), *shared))
+
+    def _shows_layers(self, encoder: nn.Module, kwargs: dict) -> bool:
+        """Whether layers are asked for: halves of a joined batch would lie beside the path of the gradient."""
+        names = ("output_hidden_states", "output_attentions")
+        asked = {name: getattr(encoder.config, name) or getattr(self.config, name) for name in names} | kwargs
+        return any(asked[name] for name in names)
 
     def _predict_image_tokens(self, masked_vision_output, bool_masked_pos, text_feature) -> torch.Tensor:
         # [CLS] and, in some encoders, distillation or register tokens come first: the patches are the last ones.
@@ -216,12 +222,5 @@ def _embeddings_of_videos(
 
 def _split_passes(output: BaseModelOutputWithPooling) -> Passes:
     """The output of one batch (2 B) as that of its unmasked first half and of its masked second half (B each)."""
-    halves = ({}, {})
-    for name, value in output.items():
-        if isinstance(value, tuple):  # of layers, some of which may not have been asked for
-            parts = [(None, None) if layer is None else layer.chunk(2) for layer in value]
-        else:
-            parts = value.chunk(2)
-        for number, half in enumerate(halves):
-            half[name] = tuple(part[number] for part in parts) if isinstance(value, tuple) else parts[number]
-    return tuple(BaseModelOutputWithPooling(**half) for half in halves)
+    halves = zip(*(value.chunk(2) for value in output.values()), strict=True)
+    return tuple(BaseModelOutputWithPooling(**dict(zip(output, half, strict=True))) for half in halves)

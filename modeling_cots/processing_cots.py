@@ -5,7 +5,7 @@ calls. Random augmentation is not here: it belongs to training (`data/image_augm
 """
 
 from transformers import ViTImageProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .image_processing_cots import COTSImageProcessor
 from .image_reading_cots import fork_safe_lock
@@ -14,8 +14,8 @@ from .image_reading_cots import fork_safe_lock
 PROCESSOR_CODE = {"AutoProcessor": "processing_cots.COTSProcessor"}
 IMAGE_PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_cots.COTSImageProcessor"}
 VIDEO_PROCESSOR_CODE = {"AutoVideoProcessor": "video_processing_cots.COTSVideoProcessor"}
-# Arguments of a call that a tokenizer keeps in `init_kwargs`.
-LEFT_BY_CALLS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+# Arguments of a call, beside `max_length`, that a tokenizer which is loaded after it has in `init_kwargs`.
+LEFT_BY_CALLS = ("stride", "truncation_strategy", "pad_to_multiple_of")
 # A fast tokenizer keeps the truncation and padding of a call in itself, where a call of another thread changes them.
 # Whoever calls a tokenizer with either holds this lock; one for all tokenizers, so that processors can be pickled.
 TOKENIZER_LOCK = fork_safe_lock()
@@ -43,7 +43,7 @@ class COTSProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, video_processor, **kwargs)
         forget_calls(self.tokenizer)
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
+    def __call__(self, images=None, text=None, videos=None, **kwargs: Unpack[ProcessingKwargs]):
         """
         As the base class does: texts with the tokenizer, images and videos with the processors of these.
 
@@ -95,18 +95,20 @@ class COTSProcessor(ProcessorMixin):
 
 def forget_calls(tokenizer) -> None:
     """
-    Drop the truncation and padding of a tokenizer's last call.
+    Drop the truncation and padding of a tokenizer's last call; what it was made with stays.
 
     A fast tokenizer saves them, and a loaded tokenizer has them as defaults. Texts would be cut at the `max_length` of
     that call instead of at `model_max_length` (tests/test_processing_cots.py).
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend, settings = getattr(tokenizer, "backend_tokenizer", None), getattr(tokenizer, "init_kwargs", {})
     with TOKENIZER_LOCK:
+        # A call leaves these and a `max_length`; somebody who sets one for good does it alone, or with `padding`.
+        is_left = any(name in settings for name in LEFT_BY_CALLS) and "padding" not in settings
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
-        for name in LEFT_BY_CALLS:
-            getattr(tokenizer, "init_kwargs", {}).pop(name, None)
+        for name in (*LEFT_BY_CALLS, "max_length") if is_left else LEFT_BY_CALLS:
+            settings.pop(name, None)
 
 
 __all__ = ["IMAGE_PROCESSOR_CODE", "PROCESSOR_CODE", "TOKENIZER_LOCK", "VIDEO_PROCESSOR_CODE", "COTSProcessor"]

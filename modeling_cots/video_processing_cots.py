@@ -71,9 +71,11 @@ class COTSVideoProcessor(BaseVideoProcessor):
             fps: Frames a second to take instead; a video gives at least one frame.
             random_frames: A random frame of each segment instead of its middle one.
 
-        Raises `ValueError` for a video without frames, for `num_frames` and `fps` at once, and for `fps` of a video
-        whose own rate is not known.
+        Raises `ValueError` without metadata, for a video without frames, for `num_frames` and `fps` at once, and for
+        `fps` of a video whose own rate is not known.
         """
+        if metadata is None:
+            raise ValueError("Frames cannot be sampled without metadata: give the number of frames of the video.")
         total = metadata.total_num_frames
         if total == 0:
             raise ValueError("A video must have at least one frame; got one without.")

@@ -228,6 +228,19 @@ def test_hidden_states_and_attentions_keep_their_gradient(tiny_config, tiny_inpu
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in kept)
 
 
+@pytest.mark.parametrize("how", ["keyword", "config", "sub-configs"])
+def test_layers_of_pre_training_keep_their_gradient(tiny_config, tiny_masked_inputs, how):
+    """On both sides, whether the masked pass runs beside the unmasked one or not."""
+    model = COTSForPreTraining._from_config(tiny_config, attn_implementation="eager")
+    output = model(**tiny_masked_inputs, **_request(model.config, how))
+    for encoder, embeds in (("vision_model_output", "image_embeds"), ("text_model_output", "text_embeds")):
+        kept = [output[encoder].hidden_states[0], output[encoder].attentions[0]]
+        for tensor in kept:
+            tensor.retain_grad()
+        output[embeds].flatten()[0].backward(retain_graph=True)
+        assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in kept)
+
+
 # Vocabulary
 
 

@@ -100,12 +100,12 @@ def test_joined_passes_equal_passes_one_after_the_other(tiny_config, tiny_masked
     for limit in (0, 2**20):
         monkeypatch.setattr(modeling_cots_pretraining, "MAX_JOINED_POSITIONS", limit)
         model.zero_grad()
-        output = model(**tiny_masked_inputs, output_hidden_states=True)
+        output = model(**tiny_masked_inputs)
         outputs = [output[name] for name in ("image_embeds", "text_embeds", "image_token_logits", "text_token_logits")]
         sum((value * torch.linspace(-1, 1, value.shape[1])).square().mean() for value in outputs).backward()
-        hidden_states = (output.vision_model_output.hidden_states, output.text_model_output.hidden_states)
+        encoded = [output.vision_model_output.last_hidden_state, output.text_model_output.last_hidden_state]
         gradients = [parameter.grad for parameter in model.parameters()]
-        results.append([*outputs, *hidden_states[0], *hidden_states[1], *gradients])
+        results.append([*outputs, *encoded, *gradients])
     assert passes == [4, 4, 4, 4, 8, 8]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -125,6 +125,10 @@ def test_small_batches_are_joined_and_large_ones_are_not(model, tiny_masked_inpu
         passes.clear()
         model(**tiny_masked_inputs)
         assert passes == expected
+    monkeypatch.setattr(modeling_cots_pretraining, "MAX_JOINED_POSITIONS", 2 * 4 * 16)
+    passes.clear()
+    model(**tiny_masked_inputs, output_hidden_states=True)
+    assert passes == ["image", "image", "text", "text"], "layers that are shown are not joined"
 
 
 @torch.no_grad()

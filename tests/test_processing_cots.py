@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_cots import COTSModel, COTSProcessor
 
@@ -133,6 +133,37 @@ def test_no_call_leaves_its_length_in_what_is_saved_and_loaded(tiny_processor, t
         if save == tiny_processor.save_pretrained:
             saved = json.loads((tmp_path / "tokenizer.json").read_text())
             assert saved["truncation"] is None and saved["padding"] is None
+
+
+@pytest.mark.parametrize("loaded_after", ["nothing", "a call"])
+def test_what_a_tokenizer_was_made_with_is_kept(tiny_processor, tmp_path, image, video, loaded_after):
+    """As transformers' own processors do: beside images and beside videos, and again where both are saved."""
+    if loaded_after == "a call":
+        tiny_processor.tokenizer(["a red circle"], truncation=True, max_length=7)
+    tiny_processor.tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, max_length=17, padding="max_length")
+    parts = tiny_processor.image_processor, tokenizer, tiny_processor.video_processor
+    COTSProcessor(*parts).save_pretrained(tmp_path / "saved")
+    for processor in (COTSProcessor(*parts), COTSProcessor.from_pretrained(tmp_path / "saved")):
+        for visual in ({"images": image}, {"videos": video}):
+            assert processor(text=TEXTS[:1], return_tensors="pt", **visual)["input_ids"].shape == (1, 17)
+            changed = processor(text=TEXTS[:1], max_length=12, return_tensors="pt", **visual)
+            assert changed["input_ids"].shape == (1, 12)
+
+
+def test_what_the_image_and_video_processors_were_made_with_is_kept(tiny_processor, image, video):
+    """A call scales pixels by -1 if they were made for that, with arguments of the text beside them."""
+    settings = {"do_rescale": True, "rescale_factor": -1.0, "size": {"height": 4, "width": 4}}
+    parts = [
+        type(part)(**{**part.to_dict(), **settings})
+        for part in (tiny_processor.image_processor, tiny_processor.video_processor)
+    ]
+    processor = COTSProcessor(parts[0], tiny_processor.tokenizer, parts[1])
+    inputs = processor(text=TEXTS, images=image, videos=video, padding=True, max_length=117, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 4, 4) and inputs["pixel_values_videos"].shape[-2:] == (4, 4)
+    assert inputs["pixel_values"].mean() < -1 and inputs["pixel_values_videos"].mean() < -1
+    plain = processor(text=TEXTS, images=image, rescale_factor=1.0, padding=True, return_tensors="pt")
+    assert plain["pixel_values"].mean() > 1
 
 
 @pytest.mark.parametrize("name", ["text", "images", "videos"])

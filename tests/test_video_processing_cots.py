@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoVideoProcessor
+from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 from video_files import LEVELS, numbers_of, write_audio, write_video
 
@@ -108,6 +109,10 @@ def test_what_cannot_be_sampled_is_refused(processor):
         processor(video, num_frames=4, fps=2, video_metadata={"total_num_frames": 20, "fps": 10.0})
     with pytest.raises(ValueError, match="unknown rate"):
         processor(video, fps=2)
+    with pytest.raises(ValueError, match="without metadata"):
+        processor.sample_frames(metadata=None, num_frames=4)
+    with pytest.raises(ValueError, match="unknown rate"):
+        processor.sample_frames(VideoMetadata(total_num_frames=8), fps=3)
     with pytest.raises(ValueError, match="at least one frame"):
         processor.sample_frames(VideoMetadata(total_num_frames=0), num_frames=16)
 
@@ -208,6 +213,22 @@ def test_its_own_keyword_reaches_it_through_the_processor(tiny_processor):
 
     flat, nested = pixels(random_frames=True), pixels(videos_kwargs={"random_frames": True})
     assert torch.equal(flat, nested) and not torch.equal(flat, pixels())
+
+
+def test_its_keywords_are_those_of_every_video_processor_and_one_more(processor):
+    """
+    A class of its own, as the library's processors with options of their own have: without it transformers would
+    neither check `random_frames` nor hand it on.
+    """
+    own, every = (each.valid_kwargs.__annotations__ for each in (COTSVideoProcessor, BaseVideoProcessor))
+    assert set(own) - set(every) == {"random_frames"} and set(every) <= set(own)
+
+
+def test_a_longer_sample_than_the_video_is_not_refused(processor):
+    """Unlike the library's: every video gives a tensor of equal shape, so that a clip of seconds can be in a batch."""
+    assert taken(processor, clip(1, 2), num_frames=4) == [[1, 1, 2, 2]]
+    with pytest.raises(ValueError, match="num_frames"):
+        BaseVideoProcessor.sample_frames(processor, VideoMetadata(total_num_frames=2), num_frames=4)
 
 
 def test_a_keyword_of_the_wrong_type_is_refused(processor):
