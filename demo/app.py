@@ -3,7 +3,7 @@
     python demo/app.py                                   # the toy of the quick start and its images; no download
     python demo/app.py --images FOLDER --model M         # your photographs; embedded at the first start
     python demo/app.py --index IDX                       # an index of `cots-search`, with its own model
-    python demo/app.py --model M --dataset DATA --split validation
+    python demo/app.py --model M --dataset DATA --split train
 
 What is embedded is kept for the next start, in a folder that is printed; new images are added then. In a Space the
 variables COTS_MODEL, COTS_REVISION, COTS_DATASET and COTS_SPLIT set the options; demo/README.md says how to make one.

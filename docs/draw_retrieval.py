@@ -2,49 +2,61 @@
 
     python docs/draw_retrieval.py runs/quickstart docs/retrieval.png
 
-The image that a caption was written for has a green frame.
+The image that a caption was written for has a green frame. draw_pages.py draws photographs in the same way.
 """
 
 import sys
 
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.evaluation.embedding import embed_pairs
-from modeling_cots.scripts.error_boundary import run_script
+from modeling_cots.image_reading_cots import read_image
 
-NUM_QUERIES, NUM_FOUND, SIDE, GAP = 4, 5, 128, 12
+NUM_FOUND, SIDE, GAP = 5, 128, 12
 CAPTION_HEIGHT = 26
 
 
-def main(model_path: str, image_path: str) -> None:
+def draw_found(model_path: str, pairs, wanted: list[int], image_path, shown=None) -> None:
+    """
+    A sheet with the shortest caption of each wanted item, and the images that the model finds for it.
+
+    Args:
+        pairs: The data set, whose images are searched.
+        wanted: The items.
+        shown: The same data set at the size to be drawn.
+    """
     model, processor = COTSModel.from_pretrained(model_path), AutoProcessor.from_pretrained(model_path)
-    scenes = ScenesDataset("validation", image_size=model.config.image_size[0])
-    embeds = embed_pairs(model, scenes, processor, Accelerator(), batch_size=100, max_text_length=48)
+    embeds = embed_pairs(model, pairs, processor, Accelerator(), batch_size=100, max_text_length=48)
     row_height = CAPTION_HEIGHT + SIDE + GAP
-    sheet = Image.new("RGB", (NUM_FOUND * (SIDE + GAP) + GAP, NUM_QUERIES * row_height + GAP), "white")
+    sheet = Image.new("RGB", (NUM_FOUND * (SIDE + GAP) + GAP, len(wanted) * row_height + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    large = ScenesDataset("validation", image_size=SIDE)
-    for row in range(NUM_QUERIES):
-        wanted = 50 * row + 7
-        captions = large[wanted]["captions"]
+    shown = pairs if shown is None else shown
+    for row, item in enumerate(wanted):
+        captions = shown[item]["captions"]
         shortest = min(range(len(captions)), key=lambda number, captions=captions: len(captions[number]))
-        position = int((embeds.text_ids == wanted).nonzero()[shortest])
+        position = int((embeds.text_ids == item).nonzero()[shortest])
         top = row * row_height + GAP
         draw.text((GAP, top), captions[shortest], "black", font)
         found = (embeds.image_embeds @ embeds.text_embeds[position]).topk(NUM_FOUND).indices.tolist()
         for column, image_row in enumerate(found):
             left, upper = GAP + column * (SIDE + GAP), top + CAPTION_HEIGHT
             image_id = int(embeds.image_ids[image_row])
-            sheet.paste(large[image_id]["image"], (left, upper))
-            if image_id == wanted:
+            sheet.paste(ImageOps.fit(read_image(shown[image_id]["image"]), (SIDE, SIDE)), (left, upper))
+            if image_id == item:
                 draw.rectangle((left - 4, upper - 4, left + SIDE + 3, upper + SIDE + 3), outline="limegreen", width=4)
     sheet.save(image_path)
 
 
+def main(model_path: str, image_path: str) -> None:
+    size = COTSModel.config_class.from_pretrained(model_path).image_size[0]
+    scenes, shown = ScenesDataset("validation", image_size=size), ScenesDataset("validation", image_size=SIDE)
+    draw_found(model_path, scenes, [50 * row + 7 for row in range(4)], image_path, shown)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    run_script(lambda: main(*sys.argv[1:]))
+    main(*sys.argv[1:])
