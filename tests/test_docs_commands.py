@@ -232,7 +232,7 @@ def start_and_stop(arguments: list[str], folder: Path, environment: dict[str, st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, prepared, tmp_path):
     folder = Path(shutil.copytree(prepared, tmp_path / "page"))
     commands = [command for command in commands_of(page) if reason_not_to_run(command) is None]
