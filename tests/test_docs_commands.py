@@ -84,7 +84,7 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands of all blocks, without comments and line breaks, what `&&` joins as several; then those in lines."""
+    """The commands of all blocks, without comments, what `&&` joins as several; then those within lines."""
     lines = [line for language, block in blocks_of(page) if language == "bash" for line in unfold(block)]
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     inline = [" ".join(command.split()) for command in re.findall(r"`([^`]+)`", text)]
