@@ -6,52 +6,117 @@ where an option takes words, and false where it takes true or false. Only `null`
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.messages import shorten
+
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
+MAX_SHOWN = 80  # characters of a value
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null timestamp seq map value".split()}
 
 
-def parse_config_and_options(
+@dataclasses.dataclass
+class GivenOptions:
+    """
+    What the user has set, and where.
+
+    Attributes:
+        names: Options of the command line and of the file.
+        path: The file, if there is one.
+        lines: The line in it of each option that the command line does not override.
+        chosen: The defaults of `choose_defaults` that the user has not set.
+    """
+
+    names: set[str]
+    path: Path | None
+    lines: dict[str, int]
+    chosen: dict
+
+    @contextmanager
+    def locating_errors(self) -> Iterator[None]:
+        """Put file and line before the message of a `ValueError` that begins with the name of an option."""
+        try:
+            yield
+        except ValueError as error:
+            name = re.match(r"\w*", str(error))[0]
+            if name not in self.lines:
+                raise
+            raise ValueError(f"{self.path}, line {self.lines[name]}: {error}") from error
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every option with its default, after a description that keeps its lines."""
+
+
+class _Parser(HfArgumentParser):
+    """A parser that refuses in one line: a list of more than a hundred options would hide it."""
+
+    def __init__(self, dataclass_types: tuple[type, ...], description: str | None):
+        super().__init__(
+            dataclass_types,
+            usage="%(prog)s [CONFIG.yaml] [--option value ...]",
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> typing.NoReturn:
+        kinds = {kind.__name__: text for kind, text in _KINDS.items()}
+        found = re.fullmatch(r"argument (--\w+).*: invalid (int|float) value: (.*)", message)
+        if found is not None:
+            message = f"{found[1]} must be {kinds[found[2]]}, got {found[3]}"
+        self.exit(2, f"{self.prog}: {message}. (--help lists all options.)\n")
+
+    def names_in(self, argv: list[str]) -> set[str]:
+        """Names of the options that stand on a command line, whatever they are spelled as (--no_X, --a-b)."""
+        words = {word.partition("=")[0] for word in argv}
+        return {self._option_string_actions[word].dest for word in words & set(self._option_string_actions)}
+
+
+def parse_config_and_options(*dataclass_types: type, **options) -> tuple:
+    """As `parse_and_trace`, without what was set."""
+    return parse_and_trace(*dataclass_types, **options)[0]
+
+
+def parse_and_trace(
     *dataclass_types: type,
     argv: list[str] | None = None,
     defaults: dict | None = None,
     choose_defaults: Callable[[argparse.Namespace], dict] | None = None,
     description: str | None = None,
-):
+) -> tuple[tuple, GivenOptions]:
     """
-    Parse `argv` (default: the command line) into one instance of every dataclass.
+    Parse `argv` (default: the command line) into one instance of every dataclass; also returns what the user has set.
 
     The first argument may be a YAML file of options. Options on the command line override the file, and both override
     `defaults`, which replace those of the dataclasses. `choose_defaults` gives further ones by what is set so
     far, and these override `defaults`. `description` is what `--help` says before the options, in its own lines.
 
-    Raises `ValueError` for a missing or broken file, and for an option in the file that is unknown, stands there
-    twice, or has a value of another type.
+    Raises `ValueError` for a missing or broken file, for an unknown option, for one that stands in the file twice, and
+    for a value of another type or out of range, with its line in the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {name: kind for dataclass_type in dataclass_types for name, kind in _kinds_of(dataclass_type).items()}
-    parser = HfArgumentParser(
-        dataclass_types,
-        usage="%(prog)s [CONFIG.yaml] [--option value ...]",
-        description=description,
-        formatter_class=_HelpFormatter,
-    )
+    parser = _Parser(dataclass_types, description)
     parser.set_defaults(**(defaults or {}))
-    options: dict[str, yaml.Node] = {}
+    path, options = None, {}
     if argv and not argv[0].startswith("-"):
         path = Path(argv.pop(0))
         options = _read_options(path)
         if unknown := sorted(set(options) - set(kinds)):
-            raise ValueError(f"{path} has options that do not exist: {_shorten(', '.join(unknown))}.")
+            names = shorten(", ".join(unknown), MAX_SHOWN)
+            raise ValueError(f"{path} has options that do not exist: {names}{_nearest(unknown[0], kinds)}.")
         actions = {option: action for action in parser._actions for option in action.option_strings}
         for name, node in options.items():
             try:
@@ -60,19 +125,46 @@ def parse_config_and_options(
                 raise ValueError(f"{path}, line {node.start_mark.line + 1}: {name} {error}.") from None
     for action in parser._actions:  # an option that the file gives is not required on the command line
         action.required = action.required and parser.get_default(action.dest) in (None, dataclasses.MISSING)
+    named = parser.names_in(argv)
+    lines = {name: node.start_mark.line + 1 for name, node in options.items() if name not in named}
+    given = GivenOptions(named | set(options), path, lines, {})
     if choose_defaults is not None:
         chosen = choose_defaults(parser.parse_known_args(argv)[0])
-        parser.set_defaults(**{name: value for name, value in chosen.items() if name not in options})
-    return parser.parse_args_into_dataclasses(argv)
+        given.chosen = {name: value for name, value in chosen.items() if name not in given.names}
+        parser.set_defaults(**given.chosen)
+    with given.locating_errors():
+        *filled, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        _refuse_unknown(rest, kinds)
+        _refuse_infinite(filled)
+    return tuple(filled), given
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every option with its default, after a description that keeps its lines."""
+def _refuse_unknown(words: list[str], names: typing.Collection[str]) -> None:
+    if not words:
+        return
+    word = words[0].partition("=")[0]
+    if not word.startswith("-"):
+        raise ValueError(f"{shorten(word, MAX_SHOWN)} belongs to no option: options are written --option value.")
+    raise ValueError(f"There is no option {shorten(word, MAX_SHOWN)}{_nearest(word.lstrip('-'), names)}.")
+
+
+def _nearest(name: str, names: typing.Collection[str]) -> str:
+    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1)
+    return f"; did you mean {found[0]}" if found else ""
+
+
+def _refuse_infinite(filled: list) -> None:
+    for each in filled:
+        for name, value in vars(each).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
 def option_names(argv: list[str]) -> set[str]:
     """Names of the options in `argv` and in its YAML file."""
-    words = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    words = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     is_file = bool(argv) and not argv[0].startswith("-")
     return words | set(_read_options(Path(argv[0])) if is_file else ())
 
@@ -115,7 +207,7 @@ def _read_options(path: Path) -> dict[str, yaml.Node]:
         if name in options:
             first = options[name].start_mark.line + 1
             raise ValueError(
-                f"{path} gives {_shorten(name)} twice, in lines {first} and {line}: leave one of them out."
+                f"{path} gives {shorten(name, MAX_SHOWN)} twice, in lines {first} and {line}: leave one of them out."
             )
         options[name] = node
     return options
@@ -158,14 +250,10 @@ def _convert_word(action: argparse.Action, node: yaml.Node):
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         is_one = False
     if not is_one or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{wanted}, got {_shorten(node.value) or 'nothing'}")
+        got = shorten(" ".join(node.value.split()), MAX_SHOWN)
+        raise ValueError(f"{wanted}, got {got or 'nothing'}")
     return value
 
 
 def _first_line(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:80]}..."

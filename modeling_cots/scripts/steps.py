@@ -1,7 +1,6 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
 import os
-import sys
 from dataclasses import dataclass, field, replace
 
 from torch.utils.data import Dataset
@@ -23,7 +22,7 @@ from ..processing_cots import COTSProcessor
 from ..training.adapters import with_lora
 from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
-from .command_line import option_names, parse_config_and_options
+from .command_line import parse_and_trace
 from .factory import (
     MAIN,
     build_config,
@@ -44,6 +43,9 @@ from .starting_point import (
     starting_defaults,
 )
 
+# Options of the scripts; those of training are checked by `COTSTrainingArguments`. A caption has two special tokens.
+LOWEST = {"max_text_length": 3, "shuffle_buffer": 1, "num_frames": 1, "num_pairs": 1, "num_gpus": 1}
+ABOVE_ZERO = ("temperature", "gpu_memory_gib", "gpu_tflops")
 VERSIONED = ("model", "text_model", "vision_model", "tokenizer", "image_tokenizer")  # options that may be Hub ids
 
 
@@ -234,9 +236,8 @@ def parse_options(
 
     Raises `ValueError` for what transformers leaves to scripts and these do not ask for, and as `check_output_dir`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     has_model = any(issubclass(each, ModelArguments) for each in script_types)
-    *script_args, args = parse_config_and_options(
+    (*script_args, args), given = parse_and_trace(
         *script_types,
         COTSTrainingArguments,
         argv=argv,
@@ -244,14 +245,13 @@ def parse_options(
         choose_defaults=starting_defaults if has_model else None,
         description=description,
     )
+    with given.locating_errors():
+        check_lowest(script_args)
     if has_model:
         options = next(each for each in script_args if isinstance(each, ModelArguments))
-        given = option_names(argv)
-        defaults = {name: value for name, value in starting_defaults(options).items() if name not in given}
-        chosen = {name: value for name, value in defaults.items() if getattr(args, name) == value}
         args.starting_point = name_start(options)
         if args.process_index == 0:
-            print(describe_start(options, chosen))
+            print(describe_start(options, given.chosen))
     for name, is_set in {
         "do_train": args.do_train,
         "do_eval": args.do_eval and args.eval_strategy == "no",  # else it follows from the strategy
@@ -263,6 +263,17 @@ def parse_options(
     if writes and outcome is not None and args.process_index == 0:
         check_output_dir(args, outcome.overwrite_output_dir)
     return *script_args, args
+
+
+def check_lowest(script_args: list) -> None:
+    """Raise `ValueError` for an option of a script that is below its lowest value; see `LOWEST` and `ABOVE_ZERO`."""
+    for options in script_args:
+        for name, lowest in LOWEST.items():
+            if (value := getattr(options, name, None)) is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+        for name in ABOVE_ZERO:
+            if (value := getattr(options, name, None)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
 
 
 def read_config(options: ModelArguments) -> COTSConfig:

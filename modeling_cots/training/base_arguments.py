@@ -57,6 +57,32 @@ REFUSED = {
     "ddp_static_graph": "a batch without a readable image leaves parameters without a gradient",
     "ddp_find_unused_parameters": "the parameters of unused losses are frozen instead",
 }
+# The lowest values of what transformers takes as it comes; the arguments of COTS are in arguments.py.
+LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_prefetch_factor": 1,
+    "torch_empty_cache_steps": 1,
+    "ddp_timeout": 1,
+    "ddp_bucket_cap_mb": 1,
+    "max_steps": -1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "neftune_noise_alpha": 0,
+    "dataloader_num_workers": 0,
+    "eval_delay": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps")
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+HIGHEST_SEED = 2**32 - 1
 # These optimizers move weights before the step is checked, or evaluate with other weights than those that they move.
 REFUSED_OPTIMIZERS = ("lomo", "adalomo", "schedule_free_", "layerwise")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -76,7 +102,7 @@ def refuse_unused(args: TrainingArguments) -> None:
 
 
 def check_numbers(args: TrainingArguments) -> None:
-    """Raise `ValueError` where a field that is a number holds something else, or is infinite or NaN."""
+    """Raise `ValueError` where a field that is a number holds something else, is infinite, NaN or out of range."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if value is None and field.default is None:
@@ -86,6 +112,20 @@ def check_numbers(args: TrainingArguments) -> None:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if (field.type is float and not is_number) or (is_number and not math.isfinite(value)):
             raise ValueError(f"{field.name} must be a finite number, got {value!r}.")
+    _check_ranges(args)
+
+
+def _check_ranges(args: TrainingArguments) -> None:
+    values = {name: getattr(args, name) for name in (*LOWEST, *ABOVE_ZERO) if getattr(args, name) is not None}
+    for name, value in values.items():
+        if name in LOWEST and not value >= LOWEST[name]:
+            raise ValueError(f"{name} must be at least {LOWEST[name]}, got {value}.")
+        if name in ABOVE_ZERO and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}.")
+        if name in BELOW_ONE and not value < 1:
+            raise ValueError(f"{name} must be below 1, got {value}.")
+        if name.endswith("seed") and value > HIGHEST_SEED:
+            raise ValueError(f"{name} must be at most {HIGHEST_SEED}, got {value}.")
 
 
 def choose_measure(args: TrainingArguments) -> None:
@@ -111,12 +151,6 @@ def choose_measure(args: TrainingArguments) -> None:
 
 def check_base_arguments(args: TrainingArguments) -> None:
     """Raise `ValueError` for values and combinations that the base class takes and no run of COTS could use."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(args, name)}.")
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
             f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs:g} leave no step to train: give "

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_cots import COTSTrainingArguments
-from modeling_cots.scripts.command_line import parse_config_and_options
+from modeling_cots.scripts.command_line import parse_and_trace, parse_config_and_options
 
 
 @dataclass
@@ -55,7 +55,7 @@ def test_a_required_option_may_stand_in_neither(tmp_path, capsys):
 
 def test_refuses_unknown_options_and_missing_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("dataset: scenes\nstepz: 1\n")
-    with pytest.raises(ValueError, match="do not exist: stepz"):
+    with pytest.raises(ValueError, match="do not exist: stepz; did you mean steps"):
         parse(str(tmp_path / "bad.yaml"))
     with pytest.raises(ValueError, match="no configuration file"):
         parse(str(tmp_path / "absent.yaml"))
@@ -149,6 +149,79 @@ def test_a_broken_file_is_refused_in_one_sentence_that_names_it(tmp_path, text, 
         parse(path)
     said = str(refused.value)
     assert said.startswith(path) and message in said and said.endswith(".") and "\n" not in said and len(said) < 400
+
+
+@dataclass
+class Ranged(Options):
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        if self.rate == 2:
+            raise ValueError("Two rates are too many.")
+
+
+def test_a_value_out_of_range_is_refused_with_its_line(tmp_path):
+    path = write(tmp_path, "dataset: scenes\nsteps: 0")
+    with pytest.raises(ValueError) as refused:
+        parse_config_and_options(Ranged, argv=[path])
+    assert str(refused.value) == f"{path}, line 2: steps must be at least 1, got 0."
+    assert parse_config_and_options(Ranged, argv=[path, "--steps", "2"])[0].steps == 2
+    for words, said in ((["--steps", "-1"], "steps must"), (["--steps=3", "--rate", "2"], "Two rates")):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            parse_config_and_options(Ranged, argv=[path, *words])
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_on_the_command_line_are_finite(word):
+    with pytest.raises(ValueError, match="rate must be a finite number, got"):
+        parse("--dataset", "scenes", f"--rate={word}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "12.5"], "--steps must be a whole number, got '12.5'"),
+        (["--rate", "fast"], "--rate must be a number, got 'fast'"),
+        (["--kind", "off"], "invalid choice: 'off'"),
+        (["--flip", "maybe"], "Truthy value expected: got maybe"),
+        (["--steps"], "expected one argument"),
+    ],
+)
+def test_a_broken_command_line_is_refused_in_one_line(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        parse("--dataset", "scenes", *words)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and said in printed and printed.count("\n") == 1 and "--help" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stepz", "4"], "There is no option --stepz; did you mean steps."),
+        (["--step", "4"], "There is no option --step; did you mean steps."),
+        (["--qqq=4"], "There is no option --qqq."),
+        (["more", "words"], "more belongs to no option: options are written --option value."),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest_one(words, said):
+    with pytest.raises(ValueError) as refused:
+        parse("--dataset", "scenes", *words)
+    assert str(refused.value) == said
+
+
+def test_what_was_set_is_known_however_it_is_spelled(tmp_path):
+    @dataclass
+    class More(Options):
+        with_masks: bool = True
+        num_steps: int = 1
+
+    path = write(tmp_path, "dataset: scenes\nrate: 1\nsteps: 2")
+    words = ["--no_with_masks", "--num-steps", "4", "--steps=3", "--split", "with_masks"]
+    chosen = {"steps": 9, "num_steps": 9, "kind": "on"}
+    (found,), given = parse_and_trace(More, argv=[path, *words], choose_defaults=lambda options: chosen)
+    assert given.names == {"dataset", "rate", "steps", "with_masks", "num_steps", "split"}
+    assert given.lines == {"dataset": 1, "rate": 2} and given.chosen == {"kind": "on"}
+    assert (found.steps, found.num_steps, found.kind, found.with_masks) == (3, 4, "on", False)
 
 
 YAML_VALUES = st.recursive(

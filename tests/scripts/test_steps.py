@@ -45,6 +45,33 @@ def test_what_transformers_leaves_to_scripts_is_refused_where_it_would_be_ignore
     assert options.dataset == "scenes" and args.do_eval
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("queue_size: 0", "queue_size must be at least 1, got 0"),
+        ("learning_rate: -1", "learning_rate must be at least 0, got -1.0"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("momentum: 1.5", "momentum must be between 0 and 1, got 1.5"),
+        ("seed: -1", "seed must be at least 0, got -1"),
+        ("seed: 4294967296", "seed must be at most 4294967295, got 4294967296"),
+        ("adam_beta2: 1", "adam_beta2 must be below 1, got 1.0"),
+        ("logging_steps: 0", "logging_steps must be above 0, got 0.0"),
+        ("max_text_length: 2", "max_text_length must be at least 3, got 2"),
+        ("shuffle_buffer: 0", "shuffle_buffer must be at least 1, got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_line(tmp_path, line, said):
+    @dataclass
+    class Options(StreamArguments, ModelArguments, DataArguments):
+        pass
+
+    path = tmp_path / "my.yaml"
+    path.write_text(f"dataset: scenes\nuse_cpu: true\n{line}\n")
+    with pytest.raises(ValueError) as refused:
+        parse_options(Options, argv=[str(path)])
+    assert str(refused.value).startswith(f"{path}, line 3: {said}")
+
+
 def test_a_run_that_only_measures_goes_on_with_no_training(tmp_path):
     @dataclass
     class Options(ModelArguments, MeasuringArguments, DataArguments):
