@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from .messages import printable, shorten
 from .paths import RefusedPathError, is_inside, open_door, report_linked_folders, walk_visible
 from .rows import BadRowError, image_columns, read_captions, read_media
 from .skip_report import and_more
+from .sources import is_path
+from .splits import MissingSplitError
 from .streaming.names import expand_braces
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ def find_files(dataset: str, split: str) -> list[Path] | None:
         return _files_in_braces(str(path))
     if glob.has_magic(dataset):
         return _files_of_glob(str(path), name)
-    if path.is_absolute() or dataset.startswith(".") or path.suffix in FORMATS or not _is_hub_id(dataset):
+    if is_path(dataset) or path.suffix in FORMATS or not _is_hub_id(dataset):
         raise ValueError(f"The data set {dataset!r} does not exist.")
     return None
 
@@ -90,14 +91,6 @@ def broken_card(card: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(
         f"The YAML between the first two lines of --- in {os.fspath(card)} cannot be read{place} ({shorten(problem)}):"
         " mend it, or leave it out."
-    )
-
-
-def missing_split(dataset: str, split: str, available: Iterable[str]) -> ValueError:
-    """The error for a split that a data set does not have."""
-    return ValueError(
-        f"{dataset!r} has no split {split!r}; it has {', '.join(sorted(available)) or 'none'}. (A glob reads all "
-        "files that it matches, whatever they are called.)"
     )
 
 
@@ -168,7 +161,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         by_split, used = _group_by_split(chosen, folder, split), set(chosen)
     _warn_of_unread([file for file in data if file not in used], folder, "is not part of the data set")
     if split not in by_split:
-        raise missing_split(str(folder), split, by_split)
+        raise MissingSplitError.of(str(folder), split, by_split)
     return by_split[split]
 
 

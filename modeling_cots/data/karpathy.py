@@ -13,6 +13,7 @@ from .formats import read_annotations
 from .messages import printable, shown
 from .rows import list_captions
 from .skip_report import and_more
+from .splits import MissingSplitError
 from .tables import slice_bounds, table_of_paths
 
 logger = logging.get_logger(__name__)
@@ -60,8 +61,8 @@ def load_karpathy(dataset: str, split: str, image_folder: str | None = None) -> 
     for part, bounds in _parse_split(split):
         chosen = [image for image in images if image["split"] in JOINED_SPLITS.get(part, (part,))]
         if not chosen:
-            there = ", ".join(sorted({image["split"] for image in images}))
-            raise ValueError(f"{file} has no split {part!r}; it has {there}.")
+            there = sorted({image["split"] for image in images})
+            raise MissingSplitError(f"{file} has no split {part!r}; it has {', '.join(there)}.", there)
         start, stop = slice_bounds(part + bounds, len(chosen))
         for image in chosen[start:stop]:
             paths.append(_path_of(image))

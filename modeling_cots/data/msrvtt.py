@@ -11,6 +11,7 @@ from .formats import read_annotations, read_rows
 from .messages import shown
 from .rows import BadRowError, Columns, list_captions
 from .skip_report import and_more
+from .splits import MissingSplitError
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +58,8 @@ def load_msrvtt(dataset: str, split: str, protocol: str = FULL) -> dict[str, lis
     chosen = {video: captions.get(video, []) for video, its_split in splits.items() if its_split == split}
     if not chosen:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{names} has no split {split!r}; it has {', '.join(sorted(set(splits.values())))}.")
+        there = sorted(set(splits.values()))
+        raise MissingSplitError(f"{names} has no split {split!r}; it has {', '.join(there)}.", there, can_be_cut=False)
     return chosen
 
 
@@ -105,7 +107,8 @@ def _text(row: dict, name: str, number: int, file: Path) -> str:
 
 def _load_1ka(folder: Path, split: str) -> dict[str, list[str]]:
     if split not in SPLIT_FILES_1KA:
-        raise ValueError(f"{SPLIT_1KA} has the splits {', '.join(SPLIT_FILES_1KA)}, got {split!r}.")
+        message = f"{SPLIT_1KA} has the splits {', '.join(SPLIT_FILES_1KA)}, got {split!r}."
+        raise MissingSplitError(message, SPLIT_FILES_1KA, can_be_cut=False)
     table = folder / SPLIT_FILES_1KA[split]
     if not table.is_file():
         raise ValueError(f"{SPLIT_1KA} needs {table.name}, which is not in {str(folder)!r}.")

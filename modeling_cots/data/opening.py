@@ -32,20 +32,29 @@ def open_dataset(
     Args:
         dataset: "scenes", a Hub id, a folder or a file.
         split: Name of the split.
-        image_folder, image_column, caption_column: See `open_pairs`; `scenes` ignores them.
+        image_folder, image_column, caption_column: See `open_pairs`; `scenes` has none of them.
         image_size: Height and width in pixels at which scenes are drawn.
         seed: Seed of the random draws for each item in training. `scenes` has its own, the same in every run.
         keep_uncaptioned, dataset_config, revision: See `open_pairs`; `scenes` has neither configuration nor revision.
+
+    Raises `ValueError` for options that `scenes` has no use for, and as `open_pairs` does.
     """
+    columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
     if dataset == "scenes":
+        _refuse_useless(dataset, columns)
         refuse_version(dataset, dataset_config, revision)
         opened = ScenesDataset(split, image_size=image_size)
     else:
-        columns = {"image_folder": image_folder, "image_column": image_column, "caption_column": caption_column}
         version = {"dataset_config": dataset_config, "revision": revision}
         opened = open_pairs(dataset, split, **columns, seed=seed, keep_uncaptioned=keep_uncaptioned, **version)
     opened.name = _name(dataset)
     return opened
+
+
+def _refuse_useless(dataset: str, options: dict[str, str | None]) -> None:
+    useless = [name for name, value in options.items() if value is not None]
+    if useless:
+        raise ValueError(f"{dataset} is generated: leave out {', '.join(useless)}.")
 
 
 def _name(dataset: str) -> str:
@@ -77,9 +86,7 @@ def open_video_dataset(
     Raises `ValueError` for options that `moving_scenes` has no use for, and as `open_videos` does.
     """
     if dataset == "moving_scenes":
-        useless = [name for name, value in options.items() if value is not None]
-        if useless:
-            raise ValueError(f"moving_scenes is generated: leave out {', '.join(useless)}.")
+        _refuse_useless(dataset, options)
         if not os.path.isfile(os.path.join(generated_folder, split, "metadata.jsonl")):
             write_moving_scenes(generated_folder, split, image_size=image_size)
         opened = open_videos(generated_folder, split, seed=seed)

@@ -6,9 +6,11 @@ from pathlib import Path
 import datasets
 from huggingface_hub import snapshot_download
 
-from .files import METADATA_FILES, missing_split
+from .files import METADATA_FILES
 from .messages import MAX_TEXT, shorten
 from .revisions import refuse_version
+from .sources import use_cache_if_unreachable
+from .splits import MissingSplitError
 
 HUB = "hf://"
 # Builders of `datasets` whose files our own reader reads.
@@ -31,6 +33,8 @@ def open_builder(
     """
     if os.path.isdir(dataset):
         refuse_version(dataset, revision=revision)
+    elif cached is None:
+        use_cache_if_unreachable()
     source = dataset if cached is None else str(cached)
     try:
         return datasets.load_dataset_builder(source, dataset_config, revision=revision if cached is None else None)
@@ -59,7 +63,7 @@ def files_of_split(builder, dataset: str, split: str) -> list[str]:
     """The paths or hf:// addresses of the files of a split. Raises `ValueError` for a split that is not there."""
     files = {str(name): list(map(str, found)) for name, found in (builder.config.data_files or {}).items()}
     if split not in files:
-        raise missing_split(dataset, split, files)
+        raise MissingSplitError.of(dataset, split, files)
     return files[split]
 
 

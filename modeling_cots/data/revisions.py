@@ -1,25 +1,29 @@
 """Which version of a Hub repository is meant: refuses revisions and configurations that would be ignored."""
 
-import os
-
-# Names that some options take beside Hub ids; what they name has no versions.
-BUILT_IN = ("scenes", "random", "none")
+from .sources import check_path, is_here, use_cache_if_unreachable
 
 
-def check_revision(option: str, name: str | None, revision: str | None) -> None:
+def check_revision(option: str, name: str | None, revision: str | None, *, is_needed: bool = True) -> None:
     """
-    Raise `ValueError` for a revision of an option by which nothing of the Hub is opened.
+    Raise `ValueError` for a path that is not there, and for a revision of an option that takes nothing from the Hub.
+
+    A hub that is needed is tried once: see `use_cache_if_unreachable`.
 
     Args:
         option: Such as "model" or "tokenizer".
         name: Its value: a Hub id, a folder or a built-in name; `None` where it is not given.
         revision: A branch, a tag or a commit, if any is given.
+        is_needed: Whether it will be loaded in any case.
     """
+    if name is not None:
+        check_path(option, name)
+        if is_needed and not is_here(name):
+            use_cache_if_unreachable()
     if revision is None:
         return
     if name is None:
         raise ValueError(f"The revision {revision!r} of {option} belongs to a Hub id: give {option}, too.")
-    if name in BUILT_IN or os.path.exists(os.path.expanduser(name)):
+    if is_here(name):
         raise ValueError(
             f"{option}={name} is no Hub id and has no revision {revision!r}: leave the revision out, or give a Hub id."
         )

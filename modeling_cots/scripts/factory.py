@@ -25,6 +25,7 @@ from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
 from ..configuration_cots import COTSConfig, encoder_sides
+from ..data.revisions import check_revision
 from ..encoders_cots import build_text_encoder, build_vision_encoder, check_vocabulary
 from ..image_processing_cots import COTSImageProcessor
 from ..method.image_tokenizer import ImageTokenizer
@@ -318,6 +319,7 @@ def build_image_tokenizer(
     if (Path(name_or_path) / CENTERS_NAME).is_file():
         return KMeansImageTokenizer.from_pretrained(name_or_path, mean, std)
     if name_or_path != RANDOM_IMAGE_TOKENIZER:
+        check_revision("image_tokenizer", name_or_path, None)
         return ImageTokenizer.from_pretrained(name_or_path, mean, std, revision)
     logger.warning(
         f"The image tokenizer is a random codebook of {vocab_size} tokens, a random-projection quantizer: its tokens "

@@ -1,6 +1,8 @@
 """What the training scripts of `examples/` share: their options on data and models, and the steps that use them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch.utils.data import Dataset
@@ -9,6 +11,7 @@ from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision
+from ..data.splits import MissingSplitError
 from ..data.streaming.dataset import StreamingPairs, open_stream
 from ..evaluation.recall_table import rename_metrics
 from ..evaluation.report import format_report
@@ -171,7 +174,8 @@ class ModelArguments:
         """Branch, tag or commit of each option that has one. Raises `ValueError` where the option is no Hub id."""
         given = {name: getattr(self, f"{name}_revision") for name in VERSIONED}
         for name, revision in given.items():
-            check_revision(name, getattr(self, name), revision)
+            # Without masked vision modeling nothing asks for the image tokenizer; see `build_image_tokenizer`.
+            check_revision(name, getattr(self, name), revision, is_needed=name != "image_tokenizer")
         return {name: revision for name, revision in given.items() if revision is not None}
 
 
@@ -260,6 +264,10 @@ def parse_options(
         if is_set:
             raise ValueError(f"{name} would be ignored: train_split and eval_split say what this script does.")
     outcome = next((each for each in script_args if isinstance(each, OutcomeArguments)), None)
+    if outcome is not None and outcome.strict and getattr(outcome, "eval_split", None) in (None, "none"):
+        raise ValueError(
+            "strict asks whether the run has learned something, and nothing is measured: give eval_split."
+        )
     if writes and outcome is not None and args.process_index == 0:
         check_output_dir(args, outcome.overwrite_output_dir)
     return *script_args, args
@@ -312,30 +320,60 @@ def open_split(options: DataArguments, split: str | None, *, image_size: int, se
     """A split of the data, after reading its first images; `None` for no split."""
     if split in (None, "none"):
         return None
-    opened = open_dataset(
-        options.dataset,
-        split,
-        image_folder=options.image_folder,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        image_size=image_size,
-        seed=seed,
-        dataset_config=options.dataset_config,
-        revision=options.dataset_revision,
-    )
+    with explaining_splits(options, split):
+        opened = open_dataset(
+            options.dataset,
+            split,
+            image_folder=options.image_folder,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            image_size=image_size,
+            seed=seed,
+            dataset_config=options.dataset_config,
+            revision=options.dataset_revision,
+        )
     check_readable(opened)
     return opened
+
+
+@contextmanager
+def explaining_splits(options, split: str) -> Iterator[None]:
+    """
+    Say after the message of a `MissingSplitError` what to write instead.
+
+    Args:
+        options: Has `train_split` and `eval_split`.
+        split: The one that is opened in the block.
+    """
+    try:
+        yield
+    except MissingSplitError as error:
+        option = "eval_split" if split == options.eval_split else "train_split"
+        ways = [f"--{option} {name}" for name in error.available]
+        if option == "eval_split":
+            first = error.available[0] if error.available else "train"
+            ways = ["--eval_split none to measure nothing"] if not isinstance(options, MeasuringArguments) else []
+            if error.can_be_cut:
+                ways.append(f"--eval_split {first}[:500] --train_split {first}[500:] to hold some of it out")
+            ways += [f"--eval_split {name}" for name in error.available if name != options.train_split]
+        raise ValueError(f"{error} Write {', or '.join(ways)}.") from error
 
 
 def held_out_options(options):
     """
     The options of data, by which [`open_split`] opens `eval_split`; `options` has [`StreamArguments`], too.
 
-    Raises `ValueError` for a configuration or revision of an `eval_dataset` that is not given.
+    The columns and the folder of images of the training data are those of an `eval_dataset` too, but for `scenes`.
+
+    Raises `ValueError` for a configuration or revision of an `eval_dataset` that is not given, and for one of which no
+    split is to be measured.
     """
     given = {name: getattr(options, f"eval_dataset{name}") for name in ("", "_config", "_revision")}
     if given[""] is not None:
-        return replace(options, **{f"dataset{name}": value for name, value in given.items()})
+        if options.eval_split in (None, "none"):
+            raise ValueError(f"eval_dataset={given['']} is not measured without an eval_split: leave one of them out.")
+        columns = {} if given[""] != "scenes" else dict.fromkeys(("image_folder", "image_column", "caption_column"))
+        return replace(options, **{f"dataset{name}": value for name, value in given.items()}, **columns)
     for name, value in given.items():
         if value is not None:
             raise ValueError(
@@ -376,7 +414,13 @@ def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
 def build_parts(
     options: ModelArguments, config: COTSConfig, args: COTSTrainingArguments, train_dataset: Dataset
 ) -> TrainingParts:
-    """Tokenizers, processor and model; a tokenizer is trained on the captions of `train_dataset` if none is given."""
+    """
+    Tokenizers, processor and model; a tokenizer is trained on the captions of `train_dataset` if none is given.
+
+    Raises `ValueError` without a `train_dataset`, and where parts do not fit.
+    """
+    if train_dataset is None:
+        raise ValueError("There is nothing to train on: give train_split. To measure only, use run_retrieval.py.")
     revisions = options.revisions
     of_tokenizer = revisions
     if options.tokenizer is None and "model" in revisions:

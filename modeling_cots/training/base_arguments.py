@@ -119,7 +119,8 @@ def _check_ranges(args: TrainingArguments) -> None:
     values = {name: getattr(args, name) for name in (*LOWEST, *ABOVE_ZERO) if getattr(args, name) is not None}
     for name, value in values.items():
         if name in LOWEST and not value >= LOWEST[name]:
-            raise ValueError(f"{name} must be at least {LOWEST[name]}, got {value}.")
+            wanted = "not be negative" if LOWEST[name] == 0 else f"be at least {LOWEST[name]}"
+            raise ValueError(f"{name} must {wanted}, got {value}.")
         if name in ABOVE_ZERO and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}.")
         if name in BELOW_ONE and not value < 1:

@@ -12,6 +12,7 @@ from modeling_cots.scripts.steps import (
     DataArguments,
     MeasuringArguments,
     ModelArguments,
+    OutcomeArguments,
     StreamArguments,
     build_parts,
     check_measuring,
@@ -49,10 +50,10 @@ def test_what_transformers_leaves_to_scripts_is_refused_where_it_would_be_ignore
     ("line", "said"),
     [
         ("queue_size: 0", "queue_size must be at least 1, got 0"),
-        ("learning_rate: -1", "learning_rate must be at least 0, got -1.0"),
+        ("learning_rate: -1", "learning_rate must not be negative, got -1.0"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size must be at least 1, got 0"),
         ("momentum: 1.5", "momentum must be between 0 and 1, got 1.5"),
-        ("seed: -1", "seed must be at least 0, got -1"),
+        ("seed: -1", "seed must not be negative, got -1"),
         ("seed: 4294967296", "seed must be at most 4294967295, got 4294967296"),
         ("adam_beta2: 1", "adam_beta2 must be below 1, got 1.0"),
         ("logging_steps: 0", "logging_steps must be above 0, got 0.0"),
@@ -70,6 +71,55 @@ def test_a_value_out_of_range_is_refused_with_its_line(tmp_path, line, said):
     with pytest.raises(ValueError) as refused:
         parse_options(Options, argv=[str(path)])
     assert str(refused.value).startswith(f"{path}, line 3: {said}")
+
+
+@pytest.mark.parametrize("dataset", ["scenes", "jsonl"])
+@pytest.mark.parametrize("kind", [StreamArguments, MeasuringArguments])
+def test_a_missing_split_says_what_to_write(tmp_path, dataset, kind):
+    @dataclass
+    class Options(kind, DataArguments):
+        pass
+
+    if dataset == "jsonl":
+        dataset = str(tmp_path)
+        (tmp_path / "train.jsonl").write_text('{"image": "a.png", "caption": "a"}')
+    options = Options(dataset, eval_split="test")
+    with pytest.raises(ValueError) as refused:
+        open_split(options, "test", image_size=32, seed=0)
+    said = str(refused.value)
+    assert ("--eval_split none to measure nothing" in said) == (kind is not MeasuringArguments)
+    if dataset == "scenes":
+        assert said.endswith("--eval_split validation.") and "[:500]" not in said
+    else:
+        assert "--eval_split train[:500] --train_split train[500:]" in said
+    options.train_split = "tain"
+    with pytest.raises(ValueError, match="Write --train_split train"):
+        open_split(options, "tain", image_size=32, seed=0)
+
+
+@pytest.mark.parametrize("name", ["image_folder", "image_column", "caption_column"])
+def test_options_that_scenes_have_no_use_for_are_refused(name):
+    with pytest.raises(ValueError, match=f"^scenes is generated: leave out {name}"):
+        open_split(DataArguments("scenes", **{name: "x"}), "train", image_size=32, seed=0)
+
+
+def test_what_would_not_be_measured_is_refused():
+    @dataclass
+    class Options(StreamArguments, ModelArguments, OutcomeArguments, DataArguments):
+        pass
+
+    with pytest.raises(ValueError, match="eval_dataset=scenes is not measured without an eval_split"):
+        held_out_options(Options("photos", eval_split="none", eval_dataset="scenes"))
+    kept = held_out_options(Options("photos", image_column="image", eval_dataset="scenes"))
+    assert kept.image_column is None and len(open_split(kept, "validation", image_size=32, seed=0)) == 200
+    with pytest.raises(ValueError, match="strict asks whether .*: give eval_split"):
+        parse_options(Options, argv="--dataset scenes --eval_split none --strict --use_cpu".split())
+
+
+def test_nothing_to_train_on_is_said(tmp_path):
+    args = COTSTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="nothing to train on: give train_split"):
+        build_parts(ModelArguments(), None, args, None)
 
 
 def test_a_run_that_only_measures_goes_on_with_no_training(tmp_path):

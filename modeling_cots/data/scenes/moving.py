@@ -19,6 +19,7 @@ import numpy as np
 from transformers.utils import requires_backends
 
 from ..atomic_write import atomic_write
+from ..splits import MissingSplitError
 from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 2000, "validation": 100}
@@ -146,7 +147,8 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], frame_rate: int, i
 def sample_moving_scenes(split: str, num_videos: int | None = None, seed: int = 0) -> list[MovingScene]:
     """The scenes of a split. No two scenes have the same description, in one split or in both."""
     if split not in SPLIT_SIZES:
-        raise ValueError(f"`moving_scenes` has the splits {', '.join(SPLIT_SIZES)}; got {split!r}.")
+        message = f"`moving_scenes` has the splits {', '.join(SPLIT_SIZES)}; got {split!r}."
+        raise MissingSplitError(message, SPLIT_SIZES, can_be_cut=False)
     num_videos = SPLIT_SIZES[split] if num_videos is None else num_videos
     if num_videos < 1:
         raise ValueError(f"`num_videos` must be at least 1, got {num_videos}.")

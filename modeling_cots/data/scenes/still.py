@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 
 from ..items import EpochSeeds
+from ..splits import MissingSplitError
 from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw_scene
 
 SPLIT_SIZES = {"train": 4000, "validation": 200}
@@ -84,7 +85,8 @@ class ScenesDataset(Dataset):
 
     def __init__(self, split: str, num_scenes: int | None = None, image_size: int = 64, seed: int = 0):
         if split not in SPLIT_SIZES:
-            raise ValueError(f"`scenes` has the splits {', '.join(SPLIT_SIZES)}; got {split!r}.")
+            message = f"`scenes` has the splits {', '.join(SPLIT_SIZES)}; got {split!r}."
+            raise MissingSplitError(message, SPLIT_SIZES, can_be_cut=False)
         if num_scenes is not None and num_scenes < 1:
             raise ValueError(f"`num_scenes` must be at least 1, got {num_scenes}.")
         if image_size < MIN_IMAGE_SIZE:
