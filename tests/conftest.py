@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits, here and in processes of the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
@@ -22,7 +23,7 @@ from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, SPECIAL_TOKENS, TINY_ENCODER,
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from modeling_cots import COTSConfig, COTSProcessor, COTSVideoProcessor
+from modeling_cots import COTSConfig, COTSModel, COTSProcessor, COTSVideoProcessor
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # The same examples in every run, and none that fails because the machine is busy; to look for others, run
@@ -108,6 +109,15 @@ def tiny_processor(tiny_tokenizer) -> COTSProcessor:
     return COTSProcessor(
         ViTImageProcessor(size=size, do_convert_rgb=True), tiny_tokenizer, COTSVideoProcessor(size=size, num_frames=4)
     )
+
+
+@pytest.fixture
+def saved_model(tiny_config, tiny_processor, tmp_path) -> Path:
+    """The folder `model` with a COTSModel, whose weights are the same in every test, and its processor."""
+    torch.manual_seed(0)
+    COTSModel(tiny_config).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture

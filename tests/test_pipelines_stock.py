@@ -32,16 +32,8 @@ def images() -> list[Image.Image]:
 
 
 @pytest.fixture
-def folder(tiny_config, tiny_processor, tmp_path):
-    torch.manual_seed(0)
-    COTSModel(tiny_config).save_pretrained(tmp_path / "saved")
-    tiny_processor.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-@pytest.fixture
-def model(folder) -> COTSModel:
-    return COTSModel.from_pretrained(folder)
+def model(saved_model) -> COTSModel:
+    return COTSModel.from_pretrained(saved_model)
 
 
 @pytest.fixture
@@ -68,9 +60,9 @@ def text_embeds(model, processor, texts) -> torch.Tensor:
 
 
 @pytest.fixture
-def load(folder):
+def load(saved_model):
     def load(task):
-        loaded = pipeline(task, model=str(folder))
+        loaded = pipeline(task, model=str(saved_model))
         assert isinstance(loaded, TASKS[task]) and type(loaded.model) is COTSModel
         return loaded
 

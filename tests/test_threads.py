@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from forks import server_with_package
 from image_files import as_base64
 from PIL import Image
@@ -29,14 +28,6 @@ def hasty_threads():
     sys.setswitchinterval(5e-6)
     yield
     sys.setswitchinterval(interval)
-
-
-@pytest.fixture
-def folder(tiny_config, tiny_processor, tmp_path):
-    torch.manual_seed(0)
-    COTSModel(tiny_config).save_pretrained(tmp_path / "saved")
-    tiny_processor.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +72,15 @@ def test_processor(tiny_processor, texts, images):
     check(answer, list(zip(batches, images, ways * 60, strict=True)))
 
 
-def test_retrieval_pipeline(folder, texts, images):
-    finder = pipeline("image-text-retrieval", model=str(folder))
+def test_retrieval_pipeline(saved_model, texts, images):
+    finder = pipeline("image-text-retrieval", model=str(saved_model))
     index = finder.build_index(["a red circle", "the dog runs", *images[:3]])
     queries = [query for pair in zip(texts, images, strict=True) for query in pair][:NUM_QUERIES]
     check(lambda query: [hit["score"] for hit in finder(query, index=index)], queries)
 
 
-def test_zero_shot_pipeline(folder, texts, images):
-    classify = pipeline("zero-shot-image-classification", model=str(folder))
+def test_zero_shot_pipeline(saved_model, texts, images):
+    classify = pipeline("zero-shot-image-classification", model=str(saved_model))
 
     def answer(query):
         text, image = query
@@ -100,8 +91,8 @@ def test_zero_shot_pipeline(folder, texts, images):
     check(answer, list(zip(texts, images, strict=True))[:120])
 
 
-def test_handler(folder, texts, images):
-    handler = EndpointHandler(str(folder))
+def test_handler(saved_model, texts, images):
+    handler = EndpointHandler(str(saved_model))
     requests = [{"inputs": text} for text in texts[:80]]
     requests += [{"inputs": texts[start : start + 5]} for start in range(0, 80, 2)]
     requests += [
@@ -111,12 +102,12 @@ def test_handler(folder, texts, images):
 
 
 @pytest.mark.parametrize("index_type", ["exact", "hnsw", "int8"])
-def test_index(folder, texts, images, index_type):
+def test_index(saved_model, texts, images, index_type):
     pytest.importorskip("faiss")
     index = SearchIndex.create(
-        folder / "index",
-        COTSModel.from_pretrained(folder),
-        COTSProcessor.from_pretrained(folder),
+        saved_model / "index",
+        COTSModel.from_pretrained(saved_model),
+        COTSProcessor.from_pretrained(saved_model),
         engine=index_type,
     )
     index.add(Years(images), progress=False)

@@ -64,8 +64,8 @@ def find_files(dataset: str, split: str) -> list[Path] | None:
         return _files_in_braces(str(path))
     if glob.has_magic(dataset):
         return _files_of_glob(str(path), name)
-    if is_path(dataset) or path.suffix in FORMATS or not _is_hub_id(dataset):
-        raise ValueError(f"The data set {dataset!r} does not exist.")
+    if is_path(dataset) or path.suffix in FORMATS or not is_hub_id(dataset):
+        raise ValueError(f"The data set {dataset!r} does not exist. (A Hub id has the form owner/name.)")
     return None
 
 
@@ -313,5 +313,6 @@ def _warn_if_unsplit(dataset: str, files: list[Path], split: str) -> None:
         logger.warning(f"{dataset} has no splits: all of it is read as {split!r}.")
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a data set of the Hub: one without an owner is more likely a mistyped path."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None

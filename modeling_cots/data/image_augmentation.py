@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from ..image_reading_cots import ImageFile
 
+POLICY = "rand-m5-n2-mstd0.5"  # an example
+
 
 class ImageTransform:
     """
@@ -23,6 +25,8 @@ class ImageTransform:
         min_crop_scale: Smallest share of the image that the random resized crop keeps; 1 = the whole image.
         horizontal_flip: Probability of flipping; it makes captions with "left" and "right" untrue.
         auto_augment: A policy of timm, such as "rand-m5-n2-mstd0.5".
+
+    Raises `ValueError` for a policy that timm does not know.
     """
 
     def __init__(
@@ -38,9 +42,8 @@ class ImageTransform:
 
         self.image_size = (image_size[0], image_size[1])
         self.horizontal_flip = horizontal_flip
-        (crop, *_), (*policies,), _ = (
-            stage.transforms
-            for stage in create_transform(
+        try:
+            stages = create_transform(
                 (3, *image_size),
                 is_training=True,
                 scale=(min_crop_scale, 1.0),
@@ -51,7 +54,13 @@ class ImageTransform:
                 mean=image_mean,
                 separate=True,
             )
-        )
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            if auto_augment is None:
+                raise
+            raise ValueError(
+                f"auto_augment={auto_augment} is no policy of timm, such as {POLICY}: {error}."
+            ) from error
+        (crop, *_), (*policies,), _ = (stage.transforms for stage in stages)
         self._crop = crop if min_crop_scale < 1 else None
         self._policies = policies
 

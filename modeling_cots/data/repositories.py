@@ -34,7 +34,7 @@ def open_builder(
     if os.path.isdir(dataset):
         refuse_version(dataset, revision=revision)
     elif cached is None:
-        use_cache_if_unreachable()
+        use_cache_if_unreachable(f"the data set {dataset}")
     source = dataset if cached is None else str(cached)
     try:
         return datasets.load_dataset_builder(source, dataset_config, revision=revision if cached is None else None)

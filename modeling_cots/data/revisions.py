@@ -18,7 +18,7 @@ def check_revision(option: str, name: str | None, revision: str | None, *, is_ne
     if name is not None:
         check_path(option, name)
         if is_needed and not is_here(name):
-            use_cache_if_unreachable()
+            use_cache_if_unreachable(f"{option}={name}")
     if revision is None:
         return
     if name is None:

@@ -61,18 +61,23 @@ def _what_instead(name: str) -> str:
     return f"; did you mean {path.parent / near[0]}" if near else ""
 
 
-def use_cache_if_unreachable() -> None:
+def use_cache_if_unreachable(what: str) -> None:
     """
     Ask the hub once whether it is there; if not, turn on the offline mode of its libraries, with a warning.
 
     They then find at once what is in the cache, and say at once what is not.
+
+    Args:
+        what: It is needed for, such as "model=org/name".
     """
     if constants.is_offline_mode():
         return
     problem = _problem_of_reaching(constants.ENDPOINT)
     if problem is None:
         return
-    logger.warning(f"The hub {constants.ENDPOINT} cannot be reached ({problem}): only what is in the cache is found.")
+    logger.warning(
+        f"The hub {constants.ENDPOINT} cannot be reached ({problem}): {what} is looked for in the cache alone."
+    )
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # has copied the value; else it will when it is imported
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -12,6 +12,7 @@ import datasets
 from torch.utils.data import Dataset
 
 from .columns import check_any_exists, check_inside, drop_uncaptioned
+from .files import is_hub_id
 from .items import EpochSeeds
 from .loading import load_rows
 from .msrvtt import is_msrvtt, load_msrvtt
@@ -64,6 +65,10 @@ def open_videos(
     else:
         if protocol is not None:
             raise ValueError(f"The protocol {protocol!r} is MSR-VTT's, and {dataset!r} holds none of its files.")
+        if is_hub_id(dataset) and not os.path.exists(os.path.expanduser(dataset)):
+            raise ValueError(
+                f"The data set {dataset!r} does not exist: videos are read from a folder or a file of it."
+            )
         table, root = load_rows(dataset, split, video_columns(video_column, caption_column))
         captions = _group_captions(table)
         if video_folder is None and root is None:

@@ -32,7 +32,13 @@ EXPECTED_NAMES = {
     "HubPushError",  # ours
     "NonFiniteLossError",
 }
-EXPECTED_WORDS = ("DataLoader worker", "can't allocate memory", "Found no NVIDIA driver", "CUDA enabled")
+EXPECTED_WORDS = (
+    "DataLoader worker",
+    "can't allocate memory",
+    "Found no NVIDIA driver",
+    "CUDA enabled",
+    "device string",
+)
 # Of transformers' own option `--debug`; a test compares them.
 DEBUG_FEATURES = {"underflow_overflow", "tpu_metrics_debug"}
 FULL_DISK = ("No space left on device", "os error 28")
@@ -81,6 +87,8 @@ def describe(error: BaseException) -> str:
     text = " ".join(" ".join(said).split()).removeprefix(f"{type(error).__name__}: ")
     if isinstance(error, OSError) and error.strerror and error.errno is not None:
         text = error.strerror + ("" if error.filename is None else f": {error.filename}")
+    if "TransportError" in _names_of(error):
+        text = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')} cannot be reached. {text}"
     if "OutOfMemoryError" in _names_of(error):
         text = f"The memory of the device is full, use smaller batches. {text}"
     if any(_says_full(each) for each in _chain(error)):
@@ -134,8 +142,9 @@ def _full_places(error: BaseException) -> str:
         return f" ({named[0]})"
     places = [os.getcwd(), tempfile.gettempdir(), os.environ.get("HF_HOME", os.path.expanduser("~/.cache"))]
     places += [place for word in sys.argv[1:] for place in (word.rpartition("=")[2], os.path.dirname(word))]
-    spent = sorted({place for place in places if os.path.exists(place) and _free_space(place) < SMALLEST_SPACE})
-    return f" ({', '.join(spent)})" if spent else ""
+    spent = sorted(place for place in places if os.path.exists(place) and _free_space(place) < SMALLEST_SPACE)
+    one_a_disk = {os.stat(place).st_dev: place for place in spent}
+    return f" ({', '.join(one_a_disk.values())})" if spent else ""
 
 
 def _free_space(place: str) -> int:

@@ -4,6 +4,7 @@ The training scripts do this before any other work. New parts take their sizes f
 that do not fit are refused, with both sizes.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,8 +79,8 @@ def build_config(
     if model is not None:
         config = COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
     else:
-        config = COTSConfig() if model_config is None else _read_config(model_config)
         given = {} if model_config is None else read_json(model_config)
+        config = _config_of(given, model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
         check_file(given.get("text_config"), config.text_config, f"text_model {text_model}")
@@ -124,9 +125,10 @@ def check_file(given: dict | None, encoder_config: PreTrainedConfig, source: str
             raise ValueError(f"{name} is {value} in the model_config and {actual} in {source}: {advice}.")
 
 
-def _read_config(path: str) -> COTSConfig:
+def _config_of(given: dict, path: str | None) -> COTSConfig:
+    """The paper's configuration with the fields of a file."""
     try:
-        return COTSConfig.from_json_file(path)
+        return COTSConfig(**copy.deepcopy(given))
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no JSON file of COTSConfig fields: {reason}") from error

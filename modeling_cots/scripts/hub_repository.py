@@ -155,6 +155,8 @@ def check(args: ScriptArguments) -> None:
         raise ValueError("--validation_data measures ONNX files: give --onnx true or --kind onnx as well.")
     if not is_classifier and (args.labels or args.images):
         raise ValueError("--labels and --images belong to --kind zero_shot_classifier.")
+    if not is_classifier and args.hypothesis_template != ScriptArguments.hypothesis_template:
+        raise ValueError("--hypothesis_template belongs to --kind zero_shot_classifier.")
 
 
 def write_onnx(args: ScriptArguments, model: COTSModel, processor: COTSProcessor, folder: Path, model_id: str) -> None:

@@ -26,13 +26,17 @@ def check_output_dir(args: COTSTrainingArguments, overwrite: bool) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file: name a folder.")
+    wanted = args.resume_from_checkpoint
+    if wanted not in (None, "latest") and not os.path.isdir(wanted):
+        raise ValueError(
+            f"There is no checkpoint {wanted} to go on from; `latest` means the newest one of output_dir."
+        )
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"Nothing can be written to output_dir={folder}: {place} is read-only for you.")
     if overwrite or not folder.is_dir():
         return
     names = sorted(name for name in os.listdir(folder) if name != LOCK_NAME and not name.startswith("."))
-    wanted = args.resume_from_checkpoint
     if not names or (wanted is not None and _goes_on(wanted, folder, names, args.filter_log)):
         return
     go_on = "go on with its run by --resume_from_checkpoint latest, "

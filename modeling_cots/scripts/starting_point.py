@@ -36,21 +36,31 @@ def starting_defaults(options) -> dict[str, float | bool]:
     if not is_from_scratch(options):
         return {}
     given = {} if options.model_config is None else read_json(options.model_config)
-    widths = [given.get(name, {}).get("hidden_size", PAPER_WIDTH) for name in ("text_config", "vision_config")]
+    widths = [_part(given, name).get("hidden_size", PAPER_WIDTH) for name in ("text_config", "vision_config")]
+    if not all(isinstance(width, int) and width > 0 for width in widths):
+        raise ValueError(f"{options.model_config}: hidden_size must be a whole number above 0, got {widths}.")
     defaults = {"learning_rate": RATE_TIMES_WIDTH / max(widths), **FROM_SCRATCH}
     if getattr(options, "filter_log", None) is not None:  # who wants the filter's log wants the filter
         del defaults["adaptive_filter"]
     return defaults
 
 
+def _part(given: dict, name: str) -> dict:
+    """The fields of an encoder; those of no mapping are refused by the configuration itself."""
+    part = given.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def read_json(path: str) -> dict:
     """The object in a file of a configuration. Raises `ValueError` where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_config: {path} cannot be read as JSON: {error}.") from error
+    except OSError as error:
+        raise ValueError(f"model_config={path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file of COTSConfig fields: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"model_config: {path} must hold the fields of a COTSConfig in braces.")
+        raise ValueError(f"{path} is no JSON file of COTSConfig fields: it has no braces around them.")
     return content
 
 
@@ -106,6 +116,6 @@ def set_initializer_range(config: COTSConfig, given: dict) -> None:
         given: What a configuration file sets; an `initializer_range` there stays.
     """
     for name in ("text_config", "vision_config"):
-        if "initializer_range" not in given.get(name, {}):
+        if "initializer_range" not in _part(given, name):
             encoder = getattr(config, name)
             encoder.initializer_range = 1 / math.sqrt(encoder.hidden_size)

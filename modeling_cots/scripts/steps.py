@@ -264,10 +264,11 @@ def parse_options(
         if is_set:
             raise ValueError(f"{name} would be ignored: train_split and eval_split say what this script does.")
     outcome = next((each for each in script_args if isinstance(each, OutcomeArguments)), None)
-    if outcome is not None and outcome.strict and getattr(outcome, "eval_split", None) in (None, "none"):
-        raise ValueError(
-            "strict asks whether the run has learned something, and nothing is measured: give eval_split."
-        )
+    if getattr(outcome, "eval_split", "any") in (None, "none"):
+        if outcome.strict:
+            raise ValueError("strict asks whether the run has learned, and nothing is measured: give eval_split.")
+        if args.eval_strategy != "no":
+            raise ValueError(f"eval_strategy={args.eval_strategy.value} has nothing to measure: give eval_split.")
     if writes and outcome is not None and args.process_index == 0:
         check_output_dir(args, outcome.overwrite_output_dir)
     return *script_args, args

@@ -26,6 +26,7 @@ from .steps import (
     OutcomeArguments,
     build_parts,
     check_measuring,
+    explaining_splits,
     finish_retrieval,
     parse_options,
     read_config,
@@ -74,7 +75,7 @@ class ScriptArguments(ModelArguments, MeasuringArguments, OutcomeArguments, Vide
 
 def open_split(options: ScriptArguments, split: str, args: COTSTrainingArguments, image_size: int):
     """A split of which some video can be read; generated videos are written by the first process."""
-    with args.main_process_first(local=False, desc="opening the videos"):
+    with args.main_process_first(local=False, desc="opening the videos"), explaining_splits(options, split):
         opened = open_video_dataset(
             options.dataset,
             split,

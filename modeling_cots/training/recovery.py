@@ -161,23 +161,30 @@ class RunCheckpoints:
         folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         limit, args.save_total_limit = args.save_total_limit, None  # the Trainer would rotate before this one is whole
         try:
-            self._keep_lock()
-            if args.should_save:
-                begin_checkpoint(folder, self.run_id)
-            yield
+            with self.explaining_storage(folder):
+                self._keep_lock()
+                if args.should_save:
+                    begin_checkpoint(folder, self.run_id)
+                yield
+                args.save_total_limit = limit
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    save_arguments(args, folder)  # again, with the limit
+                    commit_checkpoint(folder, args.world_size)
+        finally:
             args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                save_arguments(args, folder)  # again, with the limit
-                commit_checkpoint(folder, args.world_size)
+        self.saved_step = step
+
+    @contextmanager
+    def explaining_storage(self, folder: str) -> Iterator[None]:
+        """Raise [`CheckpointError`] where the block cannot write into a folder: why, and where the run can go on."""
+        try:
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = _storage_reason(error)
             if reason is None:
                 raise
             raise CheckpointError(f"{folder} could not be saved: {reason}. {self.how_to_go_on()}") from error
-        finally:
-            args.save_total_limit = limit
-        self.saved_step = step
 
     def rotate(self, output_dir: str, best: str | None) -> None:
         """Delete the oldest checkpoints of this run beyond `save_total_limit`, but for the `best` one."""

@@ -685,7 +685,8 @@ class COTSTrainer(Trainer):
         Adapters are merged into the weights; `export_adapters` writes them apart.
         """
         if self.args.should_save:
-            self._write_repository(output_dir)
+            with self.checkpoints.explaining_storage(output_dir):
+                self._write_repository(output_dir)
 
     def export_adapters(self, output_dir: str) -> None:
         """

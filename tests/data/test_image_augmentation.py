@@ -257,6 +257,12 @@ def test_crops_keep_their_share_of_the_image(min_crop_scale):
     assert max(areas) <= 1
 
 
+@pytest.mark.parametrize("policy", ["bogus", "random-m5"])
+def test_an_unknown_policy_is_named(policy):
+    with pytest.raises(ValueError, match=f"auto_augment={policy} is no policy of timm, such as rand-m5"):
+        ImageTransform((SIZE, SIZE), MEAN, auto_augment=policy)
+
+
 def test_auto_augment_changes_the_image_beyond_the_crop():
     plain, augmented = (
         ImageTransform((SIZE, SIZE), MEAN, min_crop_scale=1.0, auto_augment=policy)

@@ -11,6 +11,7 @@ import pytest
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.data.sources import is_path
+from modeling_cots.data.videos import open_videos
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,19 @@ def test_these_may_be_of_the_hub(name):
 @pytest.mark.parametrize("name", ["scenes", "random", "none", "photos", "photos/train", "runs/mine", "."])
 def test_these_need_no_hub(name):
     check_revision("dataset", name, None)
+
+
+@pytest.mark.parametrize("name", ["PHOTOS", "coco", "MSRVTT"])
+def test_a_data_set_of_the_hub_has_an_owner(name):
+    with pytest.raises(ValueError, match=f"The data set '{name}' does not exist"):
+        open_dataset(name, "train")
+    with pytest.raises(ValueError, match=f"The data set '{name}' does not exist"):
+        open_videos(name, "train")
+
+
+def test_no_videos_are_taken_from_the_hub():
+    with pytest.raises(ValueError, match="'org/clips' does not exist: videos are read from a folder"):
+        open_videos("org/clips", "train")
 
 
 def test_what_to_do_instead_is_said():

@@ -27,6 +27,7 @@ from modeling_cots.training.finite_check import NonFiniteLossError
 from modeling_cots.training.recovery import CheckpointError
 
 ROOT = Path(__file__).parents[2]
+ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def raising(error: BaseException):
             RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."),
             "RuntimeError: DataLoader worker (pid 3) is",
         ),
-        (httpx.ConnectError("Connection refused"), "ConnectError: Connection refused"),
+        (httpx.ConnectError("Refused"), f"ConnectError: {ENDPOINT} cannot be reached. Refused"),
         (OfflineModeIsEnabled("No network."), "OfflineModeIsEnabled: No network."),
         (DatasetGenerationError("Broken."), "DatasetGenerationError: Broken."),
         (pyarrow.lib.ArrowKeyError("no column"), "ArrowKeyError: "),

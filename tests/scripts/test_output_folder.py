@@ -55,6 +55,8 @@ def test_a_run_that_goes_on_is_no_other(run, tmp_path):
     check(run, resume_from_checkpoint="latest")
     check(run, resume_from_checkpoint=str(folder))
     check(run, resume_from_checkpoint=os.path.relpath(folder))
+    with pytest.raises(ValueError, match="There is no checkpoint nowhere to go on from; `latest` means the newest"):
+        check(run, resume_from_checkpoint="nowhere", overwrite=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").touch()
     with pytest.raises(ValueError, match="other is not empty, it holds README.md"):

@@ -77,6 +77,14 @@ def test_the_defaults_of_a_script_give_way_to_those_from_scratch(tmp_path):
     assert parse(tmp_path, "--model", "runs/mine", defaults=defaults)[1].queue_size == 4096
 
 
+@pytest.mark.parametrize("width", ["0", "-4", '"wide"', "1.5"])
+def test_a_width_that_is_none_is_refused(tmp_path, width):
+    path = tmp_path / "sizes.json"
+    path.write_text(f'{{"text_config": {{"hidden_size": {width}}}, "vision_config": null}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="sizes.json: hidden_size must be a whole number above 0, got"):
+        parse(tmp_path, "--model_config", str(path))
+
+
 def test_fresh_encoders_start_at_a_deviation_for_their_width(tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
     path = tmp_path / "sizes.json"

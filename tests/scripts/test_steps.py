@@ -112,8 +112,9 @@ def test_what_would_not_be_measured_is_refused():
         held_out_options(Options("photos", eval_split="none", eval_dataset="scenes"))
     kept = held_out_options(Options("photos", image_column="image", eval_dataset="scenes"))
     assert kept.image_column is None and len(open_split(kept, "validation", image_size=32, seed=0)) == 200
-    with pytest.raises(ValueError, match="strict asks whether .*: give eval_split"):
-        parse_options(Options, argv="--dataset scenes --eval_split none --strict --use_cpu".split())
+    for option, said in (("--strict", "strict asks whether"), ("--eval_strategy=epoch", "eval_strategy=epoch has")):
+        with pytest.raises(ValueError, match=f"{said} .*: give eval_split"):
+            parse_options(Options, argv=f"--dataset scenes --eval_split none {option} --use_cpu".split())
 
 
 def test_nothing_to_train_on_is_said(tmp_path):

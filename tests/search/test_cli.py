@@ -16,10 +16,7 @@ pytest.importorskip("faiss")
 
 
 @pytest.fixture
-def folder(tiny_config, tiny_processor, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    COTSModel(tiny_config).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def folder(saved_model, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for item in ScenesDataset("train", 6, 32):
         item["image"].save(tmp_path / "photos" / f"{item['name']}.png")

@@ -20,10 +20,7 @@ pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.fixture
-def folder(tiny_config, tiny_processor, tmp_path) -> Path:
-    torch.manual_seed(0)
-    COTSModel(tiny_config).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def folder(saved_model, tmp_path) -> Path:
     (tmp_path / "photos").mkdir()
     for number in range(4):
         Image.new("RGB", (9, 9), (60 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")

@@ -185,7 +185,7 @@ def test_a_folder_that_is_removed_during_the_run_is_made_anew_with_its_lock(make
 # ------------------------------------------------------------------------------------------- what cannot be saved
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device that is always full")
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", f"{MANIFEST_NAME}.partial"]
 )
@@ -202,6 +202,15 @@ def test_a_full_disk_is_one_sentence_that_says_where_to_go_on(make_trainer, tmp_
     )
     with pytest.raises(CheckpointError, match=message):
         trainer.train()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device that is always full")
+def test_a_final_folder_that_cannot_be_written_says_where_to_go_on(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / "run" / "config.json").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="run could not be saved: No space left.*goes on from .*checkpoint-1"):
+        trainer.export_model(str(tmp_path / "run"))
 
 
 def test_a_folder_that_becomes_a_file_is_one_sentence(make_trainer, tmp_path):
