@@ -450,6 +450,14 @@ class COTSModel(COTSPreTrainedModel):
         """Unit-length image embeddings (B, `projection_dim`), float32, of pixels (B, 3, H, W)."""
         return unit_length(self._image_features(pixel_values, **kwargs).pooler_output)
 
+    def embed_image_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Unit-length image embeddings (B, `projection_dim`), float32, of the encoder's global features (B, H)."""
+        return unit_length(self.vision_projection(features))
+
+    def embed_text_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Unit-length text embeddings (B, `projection_dim`), float32, of the encoder's global features (B, H)."""
+        return unit_length(self.text_projection(features))
+
     def encode_video(self, pixel_values_videos: torch.Tensor, **kwargs) -> torch.Tensor:
         """
         Unit-length video embeddings (B, `projection_dim`), float32, of frames (B, T, 3, H, W): the mean of the frames'

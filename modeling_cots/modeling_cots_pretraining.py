@@ -109,7 +109,7 @@ class COTSForPreTraining(COTSPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
@@ -118,13 +118,15 @@ class COTSForPreTraining(COTSPreTrainedModel):
         masked_token_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         pixel_values_videos: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | COTSForPreTrainingOutput:
         """
         Encode B pairs, unmasked and masked.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`): Token ids.
+            input_ids (`torch.Tensor` of shape `(B, L)`, *optional*): Token ids.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Normalized pixels.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for tokens, 0 for padding.
             bool_masked_pos (`torch.Tensor` of shape `(B, patches)`, *optional*):
@@ -136,12 +138,24 @@ class COTSForPreTraining(COTSPreTrainedModel):
             interpolate_pos_encoding (`bool`, defaults to `False`): Take images of another size than the model's.
             pixel_values_videos (`torch.Tensor` of shape `(B, T, 3, H, W)`, *optional*):
                 Frames of videos, in place of `pixel_values`. Videos have no masked passes.
+            image_features (`torch.Tensor` of shape `(B, image_feature_size)`, *optional*):
+                Global image features, computed before, in place of `pixel_values`; they have no masked pass.
+            text_features (`torch.Tensor` of shape `(B, text hidden size)`, *optional*):
+                Global text features, computed before, in place of `input_ids`; they have no masked pass.
 
-        Raises `ValueError` for only one of `masked_input_ids` and `masked_token_pos`, for images and videos at once or
-        neither, and for masks with videos.
+        Raises `ValueError` for only one of `masked_input_ids` and `masked_token_pos`, for several inputs of a kind or
+        none, and for masks with videos or features.
         """
-        if (pixel_values is None) == (pixel_values_videos is None):
-            raise ValueError("Give `pixel_values` or `pixel_values_videos`, one of the two.")
+        if sum(each is not None for each in (pixel_values, pixel_values_videos, image_features)) != 1:
+            raise ValueError("Give `pixel_values`, `pixel_values_videos` or `image_features`, one of the three.")
+        if (input_ids is None) == (text_features is None):
+            raise ValueError("Give `input_ids` or `text_features`, one of the two.")
+        if image_features is not None and bool_masked_pos is not None:
+            raise ValueError("Features have no masked pass: leave out `bool_masked_pos`, or give `pixel_values`.")
+        if text_features is not None and masked_input_ids is not None:
+            raise ValueError("Features have no masked pass: leave out `masked_input_ids`, or give `input_ids`.")
+        if pixel_values_videos is not None and text_features is not None:
+            raise ValueError("Videos have no cached features: give `input_ids`.")
         if (masked_input_ids is None) != (masked_token_pos is None):
             raise ValueError("`masked_input_ids` and `masked_token_pos` go together.")
         if pixel_values_videos is not None:
@@ -150,12 +164,16 @@ class COTSForPreTraining(COTSPreTrainedModel):
             video_features = self.cots._video_features(pixel_values_videos, interpolate_pos_encoding, **kwargs)
             text_features = self.cots._text_features(input_ids, attention_mask, token_type_ids, **kwargs)
             return _embeddings_of_videos(video_features, text_features)
-        vision_output, masked_vision_output = self._run_vision_passes(
-            pixel_values, bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-        )
-        text_output, masked_text_output = self._run_text_passes(
-            input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs
-        )
+        vision_output, masked_vision_output = BaseModelOutputWithPooling(pooler_output=image_features), None
+        if pixel_values is not None:
+            vision_output, masked_vision_output = self._run_vision_passes(
+                pixel_values, bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            )
+        text_output, masked_text_output = BaseModelOutputWithPooling(pooler_output=text_features), None
+        if input_ids is not None:
+            text_output, masked_text_output = self._run_text_passes(
+                input_ids, masked_input_ids, attention_mask, token_type_ids, **kwargs
+            )
         image_feature, text_feature = vision_output.pooler_output, text_output.pooler_output
         image_token_logits = text_token_logits = None
         if masked_vision_output is not None:
@@ -163,8 +181,8 @@ class COTSForPreTraining(COTSPreTrainedModel):
         if masked_text_output is not None:
             text_token_logits = self._predict_text_tokens(masked_text_output, masked_token_pos.bool(), image_feature)
         return COTSForPreTrainingOutput(
-            image_embeds=unit_length(self.cots.vision_projection(image_feature)),
-            text_embeds=unit_length(self.cots.text_projection(text_feature)),
+            image_embeds=self.cots.embed_image_features(image_feature),
+            text_embeds=self.cots.embed_text_features(text_feature),
             image_token_logits=image_token_logits,
             text_token_logits=text_token_logits,
             text_model_output=text_output,

@@ -72,7 +72,7 @@ class ImageTransform:
         """The pixels, and whether they are flipped."""
         with ImageFile(source) as image_file:
             pixels = read_resized(image_file, self._draw_box(*image_file.size), self.image_size)
-        is_flipped = self.horizontal_flip > 0 and bool(torch.rand(1) < self.horizontal_flip)
+        is_flipped = self.draw_flip()
         if is_flipped:
             pixels = pixels.flip(-1)
         if self._policies:
@@ -81,6 +81,10 @@ class ImageTransform:
                 image = policy(image)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return pixels, is_flipped
+
+    def draw_flip(self) -> bool:
+        """Whether the next image is flipped."""
+        return self.horizontal_flip > 0 and bool(torch.rand(1) < self.horizontal_flip)
 
     def _draw_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of the crop, as timm draws them."""

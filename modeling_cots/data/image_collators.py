@@ -5,8 +5,10 @@ The trainer leaves such rows out of losses, queues and metrics.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import DataCollatorForLanguageModeling
@@ -15,6 +17,7 @@ from transformers.utils import logging
 
 from ..image_reading_cots import UnreadableImageError, read_image
 from ..processing_cots import TOKENIZER_LOCK
+from .feature_cache import FeatureSource
 from .image_token_cache import TokenSource
 from .items import caption_ids, encode_names, sample_randomness
 from .skip_report import SkipReport
@@ -41,11 +44,14 @@ class COTSDataCollator:
         mask_images, mask_texts: Whether to draw masks at all.
         token_source: Describes the cached image tokens of the items, if they are to be used. `image_transform` must
             then be an [`ImageTransform`] without crop and policy.
+        features: Describe the cached features of the items that are to be used, by kind ("image", "text"). They take
+            the place of pixels, for which the same holds, and of token ids.
 
     Returns a dict of tensors:
         pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
         input_ids, attention_mask (B, L); pair_ids, caption_ids (B,) int64; valid (B,) bool;
         names (B, 120) uint8, see `encode_names`;
+        with cached features image_features (B, H) and text_features (B, H) float32 in the place of either;
         with `mask_images` bool_masked_pos (B, patches) bool;
         with `token_source` image_tokens (B, patches) int64;
         with `mask_texts` masked_input_ids (B, L) and text_targets (B, L), -100 where nothing is predicted.
@@ -63,6 +69,7 @@ class COTSDataCollator:
         mask_images: bool = True,
         mask_texts: bool = True,
         token_source: TokenSource | None = None,
+        features: Mapping[str, FeatureSource] = MappingProxyType({}),
     ):
         self.tokenizer = processor.tokenizer
         self.image_transform = image_transform
@@ -71,6 +78,7 @@ class COTSDataCollator:
         self.image_mask_ratio = image_mask_ratio
         self.mask_images = mask_images
         self.token_source = token_source
+        self.features = dict(features)
         self.word_masker = None
         if mask_texts:
             self.word_masker = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=text_mask_ratio)
@@ -78,24 +86,30 @@ class COTSDataCollator:
         self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        images, image_tokens, captions, bool_masked_pos = [], [], [], []
+        images, image_tokens, captions, text_features, bool_masked_pos = [], [], [], [], []
         for item in items:
             with sample_randomness(item.get("seed")):
-                captions.append(random.choice(item["captions"]))
+                number = random.choice(range(len(item["captions"])))
+                captions.append(item["captions"][number])
+                if "text" in self.features:
+                    text_features.append(self.features["text"].read(item, number))
                 image, tokens = self._load(item)
                 images.append(image)
                 image_tokens.append(tokens)
                 if self.mask_images:
                     bool_masked_pos.append(self._mask_patches())
         batch = {
-            "pixel_values": torch.stack([self._blank() if image is None else image for image in images]),
+            "image_features" if "image" in self.features else "pixel_values": self._stack(images),
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),
             "caption_ids": caption_ids(captions),
             "valid": torch.tensor([image is not None for image in images]),
             "names": encode_names([item["name"] for item in items]),
         }
-        tokens = tokenize(self.tokenizer, captions, self.max_text_length)
-        batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        if text_features:
+            batch["text_features"] = torch.stack(text_features)
+        else:
+            tokens = tokenize(self.tokenizer, captions, self.max_text_length)
+            batch.update(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         if self.mask_images:
             batch["bool_masked_pos"] = torch.stack(bool_masked_pos)
         if self.token_source is not None:
@@ -106,8 +120,11 @@ class COTSDataCollator:
         return batch
 
     def _load(self, item: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The pixels and the cached tokens of an item; twice `None` for an image that cannot be read."""
+        """The pixels or features and the cached tokens of an item; twice `None` for an image that cannot be read."""
         try:
+            if "image" in self.features:
+                is_flipped = self.image_transform.draw_flip()  # type: ignore[attr-defined]
+                return self.features["image"].read(item, int(is_flipped)), None
             if self.token_source is None:
                 return self.image_transform(item["image"]), None
             pixels, is_flipped = self.image_transform.draw(item["image"])  # type: ignore[attr-defined]
@@ -116,8 +133,13 @@ class COTSDataCollator:
             self.report.add(item["name"], error)
             return None, None
 
-    def _blank(self) -> torch.Tensor:
-        return torch.zeros(3, *self.image_size, dtype=torch.uint8)
+    def _stack(self, images: list[torch.Tensor | None]) -> torch.Tensor:
+        """One tensor; zeros stand for images that cannot be read."""
+        if "image" in self.features:
+            blank = torch.zeros(self.features["image"].size)
+        else:
+            blank = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        return torch.stack([blank if image is None else image for image in images])
 
     def _mask_patches(self) -> torch.Tensor:
         """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
@@ -168,33 +190,50 @@ class COTSEvaluationCollator:
     """
     Turns B items of a data set into one batch for embedding: images as the processor prepares them, and all captions.
 
+    Args:
+        processor: Has an `image_processor` and a `tokenizer`.
+        max_text_length: Longer captions are cut to so many tokens.
+        features: As in [`COTSDataCollator`].
+
     Returns a dict of tensors: pixel_values (B, 3, H, W) uint8, which [`PixelNormalizer`] normalizes on the device;
     pair_ids (B,); valid (B,) bool; and for the C captions of the B images input_ids, attention_mask (C, L) and
-    caption_pair_ids (C,).
+    caption_pair_ids (C,). With cached features image_features (B, H) and text_features (C, H) in the place of either.
     """
 
-    def __init__(self, processor, *, max_text_length: int):
+    def __init__(
+        self, processor, *, max_text_length: int, features: Mapping[str, FeatureSource] = MappingProxyType({})
+    ):
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         self.max_text_length = max_text_length
+        self.features = dict(features)
         self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         images, valid = [], []
         for item in items:
             try:
-                images.append(read_image(item["image"]))
+                images.append(self._read(item))
                 valid.append(True)
             except UnreadableImageError as error:
                 self.report.add(item["name"], error)
-                images.append(Image.new("RGB", (1, 1)))
+                images.append(self._blank())
                 valid.append(False)
-        pixel_values = self.image_processor(images, **RAW_PIXELS)["pixel_values"]
-        assert pixel_values.dtype == torch.uint8, pixel_values.dtype
-        return {
-            "pixel_values": pixel_values,
-            "valid": torch.tensor(valid),
-            **caption_batch(items, self.tokenizer, self.max_text_length),
-        }
+        batch = {"valid": torch.tensor(valid)}
+        if "image" in self.features:
+            batch["image_features"] = torch.stack(images)
+        else:
+            batch["pixel_values"] = self.image_processor(images, **RAW_PIXELS)["pixel_values"]
+            assert batch["pixel_values"].dtype == torch.uint8, batch["pixel_values"].dtype
+        if "text" not in self.features:
+            return {**batch, **caption_batch(items, self.tokenizer, self.max_text_length)}
+        rows = [self.features["text"].read_all(item) for item in items]
+        return {**batch, **pair_ids_of(items), "text_features": torch.from_numpy(np.concatenate(rows))}
+
+    def _read(self, item: dict) -> Image.Image | torch.Tensor:
+        return self.features["image"].read(item, 0) if "image" in self.features else read_image(item["image"])
+
+    def _blank(self) -> Image.Image | torch.Tensor:
+        return torch.zeros(self.features["image"].size) if "image" in self.features else Image.new("RGB", (1, 1))
 
 
 def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[str, torch.Tensor]:
@@ -202,9 +241,16 @@ def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[st
     captions = [caption for item in items for caption in item["captions"]]
     tokens = tokenize(tokenizer, captions, max_text_length)
     return {
-        "pair_ids": torch.tensor([item["pair_id"] for item in items]),
         "input_ids": tokens["input_ids"],
         "attention_mask": tokens["attention_mask"],
+        **pair_ids_of(items),
+    }
+
+
+def pair_ids_of(items: list[dict]) -> dict[str, torch.Tensor]:
+    """pair_ids (B,) of B items, and caption_pair_ids (C,) of all their captions."""
+    return {
+        "pair_ids": torch.tensor([item["pair_id"] for item in items]),
         "caption_pair_ids": torch.tensor([item["pair_id"] for item in items for _ in item["captions"]]),
     }
 

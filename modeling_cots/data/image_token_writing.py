@@ -86,7 +86,7 @@ class TokenWriter:
         with tqdm(total=len(dataset), desc="Tokenizing", unit=" images", disable=not progress) as bar:
             for path, start in zip(paths, starts, strict=True):
                 rows = range(start, min(start + self.shard_rows, len(dataset)))
-                if _is_whole(path, len(rows)):
+                if is_whole_shard(path, len(rows)):
                     bar.update(len(rows))
                     continue
                 path.with_suffix(OLD_PARTIAL_SUFFIX).unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def _check_folder(paths: list[Path], metadata: dict, split: str) -> None:
             )
 
 
-def _is_whole(path: Path, num_rows: int) -> bool:
+def is_whole_shard(path: Path, num_rows: int) -> bool:
     """Whether every row of a shard can be read; a warning names a file of which that is not true."""
     if not path.exists():
         return False

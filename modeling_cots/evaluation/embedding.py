@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from ..data.feature_cache import FeatureSource
 from ..data.image_collators import COTSEvaluationCollator
 from ..data.items import modality_of
 from ..data.pixel_normalization import PixelNormalizer
@@ -39,20 +40,37 @@ class PairEmbeddings:
 
 
 @torch.no_grad()
-def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_length, num_workers=0, progress=True):
+def embed_pairs(
+    model,
+    dataset,
+    processor,
+    accelerator,
+    *,
+    batch_size: int,
+    max_text_length: int,
+    num_workers: int = 0,
+    progress: bool = True,
+    features: dict[str, FeatureSource] | None = None,
+) -> PairEmbeddings:
     """
     Embed all images or videos, and captions, of `dataset` (items as `open_pairs` or `open_videos` gives them) with a
     [`COTSModel`].
 
+    Args:
+        features: Cached features of the items that are to be used, by kind.
+
     Returns [`PairEmbeddings`] on the CPU, the same on every process. Raises `ValueError` if no image could be read.
     """
-    collator_class = COTSVideoEvaluationCollator if modality_of(dataset) == "video" else COTSEvaluationCollator
+    if modality_of(dataset) == "video":
+        collator = COTSVideoEvaluationCollator(processor, max_text_length=max_text_length)
+    else:
+        collator = COTSEvaluationCollator(processor, max_text_length=max_text_length, features=features or {})
     share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     loader = DataLoader(
         share,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=collator_class(processor, max_text_length=max_text_length),
+        collate_fn=collator,
     )
     normalize_pixels = PixelNormalizer(processor).to(model.device)
     was_training = model.training
@@ -63,7 +81,12 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
         for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
             parts.append(_embed_images(model, batch, normalize_pixels))
         # Captions last, when all of them can be batched by length.
-        text_embeds = encode_texts(model, [text for _, _, texts, _ in parts for text in texts])
+        texts = [text for _, _, texts, _ in parts for text in texts]
+        if features is not None and "text" in features:
+            rows = torch.stack(texts) if texts else torch.empty(0, features["text"].size)
+            text_embeds = model.embed_text_features(rows.to(model.device)).cpu()
+        else:
+            text_embeds = encode_texts(model, texts)
     model.train(was_training)
     image_embeds, text_embeds, image_ids, text_ids = _collect(parts, text_embeds)
     if len(image_embeds) == 0:
@@ -72,18 +95,25 @@ def embed_pairs(model, dataset, processor, accelerator, *, batch_size, max_text_
 
 
 def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tuple:
-    """Embeddings and ids of the readable images of a batch; token ids of their captions, unpadded, and pair ids."""
+    """Embeddings and ids of the readable images of a batch; token ids or features of their captions, and pair ids."""
     readable = batch["valid"]
     described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
     if not readable.any():
         image_embeds = torch.empty(0, model.config.projection_dim)
     else:
-        encode = {"pixel_values": model.encode_image, "pixel_values_videos": model.encode_video}
+        encode = {
+            "pixel_values": model.encode_image,
+            "pixel_values_videos": model.encode_video,
+            "image_features": model.embed_image_features,
+        }
         name = next(name for name in encode if name in batch)
         pixels = normalize_pixels({name: batch[name][readable].to(model.device)})[name]
         image_embeds = encode[name](pixels)
-    captions = zip(batch["input_ids"][described], batch["attention_mask"][described].bool(), strict=True)
-    texts = [input_ids[real] for input_ids, real in captions]
+    if "text_features" in batch:
+        texts = list(batch["text_features"][described])
+    else:
+        captions = zip(batch["input_ids"][described], batch["attention_mask"][described].bool(), strict=True)
+        texts = [input_ids[real] for input_ids, real in captions]
     return image_embeds.cpu(), batch["pair_ids"][readable], texts, batch["caption_pair_ids"][described]
 
 

@@ -138,8 +138,13 @@ def _spread_codes(codebook: FlavaImageCodebook) -> None:
 
 def digest_codebook(codebook, **mapping) -> str:
     """A digest of a codebook's weights, equal on every device, and of the settings of the mapping of its pixels."""
-    digest = hashlib.blake2b(json.dumps(mapping, sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(codebook.state_dict().items()):
+    return digest_weights(codebook.state_dict(), **mapping)
+
+
+def digest_weights(weights: dict[str, torch.Tensor], **settings) -> str:
+    """A digest of named tensors, equal on every device, and of settings that JSON can express."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(weights.items()):
         values = tensor.detach().float().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())

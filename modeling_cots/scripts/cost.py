@@ -3,9 +3,10 @@
 Nothing is computed and no memory is taken: the training step is run on fake tensors, which have shapes and no
 contents, so the counts are those of the real modules, whatever the encoders are. Counted: the unmasked and the
 masked pass of both encoders forward and backward, the momentum encoders, the image tokenizer, the heads on the masked
-positions, and the contrast against the queues. Frozen layers run once and without a gradient. Not counted: decoding
-images, the optimizer's arithmetic (a share of about 1 / batch size), communication, and what attention kernels compute
-again in the backward pass. A multiply-add is 2 FLOP. Of videos a pair is all frames of one video and a caption.
+positions, and the contrast against the queues. Frozen layers run once and without a gradient, and those of cached
+features not at all. Not counted: decoding images, the optimizer's arithmetic (a share of about 1 / batch size),
+communication, and what attention kernels compute again in the backward pass. A multiply-add is 2 FLOP. Of videos a
+pair is all frames of one video and a caption.
 """
 
 import contextlib
@@ -23,7 +24,6 @@ from ..method.feature_queue import PairQueue
 from ..method.global_batch import GlobalBatch
 from ..method.image_tokenizer import PIXELS_PER_TOKEN
 from ..method.losses import masked_token_loss
-from ..modeling_cots import unit_length
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
 from ..training.frozen_layers import FrozenEncoders
@@ -186,13 +186,27 @@ class _FakeStep:
 
     # Each of these returns something to go backward from. No attention mask: what it holds costs nothing.
 
+    def is_cached(self, kind: str) -> bool:
+        """Whether the global features of the "vision" or "text" encoder are computed before training."""
+        return self.args.feature_cache is not None and self.frozen.is_whole(kind)
+
+    def vision_feature(self, batch_size: int) -> torch.Tensor:
+        if self.is_cached("vision"):
+            return torch.zeros(batch_size, self.model.config.image_feature_size)
+        return self.model.cots.run_vision_model(self.images(batch_size)).pooler_output
+
+    def text_feature(self, batch_size: int) -> torch.Tensor:
+        if self.is_cached("text"):
+            return torch.zeros(batch_size, self.model.config.text_config.hidden_size)
+        return self.model.cots.run_text_model(self.texts(batch_size)).pooler_output
+
     def embed_images(self, batch_size: int) -> torch.Tensor:
         if self.num_frames is None:
-            return self.model.cots.encode_image(self.images(batch_size))
+            return self.model.cots.embed_image_features(self.vision_feature(batch_size))
         return self.model.cots.encode_video(self.images(batch_size * self.num_frames).unflatten(0, (batch_size, -1)))
 
     def embed_texts(self, batch_size: int) -> torch.Tensor:
-        return self.model.cots.encode_text(self.texts(batch_size))
+        return self.model.cots.embed_text_features(self.text_feature(batch_size))
 
     def masked_images(self, batch_size: int) -> torch.Tensor:
         return self.model.cots.run_vision_model(self.images(batch_size)).last_hidden_state
@@ -292,10 +306,8 @@ class _FakeStep:
         cots = self.model.cots
         if self.num_frames is not None:
             return [self.contrast(self.embed_images(batch_size), self.embed_texts(batch_size))]
-        vision = cots.run_vision_model(self.images(batch_size)).pooler_output
-        text = cots.run_text_model(self.texts(batch_size)).pooler_output
-        embeds = unit_length(cots.vision_projection(vision)), unit_length(cots.text_projection(text))
-        losses = [self.contrast(*embeds)]
+        vision, text = self.vision_feature(batch_size), self.text_feature(batch_size)
+        losses = [self.contrast(cots.embed_image_features(vision), cots.embed_text_features(text))]
         if self.args.cmvm_weight > 0:
             losses.append(self.predict_patches(self.masked_images(batch_size), text))
         if self.args.cmlm_weight > 0:

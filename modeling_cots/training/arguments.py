@@ -77,6 +77,13 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
     freeze_text: str = field(default=NONE, metadata={"help": "Likewise of the text encoder."})
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder: outputs of encoders that are frozen whole are computed once, written there, and found "
+            "by later runs. Of images that needs min_crop_scale 1."
+        },
+    )
     max_key_drift: float = field(
         default=MAX_KEY_DRIFT,
         metadata={

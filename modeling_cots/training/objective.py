@@ -151,7 +151,14 @@ class COTSObjective:
 
     def model_inputs(self, inputs: dict) -> dict:
         """What the model encodes; masked passes only for the losses that are switched on."""
-        names = ["input_ids", "pixel_values", "pixel_values_videos", "attention_mask"]
+        names = [
+            "input_ids",
+            "pixel_values",
+            "pixel_values_videos",
+            "attention_mask",
+            "image_features",
+            "text_features",
+        ]
         model_inputs = {name: inputs[name] for name in names if name in inputs}
         if self.args.cmvm_weight > 0:
             model_inputs["bool_masked_pos"] = inputs["bool_masked_pos"]
@@ -164,11 +171,16 @@ class COTSObjective:
     def momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Momentum embeddings g^v and g^l of the local pairs, (B, d) each, from what frozen layers have just given."""
         with self.processes.autocast(), self.frozen.replay(self.momentum_model):
-            if "pixel_values_videos" in inputs:
+            if "image_features" in inputs:
+                image_embeds = self.momentum_model.embed_image_features(inputs["image_features"])
+            elif "pixel_values_videos" in inputs:
                 image_embeds = self.momentum_model.encode_video(inputs["pixel_values_videos"])
             else:
                 image_embeds = self.momentum_model.encode_image(inputs["pixel_values"])
-            text_embeds = self.momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+            if "text_features" in inputs:
+                text_embeds = self.momentum_model.embed_text_features(inputs["text_features"])
+            else:
+                text_embeds = self.momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         return image_embeds, text_embeds
 
     def gather(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, inputs: dict) -> tuple[GlobalBatch, slice]:

@@ -1,8 +1,12 @@
 """Before `COTSTrainer` takes its first step: checks that fail early, where image tokens come from, frozen heads."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import HubStrategy, has_length
 
+from ..data.feature_cache import FeatureSource
 from ..data.image_augmentation import ImageTransform
 from ..data.image_collators import COTSDataCollator
 from ..data.image_token_cache import TokenSource
@@ -112,7 +116,7 @@ def choose_image_tokens(
             f"The image tokenizer has {image_tokenizer.vocab_size} tokens and the model's masked-image head "
             f"{model.config.image_vocab_size}: set image_vocab_size in the configuration."
         )
-    item = {} if has_own_collator else _first_item(train_dataset)
+    item = {} if has_own_collator else first_item(train_dataset)
     if TOKEN_SOURCE in item:
         source, tokens = TokenSource.from_json(item[TOKEN_SOURCE]), item[IMAGE_TOKENS]
         source.check(model.config, args, image_tokenizer, None if tokens is None else len(tokens))
@@ -125,7 +129,8 @@ def choose_image_tokens(
     return None, image_tokenizer
 
 
-def _first_item(dataset) -> dict:
+def first_item(dataset) -> dict:
+    """The first item of a data set, or an empty one where there is none to look at."""
     if isinstance(dataset, StreamingPairs):
         return dataset.first_item()
     is_empty = dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0
@@ -139,6 +144,7 @@ def build_training_collator(
     processor,
     max_text_length: int,
     token_source: TokenSource | None = None,
+    features: Mapping[str, FeatureSource] = MappingProxyType({}),
 ):
     """The collator of training images or videos; augmentation and masks are those of the arguments."""
     if modality_of(train_dataset) == "video":
@@ -160,6 +166,7 @@ def build_training_collator(
         mask_images=args.cmvm_weight > 0,
         mask_texts=args.cmlm_weight > 0,
         token_source=token_source,
+        features=features,
     )
 
 

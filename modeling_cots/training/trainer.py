@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, get_wsd_schedule
 from transformers.trainer_utils import HubStrategy, PredictionOutput, has_length
 from transformers.utils import logging
 
+from ..data.feature_writing import FeatureDataset
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.streaming.dataset import StreamingPairs
 from ..evaluation.embedding import ExampleRetrievals, PairEmbeddings, embed_pairs, find_examples, measure_retrieval
@@ -35,6 +36,7 @@ from .adapters import (
     save_adapters,
 )
 from .arguments import ADAM, COTSTrainingArguments
+from .cached_features import MeasuredFeatures, choose_features, with_cached_features
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .frozen_layers import FrozenEncoders
@@ -63,6 +65,7 @@ from .setup import (
     check_trial,
     choose_image_tokens,
     encoder_parameters,
+    first_item,
     freeze_unused_parameters,
     search_measure,
 )
@@ -168,9 +171,16 @@ class COTSTrainer(Trainer):
     def _build_method(self) -> None:
         """What belongs to one model and the arguments as they are: its collator, momentum copy, queues and losses."""
         args, model = self.args, pretraining_model_of(self.model)
+        self._find_features(model)
         if self._given_collator is None:
             self.data_collator = build_training_collator(
-                self.train_dataset, model.config, args, self.processing_class, self.max_text_length, self._token_source
+                self.train_dataset,
+                model.config,
+                args,
+                self.processing_class,
+                self.max_text_length,
+                self._token_source,
+                self.features,
             )
         freeze_unused_parameters(model, args)
         self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
@@ -198,6 +208,17 @@ class COTSTrainer(Trainer):
         self.queue_freshness = QueueFreshness(self.cots_objective)
         self.finite_check = FiniteCheck(args.max_skipped_fraction)
         self.step_snapshot = StepSnapshot(self.queue, args.device)
+
+    def _find_features(self, model: COTSForPreTraining) -> None:
+        """Cached features of encoders that are frozen whole: in `feature_cache`, or columns of the data already."""
+        args, has_own_collator = self.args, self._given_collator is not None
+        if args.feature_cache is not None and has_own_collator:
+            raise ValueError("A custom data_collator knows of no cached features: leave it out, or feature_cache.")
+        parts = model.cots, args, self.processing_class, self.max_text_length
+        self.train_dataset, self.eval_dataset = with_cached_features(*parts, self.train_dataset, self.eval_dataset)
+        is_looked_at = not has_own_collator and not isinstance(self.train_dataset, StreamingPairs)
+        self.features = choose_features(first_item(self.train_dataset) if is_looked_at else {}, *parts)
+        self.measured_features = MeasuredFeatures(*parts)
 
     def call_model_init(self, trial=None) -> COTSForPreTraining:
         model = super().call_model_init(trial)
@@ -261,6 +282,7 @@ class COTSTrainer(Trainer):
                 max_text_length=self.max_text_length,
                 num_workers=self.args.dataloader_num_workers,
                 progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                features=self.features,
             )
 
     def _answer_events(self) -> None:
@@ -537,7 +559,9 @@ class COTSTrainer(Trainer):
         cannot be read are left out, with their captions.
         """
         embeds = self._embed(test_dataset)
-        protocol = self.eval_protocol if test_dataset is self.eval_dataset else None
+        given = self.eval_dataset.dataset if isinstance(self.eval_dataset, FeatureDataset) else self.eval_dataset
+        is_own = test_dataset is self.eval_dataset or test_dataset is given
+        protocol = self.eval_protocol if is_own else None
         measured = measure_retrieval(embeds, protocol)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -548,6 +572,7 @@ class COTSTrainer(Trainer):
         )
 
     def _embed(self, dataset, *, progress: bool = True) -> PairEmbeddings:
+        """With the cached features that the data set has, where they are those of an encoder that does not train."""
         return embed_pairs(
             pretraining_model_of(self.model).cots,
             dataset,
@@ -557,6 +582,7 @@ class COTSTrainer(Trainer):
             max_text_length=self.max_text_length,
             num_workers=self.args.dataloader_num_workers,
             progress=progress and not self.args.disable_tqdm,
+            features=self.measured_features.of(first_item(dataset)),
         )
 
     # ------------------------------------------------------------------------------------------- schedule and state

@@ -72,6 +72,22 @@ def test_what_is_frozen_whole_goes_forward_once(arguments, tiny_config):
     assert frozen["text, unmasked"] == plain["text, unmasked"]
 
 
+@pytest.mark.parametrize("text", ["all", "1"])
+def test_cached_features_cost_no_encoder(make_trainer, arguments, tiny_config, tmp_path, text):
+    cache = {"feature_cache": str(tmp_path / "features"), "min_crop_scale": 1.0}
+    # A comparison with the batch depends on its size, and would be a tenth of what is left to count.
+    options = {**FROZEN[3], **cache, "freeze_text": text, "batch_candidates": False}
+    trainer = make_trainer(**options)
+    batch = real_batch(trainer)
+    with flop_counter() as counter:
+        trainer.compute_loss(trainer.model, batch).backward()
+    measured = counter.get_total_flops() / len(batch["valid"])
+    length = 24 if text == "all" else batch["input_ids"].shape[1]
+    cost = estimate_training_cost(tiny_config, arguments(queue_size=20, **options), text_length=length)
+    assert cost.total_flop == pytest.approx(measured, rel=0.05)
+    assert cost.flop_per_pair["vision, momentum"] == 2 * 32 * 16
+
+
 @pytest.mark.parametrize("options", [{}, *FROZEN], ids=str)
 def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config, options):
     trainer = make_trainer(**options)
