@@ -49,6 +49,7 @@ _LAZY_NAMES = {
     "export_browser_demo": "search.browser_demo",
     "export_onnx": "hub.onnx_export",
     "export_repository": "hub_export",
+    "export_sentence_onnx": "hub.onnx_export",
     "export_text_encoder": "hub.standard_exports",
     "export_zero_shot_classifier": "hub.standard_exports",
     "load_clip_benchmark": "evaluation.clip_benchmark",

@@ -137,6 +137,43 @@ class VisionEncoder(nn.Module):
         return self.model.encode_image(pixel_values, interpolate_pos_encoding=self.interpolates)
 
 
+class TextTokens(nn.Module):
+    """Token ids and mask (B, L) to `last_hidden_state` (B, L, H), which sentence-transformers itself pools."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model.run_text_model(input_ids, attention_mask).last_hidden_state
+
+
+def export_sentence_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, model_id: str | None = None) -> None:
+    """
+    Write the ONNX files of an `export_text_encoder` folder: `onnx/model.onnx`, and `onnx/model_int8.onnx`.
+
+    `SentenceTransformer(..., backend="onnx")` loads them, and pools and projects by the folder's other modules.
+
+    Args:
+        model: The [`COTSModel`] or [`COTSForPreTraining`] that the folder was made of.
+        folder: What `export_text_encoder` has written.
+        model_id: Where the card's example loads the model from; by default the folder's name.
+
+    Raises `ValueError` as `export_onnx` does, and for another folder.
+    """
+    _check_packages()
+    model, folder = _plain_model(model), Path(folder)
+    if not (folder / "modules.json").exists() or not (folder / "3_Normalize").exists():
+        raise ValueError(f"{folder} is not what `export_text_encoder` writes: call that first.")
+    path = folder / ONNX_FOLDER / "model.onnx"
+    path.parent.mkdir(exist_ok=True)
+    _export(TextTokens(model), _text_example(), "last_hidden_state", path, model.config.text_config.model_type)
+    _quantize_file(path, path.with_name("model_int8.onnx"), UNMEASURED, is_signed=True)
+    sizes = [path.with_name(name).stat().st_size / 1e6 for name in ("model.onnx", "model_int8.onnx")]
+    name = folder.name if model_id is None else model_id
+    _write_section(folder, SENTENCE_SECTION.format(model_id=name, plain=sizes[0], int8=sizes[1]))
+
+
 def export_onnx(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -230,12 +267,16 @@ def _plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _export_text(model: PreTrainedModel, path: Path) -> None:
+    _export(TextEncoder(model), _text_example(), "text_embeds", path, model.config.text_config.model_type)
+
+
+def _text_example() -> dict:
+    """Example inputs of a text encoder, with their dynamic axes."""
     input_ids = torch.ones(2, 8, dtype=torch.long)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, 6:] = 0  # a mask of ones alone could be left out of what is recorded
     axes = {0: "batch", 1: "length"}
-    inputs = {"input_ids": (input_ids, axes), "attention_mask": (attention_mask, axes)}
-    _export(TextEncoder(model), inputs, "text_embeds", path, model.config.text_config.model_type)
+    return {"input_ids": (input_ids, axes), "attention_mask": (attention_mask, axes)}
 
 
 def _export_vision(model: PreTrainedModel, path: Path) -> None:
@@ -345,26 +386,31 @@ def _write_float16(folder: Path) -> None:
 
 
 def _quantize(folder: Path, dtype: str, recipe: Recipe) -> None:
+    # Signed weights are fastest where a CPU has VNNI instructions. Without these their products may overflow, which
+    # unsigned ones never do: browsers get those.
+    for encoder in ENCODERS:
+        _quantize_file(
+            folder / model_file(encoder, "float32"), folder / model_file(encoder, dtype), recipe, dtype == "int8"
+        )
+
+
+def _quantize_file(plain: Path, path: Path, recipe: Recipe, is_signed: bool) -> None:
     """Weights in 8 bits by output channel, activations in 8 bits as they come."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    for encoder in ENCODERS:
-        plain = folder / model_file(encoder, "float32")
-        graph = onnx.load(plain).graph
-        weights = {weight.name: weight.dims for weight in graph.initializer}
-        with _without_hints():
-            quantize_dynamic(
-                plain,
-                folder / model_file(encoder, dtype),
-                op_types_to_quantize=list(recipe.operators),
-                nodes_to_exclude=[node.name for node in graph.node if recipe.excludes(node, weights)],
-                per_channel=True,
-                # Signed weights are fastest where a CPU has VNNI instructions. Without these their products may
-                # overflow, which unsigned ones never do: browsers get those.
-                weight_type=QuantType.QInt8 if dtype == "int8" else QuantType.QUInt8,
-                extra_options={"MatMulConstBOnly": True},
-            )
+    graph = onnx.load(plain).graph
+    weights = {weight.name: weight.dims for weight in graph.initializer}
+    with _without_hints():
+        quantize_dynamic(
+            plain,
+            path,
+            op_types_to_quantize=list(recipe.operators),
+            nodes_to_exclude=[node.name for node in graph.node if recipe.excludes(node, weights)],
+            per_channel=True,
+            weight_type=QuantType.QInt8 if is_signed else QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
 
 
 @contextlib.contextmanager
@@ -493,6 +539,18 @@ const model = await CLIPTextModelWithProjection.from_pretrained("{model_id}", {{
 const {{ text_embeds }} = await model(tokenizer(["two dogs run in the snow"], {{ padding: true, truncation: true }}));
 ```
 """
+SENTENCE_SECTION = """
+
+`onnx/model.onnx` ({plain:.1f} MB) is the transformer in float32, and `onnx/model_int8.onnx` ({int8:.1f} MB) has most
+of its weights in 8 bits, which is faster on a CPU and a little less exact.
+
+```python
+from sentence_transformers import SentenceTransformer  # pip install "sentence-transformers[onnx]"
+
+model = SentenceTransformer("{model_id}", backend="onnx", model_kwargs={{"file_name": "model_int8.onnx"}})
+print(model.encode(["a dog runs in the snow"]).shape)
+```
+"""
 MEASURED = (
     "Measured on {images:,} images and {texts:,} texts of the validation data, against the model in float32: the\n"
     "share of queries with the same first result."
@@ -501,20 +559,26 @@ NOT_MEASURED = "How far their results differ from those of the model was not mea
 
 
 def _write_card(folder: Path, variants: list[OnnxVariant], queries, model_id: str) -> None:
-    """Put the table of the files at the end of the card, in the place of an earlier one; write a card if need be."""
+    """Put the table of the files into the card; write a card if need be."""
     path = folder / CARD_NAME
-    if path.exists():
-        card = path.read_text(encoding="utf-8")
-    else:
+    if not path.exists():
         tags = ["cots", "image-text-retrieval", "onnx", "transformers.js"]
         data = ModelCardData(pipeline_tag="zero-shot-image-classification", tags=tags)
-        card = mark_generated(ModelCard(f"---\n{data}\n---\n{ONNX_CARD.format(name=model_id.rpartition('/')[2])}"))
+        card = ModelCard(f"---\n{data}\n---\n{ONNX_CARD.format(name=model_id.rpartition('/')[2])}")
+        path.write_text(mark_generated(card), encoding="utf-8")
+    _write_section(folder, _section(variants, queries, model_id))
+
+
+def _write_section(folder: Path, section: str) -> None:
+    """Put the section on ONNX files at the end of the card, or in the place of an earlier one."""
+    path = folder / CARD_NAME
+    card = path.read_text(encoding="utf-8")
     is_generated = is_untouched(card)
     text = unmarked(card) if is_generated else card
     before, _, after = text.partition(ONNX_HEAD)
     following = re.search(r"^## ", after, re.MULTILINE)
     rest = "" if following is None else after[following.start() :]
-    text = "\n".join([before.rstrip(), "", ONNX_HEAD + _section(variants, queries, model_id), rest]).rstrip() + "\n"
+    text = "\n".join([before.rstrip(), "", ONNX_HEAD + section, rest]).rstrip() + "\n"
     path.write_text(mark_generated(text) if is_generated else text, encoding="utf-8")
 
 
@@ -535,4 +599,4 @@ def _section(variants: list[OnnxVariant], queries, model_id: str) -> str:
     )
 
 
-__all__ = ["OnnxVariant", "export_onnx"]
+__all__ = ["OnnxVariant", "export_onnx", "export_sentence_onnx"]

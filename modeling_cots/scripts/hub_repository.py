@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision
-from ..hub.onnx_export import export_onnx
+from ..hub.onnx_export import export_onnx, export_sentence_onnx
 from ..hub.standard_exports import export_text_encoder, export_zero_shot_classifier
 from ..hub_export import CARD_NAME, copy_card_images, export_repository, link_space, rename_card
 from ..hub_push import full_repo_id, push_folder
@@ -55,7 +55,7 @@ class ScriptArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to; created if there is none."})
     tag: str | None = field(default=None, metadata={"help": "Name of this version, such as `v1.0`."})
     overwrite_card: bool = field(default=False, metadata={"help": "Replace a card in the repository that was edited."})
-    onnx: bool = field(default=False, metadata={"help": "Write ONNX files into the repository of the model as well."})
+    onnx: bool = field(default=False, metadata={"help": "Write ONNX files into the repository as well."})
     validation_data: str | None = field(
         default=None,
         metadata={
@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         model_id = folder.name if repo_id is None else repo_id
         if args.kind == "text_encoder":
             export_text_encoder(model, processor, folder, model_id=model_id)
+            if args.onnx:
+                export_sentence_onnx(model, folder, model_id=model_id)
         elif args.kind == "zero_shot_classifier":
             images = None if args.images is None else read_images(Path(args.images))
             template = {"hypothesis_template": args.hypothesis_template}
@@ -149,9 +151,11 @@ def check(args: ScriptArguments) -> None:
     is_classifier = args.kind == "zero_shot_classifier"
     if is_classifier and not args.labels:
         raise ValueError('A classifier needs its classes: --labels "a red circle" "a blue star".')
-    if args.onnx and args.kind != "model":
-        raise ValueError("--onnx belongs to --kind model; --kind onnx writes the ONNX files alone.")
-    if args.validation_data is not None and not (args.onnx or args.kind == "onnx"):
+    if args.onnx and args.kind not in ("model", "text_encoder"):
+        raise ValueError(
+            "--onnx belongs to --kind model or text_encoder; --kind onnx writes the ONNX files of a model alone."
+        )
+    if args.validation_data is not None and not (args.kind == "onnx" or (args.kind == "model" and args.onnx)):
         raise ValueError("--validation_data measures ONNX files: give --onnx true or --kind onnx as well.")
     if not is_classifier and (args.labels or args.images):
         raise ValueError("--labels and --images belong to --kind zero_shot_classifier.")

@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER, VOCAB_SIZE
 
-from modeling_cots import COTSConfig, COTSModel, export_onnx, export_repository
+from modeling_cots import (
+    COTSConfig,
+    COTSModel,
+    export_onnx,
+    export_repository,
+    export_sentence_onnx,
+    export_text_encoder,
+)
 from modeling_cots.hub import onnx_export
 from modeling_cots.hub.identity import model_identity
 from modeling_cots.hub.onnx_export import KEPT, kept_first
@@ -204,3 +211,20 @@ def test_an_encoder_that_cannot_be_exported_is_refused_with_its_reason(tiny_proc
     with pytest.raises(ValueError, match="`bert` encoder cannot be exported to ONNX: .+"):
         export_onnx(model, tiny_processor, tmp_path)
     assert not (tmp_path / "onnx").exists()
+
+
+def test_the_text_encoder_of_sentence_transformers_gets_its_transformer_as_onnx(tiny_processor, tmp_path):
+    """sentence-transformers loads `onnx/model.onnx` by optimum, which needs another transformers than this package."""
+    model = build_model()
+    export_text_encoder(model, tiny_processor, tmp_path, model_id="you/text")
+    export_sentence_onnx(model, tmp_path, model_id="you/text")
+    input_ids, attention_mask = random_text(3, 9)
+    with torch.no_grad():
+        expected = model.text_model(input_ids, attention_mask=attention_mask).last_hidden_state.numpy()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    np.testing.assert_allclose(run(tmp_path / "onnx/model.onnx", **inputs), expected, atol=1e-4, rtol=0)
+    assert 0 < np.abs(run(tmp_path / "onnx/model_int8.onnx", **inputs) - expected).max() < 0.2
+    card = (tmp_path / "README.md").read_text()
+    assert 'SentenceTransformer("you/text", backend="onnx"' in card and is_untouched(card)
+    with pytest.raises(ValueError, match="not what `export_text_encoder` writes"):
+        export_sentence_onnx(model, tmp_path / "elsewhere")
