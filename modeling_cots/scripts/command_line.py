@@ -76,7 +76,8 @@ class _Parser(HfArgumentParser):
         found = re.fullmatch(r"argument (--\w+).*: invalid (int|float) value: (.*)", message)
         if found is not None:
             message = f"{found[1]} must be {kinds[found[2]]}, got {found[3]}"
-        self.exit(2, f"{self.prog}: {message}. (--help lists all options.)\n")
+        print(f"{self.prog}: {message}. (--help lists all options.)", file=sys.stderr)
+        raise SystemExit(2)
 
     def names_in(self, argv: list[str]) -> set[str]:
         """Names of the options that stand on a command line, whatever they are spelled as (--no_X, --a-b)."""

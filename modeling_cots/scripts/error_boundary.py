@@ -58,7 +58,7 @@ def run_script(main: Callable[[], None], *, go_on: str = START_AGAIN) -> None:
         main: Reads `sys.argv`.
         go_on: A sentence that says how to go on after a stop.
     """
-    go_on = go_on.replace("{command}", _command())
+    go_on = go_on.replace("{command}", _command(set(go_on.split())))
     is_debugging = _take_debug(sys.argv)
     _tell_of_termination(f"Stopped by SIGTERM. {go_on}")
     try:
@@ -170,11 +170,16 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _command() -> str:
-    """The command line of this program, as its user would write it again."""
-    program, *options = sys.argv
-    words = sys.orig_argv[1 : len(sys.orig_argv) - len(options)]
-    if "-m" in words and sys.orig_argv[len(sys.orig_argv) - len(options) :] == options:
+def _command(replaced: set[str]) -> str:
+    """The command line of this program, as its user would write it again, but for the options in `replaced`."""
+    program, *given = sys.argv
+    options = []
+    for number, word in enumerate(given):
+        is_value = number > 0 and given[number - 1] in replaced and not word.startswith("--")
+        if word.partition("=")[0] not in replaced and not is_value:
+            options.append(word)
+    words = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
+    if "-m" in words and sys.orig_argv[len(sys.orig_argv) - len(given) :] == given:
         start = ["python", "-m", words[words.index("-m") + 1]]
     else:
         start = ["python", program] if program.endswith(".py") else [Path(program).name]

@@ -15,6 +15,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub.model_card import build_model_card
 from ..hub.widget_examples import publishable_images, record_widget_examples
+from ..hub_export import CARD_NAME, is_untouched
 from ..hub_push import push_folder
 from .arguments import COTSTrainingArguments
 from .record import build_record, save_record
@@ -63,6 +64,18 @@ def build_card(
         record["widget"] = record_widget_examples(model, processor, images, folder)
     save_record(record, folder)
     return build_model_card(model.config, record, model_name=model_name or repository_name(args))
+
+
+def keep_edited_card(folder: str) -> None:
+    """Rename the card of a folder if somebody has edited or written it, before another one takes its place."""
+    card = Path(folder) / CARD_NAME
+    if not card.is_file() or is_untouched(card.read_text(encoding="utf-8", errors="replace")):
+        return
+    number = 1
+    while (kept := card.with_stem(f"{card.stem}.{number}")).exists():
+        number += 1
+    card.rename(kept)
+    logger.warning(f"Somebody has edited {card}: it is kept as {kept.name}.")
 
 
 def repository_name(args: COTSTrainingArguments) -> str:

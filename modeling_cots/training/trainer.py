@@ -52,7 +52,7 @@ from .processes import (
     set_timeout,
     use_float16_on_cpu,
 )
-from .publishing import build_card, prepare_push, push_in_background, repository_name
+from .publishing import build_card, keep_edited_card, prepare_push, push_in_background, repository_name
 from .queue_freshness import QueueFreshness
 from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
 from .setup import (
@@ -712,6 +712,7 @@ class COTSTrainer(Trainer):
         """
         if self.args.should_save:
             with self.checkpoints.explaining_storage(output_dir):
+                keep_edited_card(output_dir)
                 self._write_repository(output_dir)
 
     def export_adapters(self, output_dir: str) -> None:

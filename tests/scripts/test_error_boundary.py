@@ -199,6 +199,11 @@ def test_a_request_to_end_is_one_sentence_and_ends_as_ever(capfd):
             {"go_on": GO_ON_TRAINING},
             "To go on: python a.py b.yaml --resume_from_checkpoint latest",
         ),
+        (
+            ["a.py", "--resume_from_checkpoint", "c", "--strict", "--resume_from_checkpoint=d", "--seed", "1"],
+            {"go_on": GO_ON_TRAINING},
+            "To go on: python a.py --strict --seed 1 --resume_from_checkpoint latest",
+        ),
     ],
 )
 def test_an_interrupt_is_one_sentence_with_the_command_that_goes_on(command_line, capsys, words, go_on, said):

@@ -187,6 +187,20 @@ def test_a_push_that_fails_in_the_background_does_not_stop_the_training(own_hub,
     assert Path(own_hub.run(pull, repo_id)).name == pushed["commit"]
 
 
+def test_a_card_of_ones_own_survives_an_export_into_its_folder(make_trainer, tmp_path, caplog):
+    trainer, folder = make_trainer(max_steps=1), tmp_path / "run"
+    trainer.train()
+    for _ in range(2):
+        trainer.export_model(str(folder))
+    assert [path.name for path in folder.glob("README*")] == ["README.md"] and "edited" not in caplog.text
+    for number in (1, 2):
+        (folder / "README.md").write_text(f"of my own {number}")
+        trainer.export_model(str(folder))
+        assert (folder / f"README.{number}.md").read_text() == f"of my own {number}"
+        assert f"edited {folder / 'README.md'}: it is kept as README.{number}.md" in caplog.text
+    assert "COTS" in (folder / "README.md").read_text()
+
+
 def test_refuses_to_push_checkpoints_and_unknown_options(make_trainer):
     for strategy in ("checkpoint", "all_checkpoints"):
         with pytest.raises(ValueError, match=f"hub_strategy={strategy} would put momentum copies"):
