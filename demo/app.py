@@ -36,10 +36,11 @@ from modeling_cots import COTSModel, COTSProcessor, ScenesDataset, SearchIndex
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.evaluation.text_encoding import encode_texts
+from modeling_cots.hub.identity import model_identity
 from modeling_cots.image_reading_cots import IMAGE_SUFFIXES, read_image
 from modeling_cots.processing_cots import TOKENIZER_LOCK
 from modeling_cots.scripts.error_boundary import run_script
-from modeling_cots.search.embedding import ImageFolder, as_image_folder, check_text, entry_names, model_identity
+from modeling_cots.search.embedding import ImageFolder, as_image_folder, check_text, entry_names
 from modeling_cots.search.stores import open_store, store_exists
 from modeling_cots.visualization.heat_maps import overlay
 from modeling_cots.visualization.relevance import explain_pair, find_words

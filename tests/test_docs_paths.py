@@ -11,7 +11,7 @@ PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTIN
 # Folders of ours whose files are named by a path. What a run or a Hub repository holds is not in this repository.
 FOLDERS = ("benchmarks", "demo", "docs", "examples", "model_cards", "modeling_cots", "tests", ".ci", ".github")
 # Files of others: what a model repository holds, and what a reader writes.
-NOT_OURS = {"handler.py", "SCRIPT.py"}
+NOT_OURS = {"handler.py", "SCRIPT.py", "cots_clip_benchmark.py", "cots_mteb.py"}
 
 
 def named_in(text: str) -> set[str]:
