@@ -172,8 +172,7 @@ def open_repository(api: HfApi, repo_id: str, private: bool | None, space_sdk: s
     return repo_id
 
 
-def _has_edited_card(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> bool:
-    version = {"revision": revision, "repo_type": repo_type}
+def _has_edited_card(api: HfApi, repo_id: str, **version) -> bool:
     if not api.file_exists(repo_id, CARD_NAME, **version):
         return False
     path = hf_hub_download(repo_id, CARD_NAME, token=api.token, **version)

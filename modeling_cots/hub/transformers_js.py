@@ -17,12 +17,12 @@ def merge_encoders(folder: Path, dtype: str, temperature: float) -> None:
     from onnx import TensorProto, compose, helper
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    parts = []
+    parts = {}
     for encoder in ("text", "vision"):
         part = OnnxModel(onnx.load(folder / model_file(encoder, dtype)))
         part.topological_sort()  # the float16 files are not sorted, and only sorted ones can be merged
-        parts.append(compose.add_prefix(part.model, f"{encoder}/", rename_inputs=False, rename_outputs=False))
-    merged = compose.merge_models(*parts, io_map=[])
+        parts[encoder] = compose.add_prefix(part.model, f"{encoder}/", rename_inputs=False, rename_outputs=False)
+    merged = compose.merge_models(parts["text"], parts["vision"], io_map=[])
     graph = merged.graph
     graph.initializer.append(helper.make_tensor("inverse_temperature", TensorProto.FLOAT, [], [1 / temperature]))
     graph.node.extend(

@@ -1,13 +1,16 @@
 """transformers.js, in node, on what the ONNX export writes: its pipeline, its Auto classes, and what they need."""
 
+import base64
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from browser import open_browser, skip_without_browser
 from npm_packages import NODE, node_modules, skip_without_node
 from PIL import Image
+from static_server import serve_static
 from tiny import CAPTIONS, IMAGE_SIZE
 
 from modeling_cots import COTSModel, export_onnx, export_repository
@@ -95,3 +98,33 @@ def test_long_texts_are_cut_without_their_last_token(model, tiny_processor, imag
     (cut,) = run(tmp_path / "export", "fp32", image, [text])["input_ids"]
     wanted = tiny_processor(text=text, truncation=True)["input_ids"]
     assert cut[:-1] == wanted[:-1] and cut[-1] != wanted[-1] == tiny_processor.tokenizer.sep_token_id
+
+
+IN_A_BROWSER = """
+    const [image, labels, done] = arguments;
+    (async () => {
+      const { env, pipeline } = await import("/npm/@huggingface/transformers/dist/transformers.min.js");
+      env.allowRemoteModels = false;
+      env.allowLocalModels = true;
+      env.localModelPath = "/";
+      const folder = "/npm/@huggingface/transformers/node_modules/onnxruntime-web/dist";
+      const runtime = `${folder}/ort-wasm-simd-threaded.asyncify`;
+      env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };
+      const options = { dtype: "fp32", device: "wasm" };
+      const classify = await pipeline("zero-shot-image-classification", "export", options);
+      return classify(image, labels, { hypothesis_template: "{}" });
+    })().then(done, (error) => done(String(error)));
+"""
+
+
+def test_a_browser_runs_the_pipeline(model, tiny_processor, image, tmp_path):
+    skip_without_browser()
+    export_onnx(model, tiny_processor, tmp_path / "site" / "export")
+    (tmp_path / "site" / "npm").symlink_to(node_modules())
+    data = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+    with serve_static(tmp_path / "site") as site, open_browser(800) as browser:
+        browser.set_script_timeout(120)
+        browser.get(f"{site.url}/export/config.json")
+        found = browser.execute_async_script(IN_A_BROWSER, data, LABELS)
+    shares = dict(zip(LABELS, expected(model, tiny_processor, image)["shares"].tolist(), strict=True))
+    assert {each["label"]: each["score"] for each in found} == pytest.approx(shares, abs=1e-3)
