@@ -113,8 +113,8 @@ class Collection:
     def image(self, hit: dict) -> Image.Image:
         """The image of an entry: from the data set, from its file, or else its thumbnail."""
         position = (self.positions or {}).get(hit["name"])
-        if position is not None:
-            return read_image(self.dataset[position]["image"])
+        if position is not None and "image" in (item := self.dataset[position]):  # of a video the thumbnail is shown
+            return read_image(item["image"])
         if os.path.isfile(hit["name"]) and hit["name"].lower().endswith(IMAGE_SUFFIXES):
             return read_image(hit["name"])
         if not hit["thumbnail"]:

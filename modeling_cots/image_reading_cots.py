@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from huggingface_hub.utils import httpx  # what it is made with: httpx, and from its version 2 on httpx2
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # The longest side that a JPEG can have. A resize to a square of S pixels first makes S x the height: of an image of
 # 1 x 50,000,000 pixels, a file of some kilobytes, gigabytes.
@@ -30,16 +30,28 @@ UPRIGHT = {  # by the value of EXIF's orientation tag
 }
 TURNS_ASIDE = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # width and height change places
 
+try:  # HEIC, the photographs of many telephones; the extra `heic`
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+
 # Common formats. PIL opens many more, and some of them by starting other programs (EPS by Ghostscript).
 Image.init()
 FORMATS = [
     name
-    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+    for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
 REDUCIBLE_FORMATS = ("JPEG", "MPO")
 # The endings of their files. Whoever looks for images among other files goes by these.
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
+
+
+HEIC_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
+HEIC_CURE = "HEIC needs pillow-heif: pip install 'modeling_cots[heic]'"
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -137,7 +149,13 @@ class ImageFile:
                 self._read = _to_upright_rgb(source)
                 self.size = self._read.size
                 return
-            self._file = Image.open(_as_file(source), formats=FORMATS)
+            file = _as_file(source)
+            try:
+                self._file = Image.open(file, formats=FORMATS)
+            except UnidentifiedImageError:
+                if _is_heic(file):
+                    raise UnreadableImageError(HEIC_CURE) from None
+                raise
             try:
                 _check_pixels(*self._file.size)
                 check_sides(*self._file.size)
@@ -199,6 +217,16 @@ def _as_file(source):
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
+def _is_heic(file) -> bool:
+    """Whether a path or a file of bytes is HEIC, which could not be opened."""
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:12]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(12)
+    return "HEIF" not in FORMATS and head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
+
+
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
     """The transposition that turns the image upright."""
     # Not ImageOps.exif_transpose: it writes the EXIF data anew, and fails where any other tag is damaged.
@@ -240,6 +268,8 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 __all__ = [
     "FORMATS",
+    "HEIC_CURE",
+    "HEIC_SUFFIXES",
     "IMAGE_SUFFIXES",
     "MAX_IMAGE_SIDE",
     "ImageFile",

@@ -17,6 +17,8 @@ from transformers.video_utils import VideoMetadata
 
 from .image_reading_cots import MAX_IMAGE_SIDE
 
+# The usual endings of video files; whoever looks for videos among other files goes by these.
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 # Containers that can seek to the key frame before a given time; others are decoded from their start.
 SEEKABLE_CONTAINERS = ("mp4", "matroska")
 # The containers that are opened. FFmpeg knows others whose content names further files or addresses, which it then
@@ -183,4 +185,4 @@ def _to_array(frames: Iterator) -> np.ndarray:
     return np.stack(arrays)
 
 
-__all__ = ["UnreadableVideoError", "read_video"]
+__all__ = ["VIDEO_SUFFIXES", "UnreadableVideoError", "read_video"]

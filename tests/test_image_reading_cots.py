@@ -317,3 +317,32 @@ def test_a_string_is_a_path_a_data_url_or_base64(tmp_path):
             UnreadableImageError, match=f"^'{source[:100]}' is neither a file that is there, nor a URL"
         ):
             fetch_image(source)
+
+
+def write_heic(path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 200
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(path, quality=90)
+
+
+def test_heic_is_read_where_its_library_is_installed(tmp_path):
+    write_heic(tmp_path / "a.heic")
+    for source in (str(tmp_path / "a.heic"), (tmp_path / "a.heic").read_bytes()):
+        image = read_image(source)
+        assert image.mode == "RGB" and image.size == (40, 24)
+        assert abs(image.getpixel((5, 5))[0] - 200) < 20 and image.getpixel((35, 5))[0] < 20
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:200])
+    with pytest.raises(UnreadableImageError):
+        read_image(str(tmp_path / "cut.heic"))
+
+
+def test_heic_without_its_library_is_named(tmp_path, monkeypatch):
+    write_heic(tmp_path / "a.heic")
+    monkeypatch.setattr("modeling_cots.image_reading_cots.FORMATS", ["JPEG", "PNG"])
+    for source in (str(tmp_path / "a.heic"), (tmp_path / "a.heic").read_bytes()):
+        with pytest.raises(UnreadableImageError, match=r"HEIC needs pillow-heif: pip install 'modeling_cots\[heic\]'"):
+            read_image(source)
+    (tmp_path / "b.heic").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match="UnidentifiedImageError"):
+        read_image(str(tmp_path / "b.heic"))

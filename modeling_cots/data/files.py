@@ -11,11 +11,12 @@ from huggingface_hub.repocard import metadata_load
 from transformers.utils import logging
 
 from ..image_reading_cots import IMAGE_SUFFIXES
+from ..video_reading_cots import VIDEO_SUFFIXES
 from .formats import READERS, read_rows
 from .karpathy import is_karpathy
 from .messages import printable, shorten
 from .paths import RefusedPathError, is_inside, open_door, report_linked_folders, walk_visible
-from .rows import BadRowError, image_columns, read_captions, read_media
+from .rows import BadRowError, Columns, image_columns, read_media, video_columns
 from .skip_report import and_more
 from .sources import is_path
 from .splits import MissingSplitError
@@ -94,39 +95,82 @@ def broken_card(card: str | os.PathLike, error: Exception) -> ValueError:
     )
 
 
-def holds_dataset(folder: Path) -> bool:
+def holds_dataset(folder: Path, split: str = "train") -> bool:
     """
-    Whether a folder is a data set, with or without images in it, and not just images beside foreign files.
+    Whether a folder declares itself a data set, and is not just images or videos beside foreign files.
 
-    It is with metadata, a card, or an annotation file of Karpathy's form; as img2dataset's output; with no image at
-    all; or with a file whose first rows name images that are there or, in a shard, hold images with captions.
+    Without images and videos it is one if it has data. With them it takes metadata that names some of them (its own,
+    or in sub-folders of splits which hold all of them), a card, an annotation file of Karpathy's form, or a caption
+    beside each image, as img2dataset writes them. Of a stray table or archive nobody can say what it is for.
+
+    Args:
+        folder: A folder that is there.
+        split: Name of the split that is wanted, which a sub-folder may have beside the common ones.
     """
-    if _metadata_files(folder) or is_karpathy(str(folder)) or has_dataset_card(folder):
-        return True
     found = _visible_files(folder)
-    data = [file for file in found if file.suffix in FORMATS]
-    if _sample_folders(found) or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in found):
-        return bool(data)
-    return any(_gives_a_pair(file) for file in data)
+    media = [file for file in found if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)]
+    if not media:
+        is_declared = bool(_metadata_files(folder)) or is_karpathy(str(folder)) or has_dataset_card(folder)
+        return is_declared or any(file.suffix in FORMATS for file in found)
+    images = [file for file in media if file.suffix.lower() in IMAGE_SUFFIXES]
+    has_captions = len(_captioned(images, set(found))) == len(media)
+    return (
+        any(_names_media(folder / name) for name in METADATA_FILES)
+        or _has_split_folders(folder, media, {base_of(split), *COMMON_SPLITS})
+        or is_karpathy(str(folder))
+        or (has_captions and not any(file.name in METADATA_FILES for file in found))
+        or _has_sound_card(folder)
+    )
 
 
-def _gives_a_pair(file: Path) -> bool:
-    columns = image_columns()
+def names_videos(dataset: str, split: str) -> bool:
+    """Whether the metadata of a folder, or a table of paths, names videos."""
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        files = [place / name for place in (path, path / base_of(split)) for name in METADATA_FILES]
+    else:
+        files = [path]
+    return any(_first_named(file, video_columns(), VIDEO_SUFFIXES) for file in files)
+
+
+def _names_media(file: Path) -> bool:
+    """Whether a table names a file beside it that is there."""
+    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    return any(_first_named(file, columns, suffixes) for columns in (image_columns(), video_columns()))
+
+
+def _first_named(file: Path, columns: Columns, suffixes: tuple[str, ...]) -> bool:
+    """Whether a table of paths begins with rows of which one names a file that is there and ends in this way."""
+    if not file.is_file() or file.suffix == ".tar":
+        return False
     try:
         with file.open("rb") as stream:
             for _, row in islice(read_rows(stream, file.suffix, columns), MAX_TRIED_ROWS):
                 if isinstance(row, BadRowError):
                     continue
                 try:
-                    media = read_media(row, columns)
-                    if media["bytes"] is not None:
-                        return bool(read_captions(row, columns)[0])
-                    return os.path.exists(open_door(media["path"], file.parent))
+                    path = read_media(row, columns)["path"]
+                    if path and path.lower().endswith(suffixes) and os.path.exists(open_door(path, file.parent)):
+                        return True
                 except (BadRowError, RefusedPathError):
                     continue
     except Exception:  # a foreign file may be anything, and every format has its own errors
         pass
     return False
+
+
+def _has_split_folders(folder: Path, media: list[Path], splits: set[str]) -> bool:
+    """Whether all images and videos lie in sub-folders that are named after splits and have metadata."""
+    places = {place for place in folder.iterdir() if place.name in splits}
+    declared = {place for place in places if any(_names_media(place / name) for name in METADATA_FILES)}
+    return bool(declared) and all(folder / file.relative_to(folder).parts[0] in declared for file in media)
+
+
+def _has_sound_card(folder: Path) -> bool:
+    try:
+        return has_dataset_card(folder)
+    except ValueError:  # a README.md that is no card
+        return False
 
 
 def _only_readable(files: list[Path]) -> list[Path]:
@@ -195,10 +239,13 @@ def _metadata_files(folder: Path) -> dict[str, Path]:
 
 def _sample_folders(files: list[Path]) -> list[Path]:
     """The folders that hold images, each beside the text or JSON file of its caption, as img2dataset writes them."""
-    names = set(files)
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    beside = [file for file in images if any(file.with_suffix(suffix) in names for suffix in CAPTION_SUFFIXES)]
-    return sorted({file.parent for file in beside})
+    return sorted({file.parent for file in _captioned(images, set(files))})
+
+
+def _captioned(images: list[Path], files: set[Path]) -> list[Path]:
+    """The images that have a text or JSON file of the same name beside them."""
+    return [file for file in images if any(file.with_suffix(suffix) in files for suffix in CAPTION_SUFFIXES)]
 
 
 def _without_side_files(files: list[Path], samples: list[Path]) -> list[Path]:

@@ -1,6 +1,7 @@
 """`open_dataset` and `open_video_dataset`: open built-in data and a user's own by one name."""
 
 import os
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -70,7 +71,7 @@ def open_video_dataset(
     generated_folder: str,
     image_size: int = 64,
     seed: int = 0,
-    **options: str | None,
+    **options: Any,
 ) -> VideoDataset:
     """
     Open `moving_scenes`, whose files are written first, or whatever `open_videos` takes. The result has a `name`, too.

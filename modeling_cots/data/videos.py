@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 from torch.utils.data import Dataset
 
+from ..video_reading_cots import VIDEO_SUFFIXES
 from .columns import check_any_exists, check_inside, drop_uncaptioned
 from .files import is_hub_id
 from .items import EpochSeeds
@@ -18,8 +19,6 @@ from .loading import load_rows
 from .msrvtt import is_msrvtt, load_msrvtt
 from .paths import RefusedPathError, open_door, walk_visible
 from .rows import video_columns
-
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
 
 def open_videos(
@@ -31,6 +30,7 @@ def open_videos(
     video_column: str | None = None,
     caption_column: str | None = None,
     seed: int = 0,
+    keep_uncaptioned: bool = False,
 ) -> "VideoDataset":
     """
     Open a split of videos with their captions.
@@ -49,6 +49,7 @@ def open_videos(
         caption_column: Holds a string or a list of strings. By default the first that exists of caption, captions,
             text, sentence. Captions of rows with the same video are joined.
         seed: Seed of the random draws for each item in training.
+        keep_uncaptioned: Keep videos without captions, and need no column of captions; for indexing videos.
 
     Raises `ValueError` for a data set, split or protocol that does not exist, a data set of which no row can be used,
     paths that leave the folder, two files of the same MSR-VTT video, and a folder without any of the videos. Single
@@ -69,14 +70,17 @@ def open_videos(
             raise ValueError(
                 f"The data set {dataset!r} does not exist: videos are read from a folder or a file of it."
             )
-        table, root = load_rows(dataset, split, video_columns(video_column, caption_column))
+        columns = video_columns(video_column, caption_column)
+        table, root = load_rows(dataset, split, columns, need_captions=not keep_uncaptioned)
         captions = _group_captions(table)
         if video_folder is None and root is None:
             raise ValueError(f"Give `video_folder`: the files of {dataset!r} lie in no one folder.")
         folder = Path(video_folder).expanduser() if video_folder else root
         files = check_inside(captions, folder, "video")
         check_any_exists(files, folder, "video")
-    names = drop_uncaptioned(list(captions), [len(known) for known in captions.values()], str, "video")
+    names = list(captions)
+    if not keep_uncaptioned:
+        names = drop_uncaptioned(names, [len(captions[name]) for name in names], str, "video")
     if not names:
         raise ValueError(f"No video of the split {split!r} of {dataset!r} has a caption.")
     return VideoDataset(names, [files[name] for name in names], [captions[name] for name in names], seed, folder)

@@ -105,19 +105,19 @@ def parse_payload(data: Any) -> Query:
     if image is None:
         if labels is not None:
             raise RequestError("'candidate_labels' need an image")
-        return Query(texts=_check_texts("text", text), is_batch=isinstance(text, list))
+        return Query(texts=check_texts("text", text), is_batch=isinstance(text, list))
     if not isinstance(image, Image.Image | str):
         raise RequestError("'image' must be a string: base64, or a URL of scheme http, https or data")
     if labels is None:
         return Query(image)
     labels = labels.split(",") if isinstance(labels, str) else labels
-    labels = tuple(label.strip() for label in _check_texts("candidate_labels", labels))
+    labels = tuple(label.strip() for label in check_texts("candidate_labels", labels))
     return Query(image, _fill_in(template, labels), labels)
 
 
 def _fill_in(template: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
     template = "This is a photo of {}." if template is None else template  # as the pipeline of the same task
-    (template,) = _check_texts("hypothesis_template", template if isinstance(template, str) else None)
+    (template,) = check_texts("hypothesis_template", template if isinstance(template, str) else None)
     if template.count("{}") != 1:
         raise RequestError("'hypothesis_template' must have the place of the label, {}, once")
     return tuple(template.replace("{}", label) for label in labels)
@@ -142,7 +142,9 @@ def _as_fields(inputs: Any, parameters: Any) -> dict:
     return {**inputs, **parameters}
 
 
-def _check_texts(name: str, texts: Any) -> tuple[str, ...]:
+def check_texts(name: str, texts: Any) -> tuple[str, ...]:
+    """One or several texts of a request as a tuple. Raises [`RequestError`] for other values, and for texts of any
+    other number or length, without a word, or that are not valid Unicode; `name` is their field."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"'{name}' must be a string or a list of strings")
@@ -165,16 +167,16 @@ def load_image(source: Image.Image | str) -> Image.Image:
     that takes too long, and what is not an image.
     """
     if isinstance(source, Image.Image):
-        return _decoded(source)
+        return decode_image(source)
     scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):", source[:100], re.IGNORECASE)  # no base64 has a colon
     if scheme is None:
-        return _decoded(_decode_base64(source))
+        return decode_image(_decode_base64(source))
     if scheme[1].lower() == "data":
         header, _, content = source.partition(",")
         if not header.lower().endswith(";base64"):
             raise RequestError("a data URL must be of base64: data:image/png;base64,...")
-        return _decoded(_decode_base64(content))
-    return _decoded(fetch(source))
+        return decode_image(_decode_base64(content))
+    return decode_image(fetch(source))
 
 
 def _decode_base64(text: str) -> bytes:
@@ -190,7 +192,8 @@ def _decode_base64(text: str) -> bytes:
     return content
 
 
-def _decoded(source: Image.Image | bytes) -> Image.Image:
+def decode_image(source: Image.Image | bytes) -> Image.Image:
+    """An image, or the content of its file, decoded as `load_image` does. Raises [`RequestError`]."""
     try:
         image = Image.open(io.BytesIO(source), formats=IMAGE_FORMATS) if isinstance(source, bytes) else source
         width, height = image.size

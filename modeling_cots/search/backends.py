@@ -12,7 +12,6 @@ from ..video_processing_cots import COTSVideoProcessor
 
 logger = logging.get_logger(__name__)
 
-BACKENDS = ("torch", "onnx")
 TORCH_DTYPES = ("float32", "bfloat16")
 ONNX_DTYPES = ("float32", "float16", "int8")
 

@@ -27,7 +27,8 @@ from ..hub_push import processor_of, push_folder
 from ..modeling_cots import COTSModel
 from ..onnx_cots import model_file
 from ..processing_cots import COTSProcessor
-from .embedding import THUMBNAIL_SIDE, Embedder, ImageFolder, entry_names
+from .embedding import Embedder, ImageFolder, entry_names
+from .options import THUMBNAIL_SIDE
 
 PAGE = Path(__file__).parent / "browser_page"
 SPACE_CARD = Path(__file__).parent / "browser_space.md"

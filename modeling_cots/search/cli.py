@@ -1,105 +1,56 @@
-"""The command `cots-search`: index images, query them, add, delete.
+"""The commands of `cots-search`: index images, query them, serve them, add, delete, rebuild. Options: `options.py`.
 
-    cots-search index PHOTOS/ --model runs/quickstart --index IDX
-    cots-search query IDX "a dog in the snow" --top 12 --html out.html
-    cots-search query IDX --image like_this.jpg --where "year >= 2020"
-    cots-search add IDX MORE_PHOTOS/
-    cots-search delete IDX PHOTOS/blurred.jpg
-    cots-search rebuild IDX --engine hnsw
-
-IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in
-MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
+What can be refused is refused before a model is loaded, and what a command does not need is not imported.
 """
 
 import argparse
+import io
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 
-from ..data.opening import open_dataset
 from ..data.revisions import check_revision, refuse_version
 from ..data.skip_report import and_more
-from .backends import BACKENDS, ONNX_DTYPES, TORCH_DTYPES, check_backend, load_encoders
-from .embedding import MAX_REPORTED, THUMBNAIL_SIDE, ImageFolder, as_image_folder, known_names, row_ids_of
-from .index import SearchIndex, delete_entries, process_state
-from .index_types import INDEX_TYPES
+from ..image_reading_cots import read_image
+from .backends import check_backend, load_encoders
+from .conditions import as_conditions
+from .embedding import MAX_REPORTED, ImageFolder, as_image_folder, check_text, known_names, row_ids_of
+from .index import SearchIndex, chosen_entries, process_state, state_notes
+from .options import build_parser
 from .page import results_page
-from .stores import open_store, store_exists
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="cots-search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    index = commands.add_parser("index", help="embed images; run again to continue, or to add new ones")
-    index.add_argument("data", help="a folder of images, or any data set (see docs/training.md): Hub id, file, shards")
-    index.add_argument("--model", required=True, help="a COTS checkpoint: folder or Hub id")
-    index.add_argument("--index", required=True, help="the index to make or to continue")
-    index.add_argument(
-        "--engine", help=f"index type of a new index: {', '.join(INDEX_TYPES)} (exact); see docs/search.md"
-    )
-    add = commands.add_parser("add", help="embed more images, with the index's own model")
-    add.add_argument("index", help="the index")
-    add.add_argument("data", help="as for `index`")
-    for command in (index, add):
-        command.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
-        command.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
-        command.add_argument("--split", default="train", help="split of a data set (train)")
-        command.add_argument("--image_column", help="column of the images; found if not given")
-        command.add_argument("--caption_column", help="column of the captions; found if not given")
-        command.add_argument("--batch_size", type=int, default=32, help="images a forward pass (32)")
-        command.add_argument("--num_workers", type=int, default=0, help="processes that decode images (0)")
-        command.add_argument(
-            "--thumbnails", type=int, default=THUMBNAIL_SIDE, help=f"pixels a side, 0 for none ({THUMBNAIL_SIDE})"
-        )
-    query = commands.add_parser("query", help="find images")
-    query.add_argument("index", help="the index")
-    query.add_argument("text", nargs="?", help="what to look for")
-    query.add_argument("--image", help="find images like this one, alone or with the text")
-    query.add_argument(
-        "--image_weight", type=float, default=0.5, help="the image's weight beside the text, 0 to 1 (0.5)"
-    )
-    query.add_argument("--top", type=int, default=12, help="how many (12)")
-    query.add_argument("--html", help="write a page of thumbnails to this file")
-    delete = commands.add_parser("delete", help="remove images from the index")
-    delete.add_argument("index", help="the index")
-    delete.add_argument("names", nargs="*", help="their paths, or their names as `query` prints them")
-    for command in (query, delete):
-        command.add_argument(
-            "--where", action="append", metavar="CONDITION", help="'year >= 2020'; may be given several times"
-        )
-    rebuild = commands.add_parser("rebuild", help="change the index type and free deleted entries; embeds nothing")
-    rebuild.add_argument("index", help="the index")
-    rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
-    for command in (add, query):
-        command.add_argument("--model", help="where to load the index's model from, if it has moved")
-    for command in (index, add, query):
-        command.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the model (torch)")
-        command.add_argument("--dtype", help=f"of torch {', '.join(TORCH_DTYPES)}; of onnx {', '.join(ONNX_DTYPES)}")
-        command.add_argument(
-            "--revision",
-            "--model_revision",
-            help="branch, tag or commit of a model on the Hub; by default the commit that the index was made with",
-        )
-    return parser
+from .stores import check_can_create, open_store, store_exists
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command, of `argv` or of the command line. Raises `ValueError` for what the user can correct."""
-    args = build_parser().parse_args(argv)
-    commands = {"index": run_index, "add": run_add, "query": run_query, "delete": run_delete, "rebuild": run_rebuild}
+    run(build_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run one command with its options."""
+    commands = {
+        "index": run_index,
+        "add": run_add,
+        "query": run_query,
+        "serve": run_serve,
+        "delete": run_delete,
+        "rebuild": run_rebuild,
+    }
     commands[args.command](args)
 
 
 def run_index(args: argparse.Namespace) -> None:
     """Make the index, or continue it."""
+    is_new = not store_exists(args.index)
+    if is_new:
+        check_can_create(args.index, args.engine or "exact")
+    else:
+        _check_engine(args)
     dataset, source = open_images(args)
     state = process_state()
-    is_new = not store_exists(args.index)
     state.wait_for_everyone()  # no process makes the index before all have looked
     model, processor = load_model(
         *((args.model, args.revision) if is_new else model_of(args)), args.backend, args.dtype
@@ -108,17 +59,24 @@ def run_index(args: argparse.Namespace) -> None:
         SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
     state.wait_for_everyone()
     with SearchIndex(args.index, model, processor) as index:
-        if args.engine not in (None, engine := index.store.info["engine"]):
-            raise ValueError(
-                f"{args.index!r} has the index type {engine!r}: change it with `cots-search rebuild {args.index} "
-                f"--engine {args.engine}`."
-            )
         add_images(index, dataset, source, args)
     process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
+def _check_engine(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for another index type than the one that the index has."""
+    with closing(open_store(args.index)) as store:
+        engine = store.info["engine"]
+    if args.engine not in (None, engine):
+        raise ValueError(
+            f"{args.index!r} has the index type {engine!r}: change it with `cots-search rebuild {args.index} "
+            f"--engine {args.engine}`."
+        )
+
+
 def run_add(args: argparse.Namespace) -> None:
     """Embed more images into an existing index."""
+    open_store(args.index).close()
     dataset, source = open_images(args)
     with open_index(args) as index:
         add_images(index, dataset, source, args)
@@ -126,28 +84,100 @@ def run_add(args: argparse.Namespace) -> None:
 
 
 def run_query(args: argparse.Namespace) -> None:
-    """Print the images found, and write the page."""
+    """Print the images found, and write the page; without a text and an image, answer the lines of the input."""
+    with closing(open_store(args.index)) as store:
+        _refuse_query(args, store)
+        if len(store) == 0:
+            print("\n".join(state_notes(store, args.index)))
+            return
     with open_index(args) as index:
-        hits = index.search(args.text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
-        num_images = len(index)
+        for note in state_notes(index.store, args.index):
+            print(note, file=sys.stderr)
+        if args.text is None and args.image is None:
+            _answer_lines(index, args)
+        else:
+            _answer(index, args.text, args)
+
+
+def _refuse_query(args: argparse.Namespace, store) -> None:
+    """Raise `ValueError` for what no model is needed to refuse."""
+    if args.text is not None:
+        check_text(args.text)
+    if args.image is not None:
+        read_image(args.image)
+    if args.where and len(store):
+        store.find(as_conditions(args.where))
+
+
+def _answer_lines(index: SearchIndex, args: argparse.Namespace) -> None:
+    """Answer each line of the standard input as it comes. Raises `ValueError` at the end if any was refused."""
+    num_lines = num_refused = 0
+    for line in _lines():
+        num_lines += 1
+        print(f"{line}:")
+        try:
+            _answer(index, line, args)
+        except ValueError as error:
+            num_refused += 1
+            print(error, file=sys.stderr)
+        sys.stdout.flush()  # for a program that waits for the answer before it asks again
+    if num_lines == 0:
+        raise ValueError("There is no query: give a text or --image, or one text a line of the standard input.")
+    if num_refused:
+        raise ValueError(f"{num_refused:,} of {num_lines:,} queries were refused.")
+
+
+def _lines() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="backslashreplace")  # a line that is not UTF-8 costs no other line
+    if sys.stdin.isatty():
+        print("One query a line; Ctrl-D ends.", file=sys.stderr)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(index: SearchIndex, text: str | None, args: argparse.Namespace) -> None:
+    """Search for one query, and print what is found."""
+    hits = index.search(text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
+    if text is not None and (note := index.words_note(text)):
+        print(note, file=sys.stderr)
     for place, hit in enumerate(hits, start=1):
         caption = f'  "{hit["captions"][0]}"' if hit["captions"] else ""
-        print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}")
+        copies = f"  (copies: {and_more(hit['copies'], MAX_REPORTED)})" if hit["copies"] else ""
+        print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}{copies}")
     if not hits:
         print("Nothing fits.")
     if gone := [hit for hit in hits if os.path.isabs(hit["name"]) and not os.path.exists(hit["name"])]:
         print(
             f"{len(gone)} of these images are no longer at their paths: if {gone[0]['source']} has moved, index the "
             f"folder at its new place, and remove the old entries by cots-search delete {args.index} --where "
-            f"{shlex.quote(_condition_on_source(gone[0]['source']))}",
+            f"{shlex.quote(_condition_on_source(gone[0]['source']))} --yes",
             file=sys.stderr,
         )
     if args.html:
-        asked = " and ".join(([f"“{args.text}”"] if args.text else []) + ([f"{args.image}"] if args.image else []))
-        note = f"{len(hits)} of {num_images:,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
+        asked = " and ".join(([f"“{text}”"] if text else []) + ([f"{args.image}"] if args.image else []))
+        note = f"{len(hits)} of {len(index):,} images" + (f", where {' and '.join(args.where)}" if args.where else "")
         with open(args.html, "w", encoding="utf-8") as file:
             file.write(results_page(f"Images for {asked}", hits, note))
         print(f"The page is in {args.html}.")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    """Answer over HTTP until Ctrl-C, with model and index in memory."""
+    from .server import SearchServer
+
+    open_store(args.index).close()
+    with SearchServer(args.host, args.port) as server, open_index(args) as index:
+        server.answer_from(index, args.index)
+        try:
+            for note in state_notes(index.store, args.index):
+                print(note, file=sys.stderr)
+            print(f"{args.index} ({len(index):,} images) is at {server.address} (JSON: {server.address}/search).")
+            print("Ctrl-C ends it.", flush=True)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("Ended.", file=sys.stderr)
 
 
 def run_delete(args: argparse.Namespace) -> None:
@@ -155,8 +185,18 @@ def run_delete(args: argparse.Namespace) -> None:
     with closing(open_store(args.index)) as store:
         names = [known_names(name) for name in args.names]
         is_there = [store.has(row_ids_of(known)).any() for known in names]
-        all_names = [name for known in names for name in known]
-        print(f"Deleted {delete_entries(store, all_names, args.where):,} images; {len(store):,} are left.")
+        row_ids = chosen_entries(store, [name for known in names for name in known], args.where)
+        found = store.names_of(row_ids)
+        if args.dry_run:
+            print("\n".join(found), end="\n" if found else "")
+            print(f"These {len(found):,} of {len(store):,} images would be deleted; nothing is.")
+        elif args.where and found and not args.yes:
+            raise ValueError(
+                f"--where finds {len(found):,} of {len(store):,} images ({and_more(found, MAX_REPORTED)}): nothing is "
+                "deleted. Add --yes to delete them, or --dry-run to see them all."
+            )
+        else:
+            print(f"Deleted {store.delete(row_ids):,} images; {len(store):,} are left.")
     unknown = [name for name, found in zip(args.names, is_there, strict=True) if not found]
     if unknown:
         raise ValueError(
@@ -179,13 +219,29 @@ def run_rebuild(args: argparse.Namespace) -> None:
 
 def open_images(args: argparse.Namespace):
     """The data set that `data` names, and the `source` that its entries get."""
-    if as_image_folder(args.data) is not None:
+    if as_image_folder(args.data, args.split) is not None:
         refuse_version(args.data, args.dataset_config, args.dataset_revision)
         dataset = ImageFolder(args.data)
         return dataset, dataset.name
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    version = {"dataset_config": args.dataset_config, "revision": args.dataset_revision}
-    dataset = open_dataset(args.data, args.split, **columns, **version, keep_uncaptioned=True)
+    # Data sets take seconds to import, which no other command needs.
+    from ..data.files import names_videos
+    from ..data.msrvtt import is_msrvtt
+    from ..data.opening import open_dataset
+    from ..data.videos import open_videos
+
+    if is_msrvtt(args.data) or names_videos(args.data, args.split):
+        refuse_version(args.data, args.dataset_config, args.dataset_revision)
+        dataset = open_videos(
+            args.data,
+            args.split,
+            video_column=args.image_column,
+            caption_column=args.caption_column,
+            keep_uncaptioned=True,
+        )
+    else:
+        columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+        version = {"dataset_config": args.dataset_config, "revision": args.dataset_revision}
+        dataset = open_dataset(args.data, args.split, **columns, **version, keep_uncaptioned=True)
     place = os.path.realpath(args.data) if os.path.exists(args.data) else args.data
     # Rows of another configuration or revision have the same numbers, and are other images.
     place += "".join(
@@ -196,13 +252,19 @@ def open_images(args: argparse.Namespace):
 
 def add_images(index: SearchIndex, dataset, source: str, args: argparse.Namespace) -> None:
     """Embed the new images, and print how many these were."""
-    num_added = index.add(
-        dataset,
-        source=source,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        thumbnail_side=args.thumbnails,
-    )
+    try:
+        num_added = index.add(
+            dataset,
+            source=source,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            thumbnail_side=args.thumbnails,
+            restore=args.restore,
+        )
+    except KeyboardInterrupt:
+        if process_state().is_main_process:
+            print("\n".join(["", *state_notes(index.store, args.index)]), file=sys.stderr)
+        raise
     if process_state().is_main_process:
         print(f"Added {num_added:,} images; {args.index} has {len(index):,}.")
 
@@ -224,6 +286,8 @@ def load_model(name: str, revision: str | None = None, backend: str = "torch", d
     """Load model and processor of one revision, the model onto this process's device."""
     check_revision("model", name, revision)
     check_backend(backend, dtype)
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise ValueError(f"There is no COTS model in {name!r} any more: say where it is by --model.")
     try:
         return load_encoders(name, revision, process_state().device, backend, dtype)
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""Turns images into entries of a search index: folders of images, names and ids, the model's identity, embeddings.
+"""Turns images and videos into entries of a search index: folders, names and ids, the model's identity, embeddings.
 
-A source is a data set of pairs or a folder of images. Each image has a name that is the same in every run, and the
-hash of the name is the entry's id. By these ids a second run continues where the first was killed.
+A source is a data set or a folder of images and videos. Each has a name that is the same in every run, and the hash of
+the name is the entry's id. By these ids a second run continues where the first was killed. A digest of the pixels
+tells copies.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,57 +21,67 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers.utils import logging
+from transformers.utils import is_av_available, logging
 
-from ..data.files import SAVED_FILES, holds_dataset
 from ..data.messages import printable, shown
 from ..data.paths import walk_visible
 from ..data.skip_report import and_more
-from ..image_reading_cots import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from ..image_reading_cots import (
+    FORMATS,
+    HEIC_CURE,
+    HEIC_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    read_image,
+)
+from ..video_reading_cots import VIDEO_SUFFIXES, UnreadableVideoError, read_video
 from .conditions import MAX_INTEGER, MIN_INTEGER
-from .rows import RESERVED_COLUMNS, fixed_features, free_name
+from .rows import CONTENT, RESERVED_COLUMNS, fixed_features, free_name
 
 logger = logging.get_logger(__name__)
 
-THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 80
+THUMBNAIL_QUALITY = 80
 MAX_REPORTED = 10
 PATH_STARTS = ("/", "./", "../", "~/", "data:image/")  # of a query that names a file and is no text
 
 
 class ImageFolder(Dataset):
     """
-    The images in a folder and all its sub-folders, without captions; items as `open_pairs` gives them.
+    The images and videos in a folder and all its sub-folders, without captions; items as `open_pairs` and
+    `open_videos` give them.
 
-    Links are followed, to images and to folders; no image is given twice. Hidden files and folders are left out, and
-    so are other files: a warning counts and names these, and links that lead to nothing. Raises `ValueError` for a
-    folder that is not there or has no image.
+    Links are followed, to files and to folders; no file is given twice. Hidden files and folders are left out, and so
+    are other files: a warning counts and names these, and links that lead to nothing. So it does for HEIC and videos
+    where the library that reads them is not installed. Raises `ValueError` for a folder that is not there or has
+    nothing to read.
     """
 
     def __init__(self, folder: str | os.PathLike):
         root = os.path.realpath(folder)
         if not os.path.isdir(root):
             raise ValueError(f"There is no folder {str(folder)!r}.")
-        images: dict[str, str] = {}  # by the file that is meant, which links share
-        others = []
-        for place, names in walk_visible(root):
-            if set(SAVED_FILES) <= set(names):  # a search index
+        found: dict[str, str] = {}  # by the file that is meant, which links share
+        left: dict[str, list[str]] = {}  # names of other files by the reason
+        for path in _files_below(root):
+            reason = _reason_to_leave(path)
+            if reason is not None:
+                left.setdefault(reason, []).append(printable(os.path.relpath(path, root)))
                 continue
-            for name in names:
-                path = os.path.join(place, name)
-                if name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
-                    images.setdefault(os.path.realpath(path), path)
-                    if not os.path.islink(path):
-                        images[os.path.realpath(path)] = path
-                else:
-                    others.append(printable(os.path.relpath(path, root)))
-        if not images:
-            raise ValueError(f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}).")
-        if others:
-            logger.warning(
-                f"Left out {len(others)} files of {printable(root)}, which are no images of a known format: "
-                f"{and_more(others, MAX_REPORTED)}."
+            found.setdefault(os.path.realpath(path), path)
+            if not os.path.islink(path):
+                found[os.path.realpath(path)] = path
+        notes = [
+            f"Left out {len(names)} files of {printable(root)}, {reason}: {and_more(names, MAX_REPORTED)}."
+            for reason, names in left.items()
+        ]
+        if not found:
+            raise ValueError(
+                f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}) and no video "
+                f"({', '.join(VIDEO_SUFFIXES)}). {' '.join(notes)}".rstrip()
             )
-        self.paths = sorted(images.values())
+        for note in notes:
+            logger.warning(note)
+        self.paths = sorted(found.values())
         self.name = printable(root)
 
     def __len__(self) -> int:
@@ -77,19 +89,55 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         path = self.paths[index]
-        return {"image": {"bytes": None, "path": path}, "captions": [], "pair_id": index, "name": printable(path)}
+        media = {"video": path} if is_video(path) else {"image": {"bytes": None, "path": path}}
+        return {**media, "captions": [], "pair_id": index, "name": printable(path)}
 
     def names(self) -> list[str]:
         """All paths, without opening a file; bytes in them that are no UTF-8 are escaped."""
         return [printable(path) for path in self.paths]
 
 
+def _files_below(root: str) -> Iterator[str]:
+    """The paths of all visible files but those of search indexes and of `save_to_disk`."""
+    from ..data.files import SAVED_FILES  # imports `datasets`, which takes a second that a query does not need
+
+    for place, names in walk_visible(root):
+        if not set(SAVED_FILES) <= set(names):
+            yield from (os.path.join(place, name) for name in names)
+
+
+def _reason_to_leave(path: str) -> str | None:
+    """Why a file of a folder is not read; `None` for one that is."""
+    from ..data.formats import READERS  # as in `_files_below`
+
+    name = path.lower()
+    if not os.path.isfile(path):  # a link to nothing
+        name = ""
+    if name.endswith(HEIC_SUFFIXES) and "HEIF" not in FORMATS:
+        return f"which are photographs in HEIC ({HEIC_CURE}, then repeat the command)"
+    if is_video(name) and not is_av_available():
+        return "which are videos (PyAV reads them: pip install 'modeling_cots[video]', then repeat the command)"
+    if name.endswith(IMAGE_SUFFIXES) or is_video(name):
+        return None
+    if name.endswith(tuple(READERS)):
+        return "which are tables or archives (to index what one of them names or holds, give its own name)"
+    return "which are neither images nor videos of a known format"
+
+
+def is_video(name: str) -> bool:
+    """Whether the name of a file is that of a video."""
+    return name.lower().endswith(VIDEO_SUFFIXES)
+
+
 def check_text(text: str) -> None:
     """Raise `ValueError` for an empty query, and for the name of an image, which would be searched for as words."""
     if not text.strip():
         raise ValueError("The text to search for is empty.")
+    if printable(text) != text:
+        raise ValueError(f"The text to search for, {shown(text)}, has bytes that are not UTF-8.")
     words = text.strip()
-    is_image = os.path.splitext(words)[1].lower() in Image.registered_extensions()
+    suffix = os.path.splitext(words)[1].lower()
+    is_image = suffix in Image.registered_extensions() or suffix in (*HEIC_SUFFIXES, *VIDEO_SUFFIXES)
     if is_image or words.startswith(PATH_STARTS) or re.match(r"[A-Za-z]:\\|\w+://", words):
         state = "which is a file" if os.path.isfile(words) else "which looks like a file that is not there"
         raise ValueError(
@@ -104,7 +152,10 @@ def entry_names(dataset, source: str) -> list[str]:
     The name of a file is its path; the name of an image in a table or an archive is "source: name". Repeated names get
     a number.
     """
-    names = dataset.names() if hasattr(dataset, "names") else [f"row {index}" for index in range(len(dataset))]
+    if getattr(dataset, "modality", None) == "video":
+        names = [printable(path) for path in dataset.paths]
+    else:
+        names = dataset.names() if hasattr(dataset, "names") else [f"row {index}" for index in range(len(dataset))]
     seen: Counter[str] = Counter()
     unique = []
     for name in names:
@@ -129,33 +180,61 @@ def row_ids_of(names: list[str]) -> np.ndarray:
 class _Collator:
     """Turns items into pixel values, thumbnails, captions and metadata; runs in the data loader's workers."""
 
-    def __init__(self, image_processor, thumbnail_side: int):
-        self.image_processor, self.thumbnail_side = image_processor, thumbnail_side
+    def __init__(self, processor, thumbnail_side: int):
+        self.processor, self.thumbnail_side = processor, thumbnail_side
 
     def __call__(self, items: list[dict]) -> dict:
-        batch = {
-            "pixel_values": None,
-            "positions": [],
-            "captions": [],
-            "thumbnails": [],
-            "metadata": [],
-            "skipped": [],
-        }
-        images = []
-        for item in items:
+        names = ("positions", "captions", "thumbnails", "metadata", "contents", "skipped", "images", "videos")
+        batch: dict[str, list] = {name: [] for name in names}
+        # Images first: embeddings come in this order, too.
+        for item in sorted(items, key=lambda item: "video" in item):
             try:
-                image = read_image(item["image"])
-            except UnreadableImageError as error:
-                batch["skipped"].append((item["name"], str(error)))
+                frames = _read_frames(item["video"], self.processor) if "video" in item else None
+                image = read_image(item["image"]) if frames is None else Image.fromarray(frames[len(frames) // 2])
+            except (UnreadableImageError, UnreadableVideoError) as error:
+                batch["skipped"].append((item["name"], item.get("refused") or str(error)))
                 continue
-            images.append(image)
+            batch["images" if frames is None else "videos"].append(image if frames is None else frames)
             batch["positions"].append(item["pair_id"])
             batch["captions"].append(item["captions"])
             batch["thumbnails"].append(make_thumbnail(image, self.thumbnail_side))
             batch["metadata"].append(item.get("metadata") or {})
-        if images:
-            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
+            batch["contents"].append(content_of(np.asarray(image) if frames is None else frames))
+        return {
+            **batch,
+            "images": self._pixels_of_images(batch["images"]),
+            "videos": self._pixels_of_videos(batch["videos"]),
+        }
+
+    def _pixels_of_images(self, images: list[Image.Image]) -> torch.Tensor | None:
+        """(B, 3, H, W); `None` without images."""
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+
+    def _pixels_of_videos(self, videos: list[np.ndarray]) -> torch.Tensor | None:
+        """(B, T, 3, H, W) of frames (T, height, width, 3) of any sizes; `None` without videos."""
+        if not videos:
+            return None
+        prepare = partial(self.processor.video_processor, do_sample_frames=False, return_tensors="pt")
+        frames = (torch.from_numpy(video).permute(0, 3, 1, 2) for video in videos)
+        return torch.cat([prepare(each)["pixel_values_videos"] for each in frames])
+
+
+def _read_frames(path: str | None, processor) -> np.ndarray:
+    """The frames (T, H, W, 3) that the model looks at. Raises `UnreadableVideoError`."""
+    if path is None:
+        raise UnreadableVideoError("Its path is refused.")
+    video_processor = getattr(processor, "video_processor", None)
+    if video_processor is None or not video_processor.num_frames:
+        raise UnreadableVideoError("The model's processor has no video processor with a number of frames.")
+    choose = partial(video_processor.sample_frames, num_frames=video_processor.num_frames)
+    return read_video(path, choose)[0]
+
+
+def content_of(pixels: np.ndarray) -> str:
+    """A digest of the pixels of an image, or of a video's frames: equal for copies, whatever their names and forms."""
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
 
 
 class _WithMetadata(Dataset):
@@ -216,27 +295,45 @@ class Embedder:
 
     @torch.no_grad()
     def tables(self, dataset, positions: np.ndarray, names: list[str], source: str, progress) -> Iterator[pa.Table]:
-        """A table for each batch of the items at `positions`; unreadable images go to `skipped` instead."""
+        """A table for each batch of the items at `positions`; what cannot be read goes to `skipped` instead."""
         loader = DataLoader(
             _WithMetadata(dataset, positions),
-            batch_size=self.batch_size,
+            batch_sampler=self._batches(dataset, [names[position] for position in positions]),
             num_workers=self.num_workers,
-            collate_fn=_Collator(self.processor.image_processor, self.thumbnail_side),
+            collate_fn=_Collator(self.processor, self.thumbnail_side),
         )
         # A data loader draws a seed, which must not change the caller's random state.
         with torch.random.fork_rng(devices=[]):
             for batch in loader:
                 self.skipped.extend(batch["skipped"])
                 if batch["positions"]:
-                    embeds = self.model.encode_image(batch["pixel_values"].to(self.model.device)).cpu().numpy()
+                    encoders = (self.model.encode_image, batch["images"]), (self.model.encode_video, batch["videos"])
+                    parts = [encode(pixels.to(self.model.device)) for encode, pixels in encoders if pixels is not None]
+                    embeds = torch.cat(parts).cpu().numpy()
                     yield _table(batch, embeds, [names[position] for position in batch["positions"]], source)
                 progress.update(len(batch["positions"]) + len(batch["skipped"]))
 
+    def _batches(self, dataset, names: list[str]) -> list[list[int]]:
+        """The numbers of the items of each batch, which have at most `batch_size` images and frames, or one video."""
+        video_processor = getattr(self.processor, "video_processor", None)
+        num_frames = (getattr(video_processor, "num_frames", None) or 1) if video_processor is not None else 1
+        are_videos = getattr(dataset, "modality", None) == "video"
+        batches: list[list[int]] = [[]]
+        size = 0
+        for number, name in enumerate(names):
+            frames = num_frames if are_videos or is_video(name) else 1
+            if batches[-1] and size + frames > self.batch_size:
+                batches.append([])
+                size = 0
+            batches[-1].append(number)
+            size += frames
+        return batches
+
     def report_skipped(self) -> None:
-        """Warn of the images that could not be read, with their names."""
+        """Warn of the images and videos that could not be read, with their names."""
         if self.skipped:
             named = and_more([f"{name} ({error})" for name, error in self.skipped], MAX_REPORTED)
-            logger.warning(f"Left out {len(self.skipped)} images that cannot be read: {named}.")
+            logger.warning(f"Left out {len(self.skipped)} files that cannot be read: {named}.")
 
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
@@ -253,6 +350,7 @@ def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa
         **{name: pa.array(values, schema.field(name).type) for name, values in fixed.items()},
         "embedding": embedding,
     }
+    columns[CONTENT] = pa.array(batch["contents"])
     names_of_metadata = {name for row in batch["metadata"] for name in row}
     for name in sorted(names_of_metadata):
         stored = free_name(name, {*RESERVED_COLUMNS, *names_of_metadata}) if name in RESERVED_COLUMNS else name
@@ -267,7 +365,9 @@ def _metadata_array(values: list) -> pa.Array:
     return pa.array(values)
 
 
-def as_image_folder(dataset: str) -> Path | None:
-    """The path if `dataset` is a folder of plain images, beside foreign files perhaps; else `None`."""
+def as_image_folder(dataset: str, split: str = "train") -> Path | None:
+    """The path if `dataset` is a folder of plain images and videos, beside foreign files perhaps; else `None`."""
+    from ..data.files import holds_dataset  # imports `datasets`, which takes a second that a query does not need
+
     path = Path(dataset).expanduser()
-    return path if path.is_dir() and not holds_dataset(path) else None
+    return path if path.is_dir() and not holds_dataset(path, split) else None

@@ -8,10 +8,11 @@ next writer.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from .manifest import (
     MANIFEST,
     Manifest,
     MissingFileError,
+    WrittenPart,
     checked_bytes,
     describe_file,
     holds_rows,
@@ -42,6 +44,7 @@ from .rows import (
     unlisted_parts,
     write_deleted,
     write_part,
+    write_removed,
 )
 
 LOCK = "writer.lock"
@@ -50,6 +53,7 @@ OWN_FILES = (
     f"data-{EIGHT_DIGITS}-*.arrow",
     f"{METADATA}/data-{EIGHT_DIGITS}-*.parquet",
     f"deleted-{EIGHT_DIGITS}.parquet",
+    f"removed-{EIGHT_DIGITS}.parquet",
     f"vectors-{EIGHT_DIGITS}.faiss",
     f"thresholds-{EIGHT_DIGITS}.npy",
     MANIFEST,
@@ -116,6 +120,9 @@ class FaissStore:
         self._loading = threading.Lock()
         self._raw = b""
         self._held: Generation | None = None
+        # The held generation with the parts that unfinished runs have written for it.
+        self._growing: Generation | None = None
+        self._grown: dict[str, WrittenPart] = {}
         # The generation that `add` writes for, and the columns that it and these entries have.
         self._session: int | None = None
         self._schema = pa.schema([])
@@ -127,9 +134,8 @@ class FaissStore:
 
         Raises `ValueError` for an unknown index type and for a folder in use.
         """
+        cls.check_can_create(folder, index_type)
         folder = Path(folder)
-        check_index_type(index_type, FAISS)
-        _check_is_free(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -140,34 +146,51 @@ class FaissStore:
                 Manifest(generation=1, info={**info, "engine": index_type}).write(folder)
         return cls(folder)
 
+    @classmethod
+    def check_can_create(cls, folder: str | os.PathLike, index_type: str) -> None:
+        """Raise `ValueError` for an unknown index type and for a folder in use."""
+        check_index_type(index_type, FAISS)
+        _check_is_free(Path(folder))
+
     @property
     def info(self) -> dict:
         """The dictionary that `create` was given, and the present index type as `engine`."""
         return self._newest().manifest.info
 
+    @property
+    def unfinished(self) -> dict[str, dict[str, int]]:
+        """The runs of `adding` that have not ended, by their sources."""
+        return self._newest().manifest.unfinished
+
     def __len__(self) -> int:
-        return int(self._newest().rows.is_alive.sum())
+        return int(self._visible().rows.is_alive.sum())
 
     @property
     def columns(self) -> list[str]:
         """The columns that conditions may name."""
-        return self._newest().rows.filterable.column_names
+        return self._visible().rows.filterable.column_names
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
-        rows = self._newest().rows
+        rows = self._visible().rows
         return np.isin(row_ids, rows.row_ids[rows.is_alive])
 
+    def was_deleted(self, row_ids: np.ndarray) -> np.ndarray:
+        """(n,) boolean: which of these ids `delete` has removed, and nobody has added again."""
+        return np.isin(row_ids, self._newest().rows.removed) & ~self.has(row_ids)
+
     @contextmanager
-    def adding(self) -> Iterator[None]:
+    def adding(self, unfinished: Mapping[str, dict[str, int]] = MappingProxyType({})) -> Iterator[None]:
         """Be the only writer, and take up what a killed one had written; see `VectorStore`."""
         with self._writing() as newest:
-            self._commit(newest, newest.manifest)  # the next generation: late parts of older runs do not belong to it
+            begun = replace(newest.manifest, unfinished={**newest.manifest.unfinished, **unfinished})
+            self._commit(newest, begun)  # the next generation: late parts of older runs do not belong to it
             self.refresh()
             yield
             self._session = None
             newest = self._taken_up(self._newest())
-            self._commit(newest, newest.manifest, is_whole=True)
+            left = {source: run for source, run in newest.manifest.unfinished.items() if source not in unfinished}
+            self._commit(newest, replace(newest.manifest, unfinished=left), is_whole=True)
 
     def refresh(self) -> None:
         """Take part in the adding of another process, which has begun: `add` writes for the newest generation."""
@@ -188,17 +211,14 @@ class FaissStore:
                 write_part(self.folder, rows, newest.rows.dim, self._session)
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
-        """The best entries for each query; see `VectorStore`. Raises `ValueError` while a first run is unfinished."""
-        newest = self._newest(with_vectors=True)
+        """The best entries for each query; see `VectorStore`."""
+        newest = self._visible(with_vectors=True)
         allowed = newest.rows.is_alive
         if where:
             allowed = allowed & matching_rows(newest.rows.filterable, where, allowed)
         if not allowed.any():
             return [[] for _ in queries]
-        vectors = newest.vectors()
-        if len(vectors) < len(newest.rows):
-            raise ValueError(f"{str(self.folder)!r} is unfinished: repeat the command that makes it; it continues.")
-        scores, positions = vectors.search(queries, top, allowed)
+        scores, positions = newest.vectors().search(queries, top, allowed)
         results = []
         for row_scores, row_positions in zip(scores, positions, strict=True):
             found = row_positions >= 0
@@ -208,8 +228,17 @@ class FaissStore:
 
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
-        rows = self._newest().rows
+        rows = self._visible().rows
         return rows.row_ids[rows.is_alive & matching_rows(rows.filterable, where, rows.is_alive)]
+
+    def count(self, where: list[Condition]) -> int:
+        """How many entries satisfy all conditions."""
+        return len(self.find(where))
+
+    def names_of(self, row_ids: np.ndarray) -> list[str]:
+        """The names of those of these entries that are in the index."""
+        rows = self._visible().rows
+        return rows.filterable["name"].take(rows.positions_of(row_ids)).to_pylist()
 
     def delete(self, row_ids: np.ndarray) -> int:
         """Remove entries from all results; returns how many of these ids were in the index."""
@@ -218,20 +247,33 @@ class FaissStore:
             if len(positions):
                 is_alive = newest.rows.is_alive.copy()
                 is_alive[positions] = False
-                name = f"deleted-{newest.manifest.generation + 1:08d}.parquet"
-                stored = write_deleted(self.folder, name, np.flatnonzero(~is_alive))
-                self._commit(newest, newest.manifest.with_files({name: stored}, deleted=name))
+                deleted, removed = (
+                    f"{kind}-{newest.manifest.generation + 1:08d}.parquet" for kind in ("deleted", "removed")
+                )
+                ids = np.union1d(newest.rows.removed, newest.rows.row_ids[positions])
+                files = {
+                    deleted: write_deleted(self.folder, deleted, np.flatnonzero(~is_alive)),
+                    removed: write_removed(self.folder, removed, ids),
+                }
+                self._commit(newest, newest.manifest.with_files(files, deleted=deleted, removed=removed))
         return len(positions)
 
     def rebuild(self, index_type: str) -> None:
         """Write all entries that are not deleted again, with another index type; nothing is embedded again."""
         check_index_type(index_type, FAISS)
         with self._writing() as newest, _as_value_error(self.folder):
-            number, info = newest.manifest.generation, {**newest.manifest.info, "engine": index_type}
+            number, removed = newest.manifest.generation, newest.manifest.removed
+            kept = Manifest(
+                generation=number,
+                info={**newest.manifest.info, "engine": index_type},
+                files={} if removed is None else {removed: newest.manifest.files[removed]},
+                removed=removed,
+                unfinished=newest.manifest.unfinished,
+            )
             # Written for the next generation: if this is killed, nobody takes these parts up for the present one.
             tables = newest.rows.living_tables()
             parts = [write_part(self.folder, table, newest.rows.dim, number + 1) for table in tables]
-            self._commit(newest, Manifest(generation=number, info=info).with_parts(parts), is_whole=True)
+            self._commit(newest, kept.with_parts(parts), is_whole=True)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -252,6 +294,32 @@ class FaissStore:
                 except MissingFileError:
                     if read_manifest(self.folder) == raw:  # else a newer generation has replaced the file
                         raise
+
+    def _visible(self, with_vectors: bool = False) -> Generation:
+        """The newest generation with the parts that runs which have not ended have written for it so far."""
+        while True:
+            newest = self._newest(with_vectors)
+            if not newest.manifest.unfinished:
+                return newest
+            try:
+                with self._loading:
+                    return self._with_grown_parts(newest)
+            except MissingFileError:
+                if self._newest() is newest:  # else a newer generation has replaced the file
+                    raise
+
+    def _with_grown_parts(self, newest: Generation) -> Generation:
+        parts = unlisted_parts(self.folder, newest.manifest, self._grown)
+        self._grown = {part.name: part for part in parts}
+        manifest = newest.manifest.with_parts(parts)
+        if self._growing is None or self._growing.manifest != manifest:
+            try:
+                self._growing = Generation(self.folder, manifest, newest if self._growing is None else self._growing)
+            except pa.ArrowException:  # two processes have written columns of two kinds: the next writer refuses them
+                return newest
+        if self._growing._vectors is None and newest._vectors is not None:
+            self._growing._vectors = newest._vectors.over(self._growing.rows.embeddings)
+        return self._growing
 
     @contextmanager
     def _writing(self) -> Iterator[Generation]:
@@ -322,6 +390,11 @@ def _check_is_free(folder: Path) -> None:
     """Raise `ValueError` unless an index can be made in the folder; a killed `create` may have begun there."""
     if holds_rows(folder) and not (folder / MANIFEST).exists():
         read_manifest(folder)  # says that it is missing
+    if (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{str(folder)!r} is an index already: open it with `SearchIndex`, add to it by `cots-search add`, or "
+            "name a new folder for another one."
+        )
     of_killed_create = {LOCK, MANIFEST + PARTIAL_SUFFIX}
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - of_killed_create):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder: name a new folder for the index.")

@@ -59,11 +59,19 @@ class FaissVectors:
         Args:
             queries: (Q, d) float32 of unit length.
             top: How many at most.
-            allowed: (N,) boolean.
+            allowed: (M,) boolean. Rows beyond this index, as of a run that has not ended, are compared directly.
 
         Returns scores (Q, k) float32, best first, and positions (Q, k), k at most `top`; -1 where an approximate
         search found fewer.
         """
+        num_indexed = len(self)
+        if num_indexed < len(allowed):
+            rest = num_indexed + np.flatnonzero(allowed[num_indexed:])
+            inside = self.search(queries, top, allowed[:num_indexed])
+            beyond = self._rescore(queries, [rest] * len(queries), min(top, len(rest)))
+            scores, positions = (np.concatenate(both, axis=1) for both in zip(inside, beyond, strict=True))
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+            return np.take_along_axis(scores, best, axis=1), np.take_along_axis(positions, best, axis=1)
         num_allowed = int(np.count_nonzero(allowed))
         top = min(top, num_allowed)
         if top == 0:

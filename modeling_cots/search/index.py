@@ -1,26 +1,36 @@
-"""`SearchIndex`: embed images once, then find them by text, by image or by both.
+"""`SearchIndex`: embed images and videos once, then find them by text, by image or by both.
 
 An index is a folder (FAISS) or a collection of Milvus; `stores.py` chooses by its name. It stores the identity of the
 model that it was made with and refuses any other model, whose embeddings cannot be compared with the stored ones.
 """
 
 import os
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
+from ..data.skip_report import and_more
 from ..hub.identity import model_identity
 from ..image_reading_cots import read_image
+from ..processing_cots import TOKENIZER_LOCK
 from .conditions import Condition, as_conditions
-from .embedding import THUMBNAIL_SIDE, Embedder, check_text, entry_names, row_ids_of
-from .rows import join_tables
+from .embedding import MAX_REPORTED, Embedder, check_text, entry_names, row_ids_of
+from .options import THUMBNAIL_SIDE
+from .rows import CONTENT, join_tables
 from .stores import create_store, open_store
+
+logger = logging.get_logger(__name__)
 
 FORMAT = 2  # 2: the model's identity covers its configuration
 ITEMS_PER_PART = 1_024  # a killed run loses at most one part in each process
@@ -86,11 +96,13 @@ class SearchIndex:
         num_workers: int = 0,
         thumbnail_side: int = THUMBNAIL_SIDE,
         progress: bool = True,
+        restore: bool = False,
     ) -> int:
         """
-        Embed the images of a data set that are not in the index yet; this also continues a killed run.
+        Embed the images and videos of a data set that are not in the index yet; this also continues a stopped run.
 
-        Under `torchrun` or `accelerate launch` the processes share the images, each with its own copy of the model.
+        What an exception such as Ctrl-C interrupts is kept as far as it is embedded, and can be searched. Under
+        `torchrun` or `accelerate launch` the processes share the images, each with its own copy of the model.
 
         Args:
             dataset: Items as `open_dataset` or `ImageFolder` give them.
@@ -99,6 +111,7 @@ class SearchIndex:
             num_workers: Processes that decode images, beside each process that embeds.
             thumbnail_side: Pixels of the thumbnails that are stored, 0 for none.
             progress: Whether to show a bar.
+            restore: Whether to embed also what was deleted from the index, which otherwise stays deleted.
 
         Returns how many entries were added, by all processes together.
         """
@@ -113,27 +126,51 @@ class SearchIndex:
             thumbnail_side=thumbnail_side,
         )
         self._check_model()
-        with self._adding(state):
-            todo = np.flatnonzero(~self.store.has(row_ids_of(names)))
+        row_ids = row_ids_of(names)
+        with self._adding(state, source, row_ids, restore):
+            is_in, is_gone = self._present_and_deleted(row_ids, restore)
+            todo = np.flatnonzero(~is_in & ~is_gone)
             state.wait_for_everyone()  # no process writes before all have read
-            parts, num_added = _local_parts(todo, state), 0
+            parts = _local_parts(todo, state)
             total, hidden = sum(len(part) for part in parts), not (progress and state.is_main_process)
             with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
-                if len(todo) < len(names) and state.is_main_process:
-                    bar.write(f"{len(names) - len(todo):,} of {len(names):,} images are in the index already.")
-                for part in parts:
-                    tables = list(embedder.tables(dataset, part, names, source, bar))
-                    if tables:
-                        self.store.add(join_tables(tables))
-                        num_added += sum(map(len, tables))
+                for note in _notes_before(int(is_in.sum()), int(is_gone.sum()), len(names)) * state.is_main_process:
+                    bar.write(note)
+                contents = [self._add_part(embedder.tables(dataset, part, names, source, bar)) for part in parts]
         embedder.report_skipped()
-        return sum(gather_object([num_added]))
+        return _count_added(list(chain.from_iterable(contents)), state)
+
+    def _present_and_deleted(self, row_ids: np.ndarray, restore: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Two (n,) booleans: which of these ids are in the index, and which were deleted and are to stay so."""
+        is_in = self.store.has(row_ids)
+        return is_in, np.zeros_like(is_in) if restore else self.store.was_deleted(row_ids)
+
+    def _add_part(self, tables: Iterator[pa.Table]) -> list[str]:
+        """Write the tables as one part, what there is of it also where an exception ends them; returns their contents.
+
+        Args:
+            tables: Embeds while it is read.
+        """
+        done: list[pa.Table] = []
+        try:
+            for table in tables:
+                done.append(table)
+        finally:
+            if done:
+                self.store.add(join_tables(done))
+        return [content for table in done for content in table[CONTENT].to_pylist()]
 
     @contextmanager
-    def _adding(self, state: PartialState) -> Iterator[None]:
+    def _adding(self, state: PartialState, source: str, row_ids: np.ndarray, restore: bool) -> Iterator[None]:
         """The time of adding in all processes; the main process begins before the others and ends after them."""
         if state.is_main_process:
-            with self.store.adding():
+            is_in, is_gone = self._present_and_deleted(row_ids, restore)
+            run = {
+                "images": len(row_ids) - int(is_gone.sum()),
+                "before": int(is_in.sum()),
+                "entries": _count_of(self.store, source),
+            }
+            with self.store.adding({source: run}):
                 state.wait_for_everyone()
                 yield
                 state.wait_for_everyone()
@@ -160,6 +197,20 @@ class SearchIndex:
                 "embeddings cannot be compared with the stored ones. If the model has changed on the Hub, name the "
                 "commit that the index was made with by --revision."
             )
+
+    def words_note(self, text: str) -> str | None:
+        """What to say of a text with words that the tokenizer does not know; `None` where it knows all of them."""
+        tokenizer, words = self.processor.tokenizer, re.findall(r"\w+", text)
+        if not words or tokenizer.unk_token_id is None:
+            return None
+        with TOKENIZER_LOCK:
+            tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
+        unknown = [word for word, ids in zip(words, tokens, strict=True) if tokenizer.unk_token_id in ids]
+        if not unknown:
+            return None
+        verb = "is" if len(unknown) == 1 else "are"
+        named = and_more(unknown, MAX_REPORTED)
+        return f"{len(unknown)} of {len(words)} words {verb} unknown to this model: {named}."
 
     @torch.no_grad()
     def embed_query(self, text: str | None = None, image: Any = None, image_weight: float = 0.5) -> np.ndarray:
@@ -209,20 +260,28 @@ class SearchIndex:
             top: How many at most.
             where: Conditions on metadata, all of which must hold: "year >= 2020", ["place == Oslo", "year in [1, 2]"].
 
-        Returns dictionaries with `name`, `source`, `captions`, `thumbnail`, the metadata, and `score`, the cosine.
-        Raises `ValueError` for a query that `embed_query` refuses, a `top` below 1, and an invalid condition.
+        Returns dictionaries with `name`, `source`, `captions`, `thumbnail`, the metadata, `score`, the cosine, and
+        `copies`, the names of entries with the same pixels: of these only the first is a result of its own. Raises
+        `ValueError` for a query that `embed_query` refuses, a `top` below 1, and an invalid condition.
         """
         if top < 1:
             raise ValueError(f"`top` must be at least 1, got {top}.")
-        query = self.embed_query(text, image, image_weight)
+        query, conditions = self.embed_query(text, image, image_weight), as_conditions(where)
         self._check_model()
-        return self.store.search(query[None], top, as_conditions(where))[0]
+        wanted = top + 1  # copies have the same score: with one more image, those of the last one are complete
+        while True:
+            found = self.store.search(query[None], wanted, conditions)[0]
+            hits = _without_copies(found)
+            if len(hits) > top or len(found) < wanted:
+                return hits[:top]
+            wanted *= 2
 
     def delete(self, names: Sequence[str] | None = None, where=None) -> int:
         """
         Remove entries from all results, by their names or by conditions; returns how many were removed.
 
-        Raises `ValueError` unless either names or conditions are given.
+        They stay deleted when their data set is added again, unless `restore` says otherwise. Raises `ValueError`
+        unless either names or conditions are given.
         """
         return delete_entries(self.store, names, where)
 
@@ -246,12 +305,73 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def delete_entries(store, names: Sequence[str] | None = None, where=None) -> int:
-    """Remove entries as `SearchIndex.delete` does; needs no model."""
+def chosen_entries(store, names: Sequence[str] | None = None, where=None) -> np.ndarray:
+    """The ids of the entries that names or conditions mean. Raises `ValueError` unless either is given."""
     conditions = as_conditions(where)
     if bool(names) == bool(conditions):
         raise ValueError("Say what to delete: names, or conditions on the metadata, and not both.")
-    return store.delete(row_ids_of(list(names)) if names else store.find(conditions))
+    return row_ids_of(list(names)) if names else store.find(conditions)
+
+
+def delete_entries(store, names: Sequence[str] | None = None, where=None) -> int:
+    """Remove entries as `SearchIndex.delete` does; needs no model."""
+    return store.delete(chosen_entries(store, names, where))
+
+
+def state_notes(store, name: str) -> list[str]:
+    """What a user should know of an index beside its results: that it is empty, or that runs have not ended.
+
+    Args:
+        store: The index.
+        name: Its name, for the messages.
+    """
+    runs = store.unfinished
+    notes = []
+    for source, run in runs.items():
+        # What else has this source, as of files that are gone, has been there at the run's begin already.
+        num_in = min(max(run["before"] + _count_of(store, source) - run["entries"], 0), run["images"])
+        notes.append(f"{num_in:,} of {run['images']:,} are in; run the same command to go on (it adds {source}).")
+    if len(store) == 0 and not runs:
+        notes.append(f"{name} has no images: add some by `cots-search add {shlex.quote(name)} PHOTOS/`.")
+    return notes
+
+
+def _count_of(store, source: str) -> int:
+    """How many entries have this source."""
+    return len(store) and store.count([Condition("source", "==", source)])
+
+
+def _notes_before(num_in: int, num_gone: int, num_names: int) -> list[str]:
+    """What to say before embedding begins."""
+    notes = []
+    if num_in:
+        notes.append(f"{num_in:,} of {num_names:,} images are in the index already.")
+    if num_gone:
+        notes.append(
+            f"{num_gone:,} of {num_names:,} images were deleted from it and stay so; --restore brings them back."
+        )
+    return notes
+
+
+def _count_added(contents: list[str], state: PartialState) -> int:
+    """How many entries all processes have added; says how many of these are copies of others."""
+    everyones = gather_object(contents)
+    num_copies = len(everyones) - len(set(everyones))
+    if num_copies and state.is_main_process:
+        logger.warning(f"{num_copies:,} of the {len(everyones):,} added images are copies of others, and shown once.")
+    return len(everyones)
+
+
+def _without_copies(hits: list[dict]) -> list[dict]:
+    """The first of all hits with the same content, each with the names of the others as `copies`."""
+    first: dict[str, dict] = {}
+    for hit in hits:
+        content = hit.get(CONTENT) or hit["name"]  # an index of before has no contents
+        if content in first:
+            first[content]["copies"].append(hit["name"])
+        else:
+            first[content] = {**hit, "copies": []}
+    return list(first.values())
 
 
 def _local_parts(todo: np.ndarray, state: PartialState) -> list[np.ndarray]:

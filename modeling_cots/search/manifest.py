@@ -52,6 +52,8 @@ class Manifest:
         vectors: The file of the vectors' index; `None` before it is built.
         thresholds: The file of the binary codes' thresholds; `None` for other index types.
         num_vectors: How many rows the vectors' index covers: the first ones.
+        removed: The file with the ids of all entries that were ever deleted; `None` if there are none.
+        unfinished: The runs that have begun to add and have not ended, by their sources; see `VectorStore.adding`.
         files: Every file of the index, with its number of bytes and its CRC-32.
     """
 
@@ -63,6 +65,8 @@ class Manifest:
     thresholds: str | None = None
     num_vectors: int = 0
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    removed: str | None = None
+    unfinished: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -71,8 +75,8 @@ class Manifest:
     def with_files(self, files: dict[str, tuple[int, int]], **changes) -> "Manifest":
         """This manifest with more files and other values, and without the files that these values replace."""
         changed = replace(self, **changes)
-        before = {self.deleted, self.vectors, self.thresholds}
-        replaced = before - {changed.deleted, changed.vectors, changed.thresholds}
+        before = {self.deleted, self.vectors, self.thresholds, self.removed}
+        replaced = before - {changed.deleted, changed.vectors, changed.thresholds, changed.removed}
         kept = {name: stored for name, stored in self.files.items() if name not in replaced}
         return replace(changed, files={**kept, **files})
 

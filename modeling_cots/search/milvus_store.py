@@ -10,8 +10,9 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,7 +36,9 @@ from .rows import FIXED_COLUMNS, as_hit
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 DEFAULT_COLLECTION = "cots"
-INFO_PROPERTY = "cots.info"
+INFO_PROPERTY, UNFINISHED_PROPERTY = "cots.info", "cots.unfinished"
+REMOVED_SUFFIX = "_removed"  # of the collection that holds the ids of deleted entries
+REMOVED_DIM = 2  # the fewest numbers that a vector of Milvus may have
 MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
@@ -110,6 +113,7 @@ class MilvusStore:
         self._uri = uri
         if _is_lite(uri) and not os.path.exists(uri):
             raise ValueError(f"There is no index in {index!r}: make one with `cots-search index`.")
+        self._removed = self.collection + REMOVED_SUFFIX
         self._client = connect(uri)
         try:
             self._open()
@@ -131,19 +135,29 @@ class MilvusStore:
             return client.has_collection(collection)
 
     @classmethod
+    def check_can_create(cls, index: str, index_type: str) -> None:
+        """Raise `ValueError` for an index type that Milvus lacks."""
+        check_index_type(index_type, _store_of(_split(index)[0]))
+
+    @classmethod
     def create(cls, index: str, info: dict, index_type: str) -> "MilvusStore":
         """Make an empty collection.
 
         Raises `ValueError` for an index type that Milvus lacks and for a collection that exists.
         """
+        cls.check_can_create(index, index_type)
         uri, collection = _split(index)
-        check_index_type(index_type, _store_of(uri))
         text = json.dumps({**info, "engine": index_type})
         if len(text) > MAX_INFO:
             raise ValueError(f"The description of the index takes {len(text)} characters; at most {MAX_INFO} fit.")
         with _connected(uri) as client:
             if client.has_collection(collection):
-                raise ValueError(f"There is a collection {collection!r} at {uri!r} already.")
+                raise ValueError(
+                    f"There is a collection {collection!r} at {uri!r} already: if it is an index, open it with "
+                    "`SearchIndex` or add to it by `cots-search add`; else name another collection after #."
+                )
+            if client.has_collection(collection + REMOVED_SUFFIX):  # of an index that somebody has dropped
+                client.drop_collection(collection + REMOVED_SUFFIX)
             client.create_collection(
                 collection,
                 schema=_schema(info["dim"]),
@@ -156,7 +170,12 @@ class MilvusStore:
         return cls(index)
 
     def __len__(self) -> int:
-        return self._client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
+        return self.count([])
+
+    def count(self, where: list[Condition]) -> int:
+        """How many entries satisfy all conditions."""
+        found = self._client.query(self.collection, filter=self._filter(where), output_fields=["count(*)"])
+        return found[0]["count(*)"]
 
     @property
     def info(self) -> dict:
@@ -183,17 +202,46 @@ class MilvusStore:
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
-        present = set()
-        for start in range(0, len(row_ids), ROWS_PER_CALL):
-            ids = row_ids[start : start + ROWS_PER_CALL].tolist()
-            present.update(row["row_id"] for row in self._client.get(self.collection, ids, output_fields=["row_id"]))
+        return self._present(self.collection, row_ids)
+
+    def _present(self, collection: str, row_ids: np.ndarray) -> np.ndarray:
+        present = {row["row_id"] for row in self._get(collection, row_ids, "row_id")}
         return np.fromiter((row_id in present for row_id in row_ids.tolist()), bool, len(row_ids))
 
+    def _get(self, collection: str, row_ids: np.ndarray, field: str) -> Iterator[dict]:
+        for start in range(0, len(row_ids), ROWS_PER_CALL):
+            ids = row_ids[start : start + ROWS_PER_CALL].tolist()
+            yield from self._client.get(collection, ids, output_fields=[field])
+
+    def names_of(self, row_ids: np.ndarray) -> list[str]:
+        """The names of those of these entries that are in the index."""
+        return [row["name"] for row in self._get(self.collection, row_ids, "name")]
+
+    def was_deleted(self, row_ids: np.ndarray) -> np.ndarray:
+        """(n,) boolean: which of these ids `delete` has removed, and nobody has added again."""
+        if not self._client.has_collection(self._removed):
+            return np.zeros(len(row_ids), dtype=bool)
+        return self._present(self._removed, row_ids) & ~self.has(row_ids)
+
+    @property
+    def unfinished(self) -> dict[str, dict[str, int]]:
+        """The runs of `adding` that have not ended, by their sources."""
+        return json.loads(
+            self._client.describe_collection(self.collection)["properties"].get(UNFINISHED_PROPERTY, "{}")
+        )
+
     @contextmanager
-    def adding(self) -> Iterator[None]:
+    def adding(self, unfinished: Mapping[str, dict[str, int]] = MappingProxyType({})) -> Iterator[None]:
         """Make what is added durable and indexed at the end. Milvus takes many writers, and stores each id once."""
+        if unfinished:
+            self._write_unfinished({**self.unfinished, **unfinished})
         yield
         self._client.flush(self.collection)
+        if unfinished:
+            self._write_unfinished({name: run for name, run in self.unfinished.items() if name not in unfinished})
+
+    def _write_unfinished(self, runs: dict[str, dict[str, int]]) -> None:
+        self._client.alter_collection_properties(self.collection, {UNFINISHED_PROPERTY: json.dumps(runs)})
 
     def refresh(self) -> None:
         """Nothing to do: every call asks the server."""
@@ -236,8 +284,17 @@ class MilvusStore:
     def delete(self, row_ids: np.ndarray) -> int:
         """Remove entries; returns how many of these ids were in the index."""
         present = row_ids[self.has(row_ids)]
+        if len(present) and not self._client.has_collection(self._removed):
+            self._client.create_collection(
+                self._removed,
+                schema=_removed_schema(),
+                index_params=_index_params(self._client, "exact", REMOVED_DIM),
+                consistency_level="Strong",
+            )
         for start in range(0, len(present), ROWS_PER_CALL):
-            self._client.delete(self.collection, ids=present[start : start + ROWS_PER_CALL].tolist())
+            ids = present[start : start + ROWS_PER_CALL].tolist()
+            self._client.upsert(self._removed, [{"row_id": row_id, "embedding": [1.0, 0.0]} for row_id in ids])
+            self._client.delete(self.collection, ids=ids)
         return len(present)
 
     def rebuild(self, index_type: str) -> None:
@@ -264,6 +321,8 @@ class MilvusStore:
             self._client.load_collection(self.collection)
         else:  # a rebuild was killed
             self._build_index(info)
+        if self._client.has_collection(self._removed):
+            self._client.load_collection(self._removed)
 
     def _build_index(self, info: dict) -> None:
         parameters = _index_params(self._client, info["engine"], info["dim"])
@@ -324,6 +383,16 @@ def _schema(dim: int):
     schema.add_field("source", DataType.VARCHAR, max_length=MAX_NAME)
     schema.add_field("captions", DataType.VARCHAR, max_length=MAX_TEXT)
     schema.add_field("thumbnail", DataType.VARCHAR, max_length=MAX_TEXT)
+    return schema
+
+
+def _removed_schema():
+    """Ids alone; Milvus makes no collection without a vector."""
+    from pymilvus import DataType, MilvusClient
+
+    schema = MilvusClient.create_schema(auto_id=False)
+    schema.add_field("row_id", DataType.INT64, is_primary=True)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=REMOVED_DIM)
     return schema
 
 

@@ -10,11 +10,11 @@ once. `datasets.load_from_disk(folder)` opens the parts, too.
 import hashlib
 import json
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,15 +33,19 @@ from .manifest import (
 
 # Every entry has these columns; any other column of a table is metadata.
 FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding")
-RESERVED_COLUMNS = (*FIXED_COLUMNS, "$meta", "_seq", "_partition")  # the last three are names of Milvus
+CONTENT = "content"  # a digest of an entry's pixels, stored like metadata: an index of before has none
+RESERVED_COLUMNS = (*FIXED_COLUMNS, CONTENT, "$meta", "_seq", "_partition")  # the last three are names of Milvus
 LOOKED_AT = ("row_id", "name", "source")  # these stand in both files of a part
+LOOKED_AT_SCHEMA = pa.schema([("row_id", pa.int64()), ("name", pa.string()), ("source", pa.string())])
 METADATA = "metadata"
 DATASETS_FILES = ("state.json", "dataset_info.json")
 ARROW_FILE = b"cots.arrow_file"  # bytes and CRC-32 of the other file of a part, in the parquet file
 
 
-def fixed_features(dim: int) -> datasets.Features:
-    """The columns of every entry: id, name, source, captions, a small JPEG and the embedding."""
+def fixed_features(dim: int):
+    """The columns of every entry as `datasets.Features`: id, name, source, captions, a small JPEG, the embedding."""
+    import datasets  # takes a second, which a query does not need
+
     return datasets.Features(
         {
             "row_id": datasets.Value("int64"),
@@ -108,10 +112,15 @@ def write_part(folder: Path, rows: pa.Table, dim: int, generation: int) -> Writt
     return WrittenPart(name, len(rows), {arrow_file: stored, parquet_file: (size, checksum)}, looked_at.schema)
 
 
-def unlisted_parts(folder: Path, manifest: Manifest) -> list[WrittenPart]:
-    """The whole parts that were written for this generation and are not in it."""
+def unlisted_parts(
+    folder: Path, manifest: Manifest, known: Mapping[str, WrittenPart] = MappingProxyType({})
+) -> list[WrittenPart]:
+    """The whole parts that were written for this generation and are not in it; `known` ones are not read again."""
     listed, parts = {name for name, _ in manifest.parts}, []
     for path in sorted(folder.glob(f"{METADATA}/data-{manifest.generation:08d}-*.parquet")):
+        if path.stem in known:
+            parts.append(known[path.stem])
+            continue
         if path.stem in listed:
             continue
         arrow_file, parquet_file = files_of(path.stem)
@@ -181,8 +190,7 @@ class Rows:
             part = known_parts.get(name)
             is_same = part is not None and part.stored == stored
             self.parts[name] = part if is_same else Part(folder, name, num_rows, manifest.files)
-        empty = fixed_features(self.dim).arrow_schema.empty_table().select(LOOKED_AT).replace_schema_metadata(None)
-        tables = [empty, *(part.looked_at for part in self.parts.values())]
+        tables = [LOOKED_AT_SCHEMA.empty_table(), *(part.looked_at for part in self.parts.values())]
         looked_at = join_tables(tables)
         self.row_ids = looked_at["row_id"].to_numpy()
         self.filterable = looked_at.drop_columns(["row_id"])  # names, sources and metadata
@@ -190,6 +198,10 @@ class Rows:
         if manifest.deleted is not None:
             content = checked_bytes(folder, manifest.deleted, manifest.files[manifest.deleted])
             self.is_alive[pq.read_table(pa.BufferReader(content))["position"].to_numpy()] = False
+        self.removed = np.zeros(0, dtype=np.int64)
+        if manifest.removed is not None:
+            content = checked_bytes(folder, manifest.removed, manifest.files[manifest.removed])
+            self.removed = pq.read_table(pa.BufferReader(content))["row_id"].to_numpy()
         self._starts = np.cumsum([0, *(part.num_rows for part in self.parts.values())])
 
     def __len__(self) -> int:
@@ -256,8 +268,17 @@ def unify_metadata(present: pa.Schema, new: pa.Schema) -> pa.Schema:
 
 def write_deleted(folder: Path, name: str, positions: np.ndarray) -> tuple[int, int]:
     """Write the positions of all deleted rows; returns what the manifest lists of the file."""
+    return _write_column(folder, name, "position", positions)
+
+
+def write_removed(folder: Path, name: str, row_ids: np.ndarray) -> tuple[int, int]:
+    """Write the ids of all entries that were ever deleted; returns what the manifest lists of the file."""
+    return _write_column(folder, name, "row_id", row_ids)
+
+
+def _write_column(folder: Path, name: str, column: str, numbers: np.ndarray) -> tuple[int, int]:
     with atomic_write(folder / name) as partial:
-        pq.write_table(pa.table({"position": positions}), partial)
+        pq.write_table(pa.table({column: numbers}), partial)
     return describe_file(folder / name)
 
 

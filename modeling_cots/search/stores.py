@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -27,9 +28,17 @@ class VectorStore(Protocol):
     @property
     def columns(self) -> list[str]: ...
 
-    def adding(self) -> AbstractContextManager[None]:
+    def adding(self, unfinished: Mapping[str, dict[str, int]] = ...) -> AbstractContextManager[None]:
         """The time of adding, in the main process: what all processes added is found from its end on. Where the block
-        raises, others may write again, and the next writer takes up what was written."""
+        raises, others may write again, and the next writer takes up what was written.
+
+        `unfinished` announces a run by its source, with numbers about it: until a block with the same source ends, the
+        store's own `unfinished` has it, and what was written is found already.
+        """
+
+    @property
+    def unfinished(self) -> dict[str, dict[str, int]]:
+        """The announced runs that have not ended, killed ones and those that are under way."""
 
     def refresh(self) -> None:
         """Take part in the `adding` of the main process, in another process, once it has begun."""
@@ -47,8 +56,17 @@ class VectorStore(Protocol):
     def find(self, where: list[Condition]) -> np.ndarray:
         """Ids of the entries that satisfy all conditions."""
 
+    def count(self, where: list[Condition]) -> int:
+        """How many entries satisfy all conditions."""
+
+    def names_of(self, row_ids: np.ndarray) -> list[str]:
+        """The names of those of these entries that are in the index."""
+
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
+
+    def was_deleted(self, row_ids: np.ndarray) -> np.ndarray:
+        """(n,) boolean: which of these ids `delete` has removed, and nobody has added again; `rebuild` keeps them."""
 
     def rebuild(self, index_type: str) -> None:
         """Change the index type without embedding anything again, and drop deleted entries."""
@@ -65,6 +83,11 @@ def create_store(index: str | os.PathLike, info: dict, index_type: str) -> Vecto
     Raises `ValueError` for an index type that the store lacks and for a name in use.
     """
     return _kind_of(index).create(os.fspath(index), info, index_type)
+
+
+def check_can_create(index: str | os.PathLike, index_type: str) -> None:
+    """Raise `ValueError` where `create_store` would, as far as that can be told without making anything."""
+    _kind_of(index).check_can_create(os.fspath(index), index_type)
 
 
 def open_store(index: str | os.PathLike) -> VectorStore:

@@ -11,6 +11,7 @@ from pair_writers import (
     NAMES,
     check_pairs,
     embedded,
+    write_csv,
     write_images,
     write_jsonl,
     write_parquet,
@@ -18,7 +19,7 @@ from pair_writers import (
 )
 
 from modeling_cots.data import files
-from modeling_cots.data.files import find_files, holds_dataset
+from modeling_cots.data.files import find_files, holds_dataset, names_videos
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
 
@@ -202,15 +203,114 @@ def test_the_output_folder_of_img2dataset_opens_as_it_is(tmp_path, kind, warning
 # Photos beside other files
 
 
-def test_foreign_files_beside_images_make_no_data_set(tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "expenses.csv").write_text("date,amount\n2020,5\n")
-    (tmp_path / "old.tar").write_bytes(bytes(10_240))
-    (tmp_path / "notes.json").write_text("[" * 100_000)
-    touch(tmp_path, ".cache/log.jsonl", "broken.parquet")
+def stray_table(folder: Path) -> None:
+    write_csv(folder / "expenses.csv", [{"date": "2020", "amount": 5}])
+
+
+def stray_table_that_names_an_image(folder: Path) -> None:
+    write_jsonl(folder / "pairs.jsonl", [{"image": NAMES[0], "caption": "a"}])
+
+
+def stray_archive_of_pairs(folder: Path) -> None:
+    write_tar(folder / "backup.tar", {"0.png": IMAGES[0], "0.txt": b"a"})
+
+
+def stray_notes_beside_an_image(folder: Path) -> None:
+    (folder / "a.txt").write_text("from Oslo")
+    (folder / "b.json").write_text("{}")
+
+
+def stray_metadata(folder: Path) -> None:
+    write_csv(folder / "metadata.csv", [{"date": "2020", "amount": 5}])
+
+
+def stray_metadata_of_files_that_are_gone(folder: Path) -> None:
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "gone.png", "text": "a"}])
+
+
+def metadata_in_a_folder_of_one_year(folder: Path) -> None:
+    write_images(folder / "2020")
+    write_csv(folder / "2020" / "metadata.csv", [{"file_name": NAMES[0], "text": "a"}])
+
+
+def metadata_of_a_split_that_holds_a_part(folder: Path) -> None:
+    write_images(folder / "test")
+    write_csv(folder / "test" / "metadata.csv", [{"file_name": NAMES[0], "text": "a"}])
+
+
+def two_metadata_files(folder: Path) -> None:
+    stray_metadata(folder)
+    write_csv(folder / "train" / "metadata.csv", [{"a": 1}])
+
+
+def a_readme_that_is_no_card(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nphotos: [of: Oslo\n---\n")
+
+
+def broken_data(folder: Path) -> None:
+    (folder / "old.tar").write_bytes(bytes(10_240))
+    (folder / "notes.json").write_text("[" * 100_000)
+    touch(folder, ".cache/log.jsonl", "broken.parquet", "metadata.parquet")
+
+
+STRAY = [
+    stray_table,
+    stray_table_that_names_an_image,
+    stray_archive_of_pairs,
+    stray_notes_beside_an_image,
+    stray_metadata,
+    stray_metadata_of_files_that_are_gone,
+    metadata_in_a_folder_of_one_year,
+    metadata_of_a_split_that_holds_a_part,
+    two_metadata_files,
+    a_readme_that_is_no_card,
+    broken_data,
+]
+
+
+@pytest.mark.parametrize("put", STRAY, ids=lambda put: put.__name__)
+@pytest.mark.parametrize("media", ["images", "videos"])
+def test_stray_files_beside_images_and_videos_make_no_data_set(tmp_path, put, media):
+    if media == "images":
+        write_images(tmp_path)
+    else:
+        touch(tmp_path, "x.mp4", "y.MOV")
     assert not holds_dataset(tmp_path)
-    write_jsonl(tmp_path / "pairs.jsonl", [{"image": NAMES[0], "caption": "a"}])
-    assert holds_dataset(tmp_path)
+    put(tmp_path)
+    assert not holds_dataset(tmp_path)
+
+
+def test_what_a_folder_declares_is_a_data_set(tmp_path):
+    rows = [{"file_name": name, "text": "a"} for name in NAMES]
+    for folder in ("own", "splits/train", "splits/test"):
+        write_images(tmp_path / folder)
+        write_jsonl(tmp_path / folder / "metadata.jsonl", rows)
+    assert holds_dataset(tmp_path / "own") and holds_dataset(tmp_path / "splits")
+    write_images(tmp_path / "years" / "2020")
+    write_jsonl(tmp_path / "years" / "2020" / "metadata.jsonl", rows)
+    assert holds_dataset(tmp_path / "years", "2020[:5]") and not holds_dataset(tmp_path / "years")
+    write_images(tmp_path / "captions")
+    touch(tmp_path / "captions", "a.txt", "b.txt", "c.txt")
+    assert holds_dataset(tmp_path / "captions")
+    for name in ("own", "splits", "captions"):  # what is put beside it changes nothing
+        stray_table(tmp_path / name)
+        stray_archive_of_pairs(tmp_path / name)
+        assert holds_dataset(tmp_path / name)
+    write_images(tmp_path / "card")
+    (tmp_path / "card" / "README.md").write_text("---\nconfigs: []\n---\n")
+    assert holds_dataset(tmp_path / "card")
+
+
+def test_metadata_that_names_videos(tmp_path):
+    touch(tmp_path, "own/x.mp4", "splits/train/x.mp4", "splits/test/x.mp4")
+    write_jsonl(tmp_path / "own" / "metadata.jsonl", [{"video": "gone.mp4"}, {"video": "x.mp4"}])
+    write_csv(tmp_path / "splits" / "test" / "metadata.csv", [{"file_name": "x.mp4", "text": "a"}])
+    assert holds_dataset(tmp_path / "own") and names_videos(str(tmp_path / "own"), "train")
+    assert names_videos(str(tmp_path / "own" / "metadata.jsonl"), "train")
+    assert names_videos(str(tmp_path / "splits"), "test[:3]") and not names_videos(str(tmp_path / "splits"), "train")
+    write_images(tmp_path / "images")
+    write_jsonl(tmp_path / "images" / "metadata.jsonl", [{"file_name": NAMES[0], "text": "a"}])
+    assert not names_videos(str(tmp_path / "images"), "train") and not names_videos("user/data", "train")
 
 
 def test_a_folder_without_images_is_a_data_set_if_it_has_data(tmp_path):

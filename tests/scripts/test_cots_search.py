@@ -1,9 +1,7 @@
-"""`cots-search` as it is installed: an error that its user can correct is one sentence."""
+"""`cots-search` as `torchrun -m` starts it: an error that its user can correct is one sentence."""
 
 import signal
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -32,8 +30,3 @@ def test_an_error_is_one_sentence(command, said, tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code.startswith(said) and ended.value.code.endswith(" (--debug shows where.)")
     assert "\n" not in ended.value.code
-
-
-def test_it_is_what_is_installed():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"]["cots-search"] == "modeling_cots.scripts.cots_search:main"

@@ -1,16 +1,22 @@
 """`cots-search` from the first image to the page, in this process."""
 
+import io
+import itertools
 import json
 import re
 import shlex
+import socket
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
 from programs import TORCHRUN, run_python
+from video_files import write_video
 
-from modeling_cots import COTSModel, ScenesDataset
+from modeling_cots import COTSModel, ScenesDataset, SearchIndex
 from modeling_cots.search.cli import main
+from modeling_cots.search.embedding import ImageFolder
 
 pytest.importorskip("faiss")
 
@@ -49,13 +55,23 @@ def test_index_query_add_delete_rebuild(folder, capsys):
     assert sorted(line.split("/")[-1][:16] for line in printed) == ["validation-00001", "validation-00002"]
 
     main(["delete", "IDX", "photos/train-00004.png"])
-    main(["delete", "IDX", "--where", "year == 2021"])
+    with pytest.raises(ValueError, match="finds 1 of 9 images .*validation-00001.png.: nothing is deleted. Add --yes"):
+        main(["delete", "IDX", "--where", "year == 2021"])
+    capsys.readouterr()
+    main(["delete", "IDX", "--where", "year == 2021", "--dry-run"])
+    assert re.fullmatch(r".*validation-00001.png\nThese 1 of 9 .* nothing is.\n", capsys.readouterr().out)
+    main(["delete", "IDX", "photos/train-00002.png", "--dry-run"])
+    assert re.fullmatch(r".*train-00002.png\nThese 1 of 9 .* nothing is.\n", capsys.readouterr().out)
+    main(["delete", "IDX", "--where", "year == 2021", "--yes"])
     assert "Deleted 1 images; 8 are left." in capsys.readouterr().out
     main("rebuild IDX --engine hnsw".split())
     assert "index type 'hnsw' and 8 images" in capsys.readouterr().out
     main("query IDX --image photos/train-00004.png --top 20".split())
     assert len(capsys.readouterr().out.splitlines()) == 8
-    main("index photos --model model --index IDX".split())  # the deleted file is still in the folder
+    main("index photos --model model --index IDX".split())  # the deleted file is still in the folder, and stays so
+    said = capsys.readouterr().out
+    assert "1 of 6 images were deleted from it and stay so" in said and "Added 0 images; IDX has 8." in said
+    main("index photos --model model --index IDX --restore".split())
     assert "Added 1 images; IDX has 9." in capsys.readouterr().out
 
 
@@ -134,7 +150,6 @@ def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processo
 
 
 def test_indexes_shards_and_tables(folder, capsys):
-    import io
     import tarfile
 
     import pyarrow as pa
@@ -163,6 +178,127 @@ def test_indexes_shards_and_tables(folder, capsys):
     assert "Added 1 images; IDX has 7." in capsys.readouterr().out
     main(["query", "IDX", "x", "--where", "place == Oslo"])
     assert "row 0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing may load a model."""
+    monkeypatch.setattr("modeling_cots.search.cli.load_model", Mock(side_effect=AssertionError("loads a model")))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("query IDX photos/train-00001.png", "which is a file"),
+        ("query IDX \udce9", "bytes that are not UTF-8"),
+        ("query IDX --image broken.png", "UnidentifiedImageError"),
+        ("query IDX dog --where color==red", "no metadata 'color'"),
+        ("query IDX dog --where red", "A condition reads like"),
+        ("query photos dog", "no index in 'photos'"),
+        ("add IDX empty", "has no captions|has no image|no metadata"),
+        ("add photos photos", "no index in 'photos'"),
+        ("index nothing.parquet --model model --index NEW", "does not exist"),
+        ("index photos --model model --index NEW --engine magic", "must be one of exact"),
+        ("index photos --model model --index IDX --engine hnsw", "rebuild IDX --engine hnsw"),
+        ("index photos --model model --index photos", "name a new folder"),
+        ("serve photos", "no index in 'photos'"),
+        ("serve IDX --host 203.0.113.7", "Cannot listen at 203.0.113.7"),
+    ],
+)
+def test_refuses_before_a_model_is_loaded(folder, no_model, tiny_processor, command, message):
+    model = COTSModel.from_pretrained("model")
+    SearchIndex.create("IDX", model, tiny_processor).add(ImageFolder("photos"), progress=False)
+    (folder / "empty").mkdir()
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=message):
+        main(command.split())
+
+
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(folder, no_model, tiny_processor):
+    SearchIndex.create("IDX", COTSModel.from_pretrained("model"), tiny_processor).close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"Cannot listen at 127.0.0.1, port {port} .*: give another --port"):
+            main(["serve", "IDX", "--port", str(port)])
+
+
+def test_a_model_that_has_moved_is_named(folder, tiny_processor):
+    SearchIndex.create("IDX", COTSModel.from_pretrained("model"), tiny_processor).add(ImageFolder("photos"))
+    (folder / "model").rename(folder / "moved")
+    with pytest.raises(ValueError, match="no COTS model in '.*model' any more: say where it is by --model"):
+        main("query IDX dog".split())
+    main("query IDX dog --model moved".split())
+
+
+def test_an_empty_index_says_so(folder, no_model, tiny_processor, capsys):
+    SearchIndex.create("IDX", COTSModel.from_pretrained("model"), tiny_processor).close()
+    main("query IDX dog".split())
+    assert capsys.readouterr().out == "IDX has no images: add some by `cots-search add IDX PHOTOS/`.\n"
+
+
+def test_answers_the_lines_of_the_input(folder, capsys, monkeypatch):
+    main("index photos --model model --index IDX".split())
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("a red circle\n\n  犬 dog \n"))
+    main("query IDX --top 2".split())
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == ["a red circle:", "犬 dog:"] and len(lines) == 6
+    assert "1 of 2 words is unknown to this model: 犬." in said.err
+    main(["query", "IDX", "a red circle", "--top", "2"])
+    assert capsys.readouterr().out.splitlines() == lines[1:3]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("dog.png\na dog\n"))
+    with pytest.raises(ValueError, match="1 of 2 queries were refused"):
+        main("query IDX".split())
+    said = capsys.readouterr()
+    assert "which looks like a file" in said.err and len(said.out.splitlines()) == 2 + 6
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(ValueError, match="There is no query: give a text or --image"):
+        main("query IDX".split())
+    # Bytes of another encoding cost one line.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\na dog\n"), encoding="utf-8"))
+    main("query IDX".split())
+    assert capsys.readouterr().out.startswith("caf\\xe9:\n")
+
+
+@pytest.mark.parametrize("command", ["index photos --model model --index IDX", "add IDX photos"])
+def test_an_interrupt_says_how_far_it_is(folder, capsys, monkeypatch, tiny_processor, command):
+    SearchIndex.create("IDX", COTSModel.from_pretrained("model"), tiny_processor).close()
+    read, calls = ImageFolder.__getitem__, itertools.count()
+
+    def stop(dataset, index):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return read(dataset, index)
+
+    monkeypatch.setattr(ImageFolder, "__getitem__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command.split(), "--batch_size", "2"])
+    assert "4 of 6 are in; run the same command to go on" in capsys.readouterr().err
+    main("query IDX --image photos/train-00003.png --top 9".split())
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 4 and "train-00003.png" in said.out.splitlines()[0]
+    assert "4 of 6 are in; run the same command to go on" in said.err
+    main(command.split())
+    assert "Added 2 images; IDX has 6." in capsys.readouterr().out
+    main("query IDX dog".split())
+    assert "are in" not in capsys.readouterr().err
+
+
+def test_indexes_videos_in_a_folder_and_in_a_data_set(folder, capsys):
+    pytest.importorskip("av")
+    write_video(folder / "photos" / "film.mp4", range(20))
+    main("index photos --model model --index IDX --batch_size 2".split())
+    assert "Added 7 images; IDX has 7." in capsys.readouterr().out
+    (folder / "films").mkdir()
+    (folder / "films" / "film.mp4").write_bytes((folder / "photos" / "film.mp4").read_bytes())
+    (folder / "films" / "metadata.jsonl").write_text('{"video": "film.mp4", "caption": "gray"}\n')
+    main("add IDX films".split())
+    assert "Added 1 images; IDX has 8." in capsys.readouterr().out
+    main(["query", "IDX", "gray", "--top", "9"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "film.mp4" in line]
+    assert "copies: " in line and line.count("film.mp4") == 2
 
 
 @pytest.mark.slow

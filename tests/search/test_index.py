@@ -11,6 +11,8 @@ from forks import ClientError, server_with_package
 from programs import TORCHRUN, run_python
 
 from modeling_cots import COTSModel, ScenesDataset, SearchIndex
+from modeling_cots.search.embedding import ImageFolder
+from modeling_cots.search.index import state_notes
 
 pytest.importorskip("faiss")
 
@@ -122,7 +124,7 @@ def test_notices_what_others_write(index, model, tiny_processor, tmp_path):
     assert index.search(image=scenes[3]["image"], top=1)[0]["name"] != "scenes: row 3"
     with SearchIndex(tmp_path / "index", model, tiny_processor) as other:
         other.rebuild("hnsw")
-        other.add(ScenesDataset("train", 35, 32), source="scenes", progress=False)
+        other.add(ScenesDataset("train", 35, 32), source="scenes", progress=False, restore=True)
     assert index.add(scenes, source="scenes", progress=False) == 5
     for handle in (index, SearchIndex(tmp_path / "index", model, tiny_processor)):
         found = [handle.search(image=scenes[row]["image"], top=1)[0]["name"] for row in range(40)]
@@ -168,9 +170,90 @@ def test_adds_what_is_new_and_deletes(index):
     assert index.delete(["scenes: row 3", "never there"]) == 1
     assert index.delete(where=["source == scenes", "name in ['scenes: row 4', 'scenes: row 5']"]) == 2
     assert len(index) == 32
-    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 3
     index.rebuild("hnsw")
-    assert len(index) == 35 and index.store.info["engine"] == "hnsw"
+    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 0  # deleted ones stay so
+    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False, restore=True) == 3
+    assert index.delete(["scenes: row 4"]) == 1
+    assert index.add(ScenesDataset("train", 35, 32), source="scenes", progress=False) == 0
+    assert len(index) == 34 and index.store.info["engine"] == "hnsw"
+
+
+@pytest.mark.parametrize("place", ["index", "index.db"])
+def test_a_stopped_run_is_searched_and_says_how_far_it_is(model, tiny_processor, tmp_path, monkeypatch, place):
+    if place.endswith(".db"):
+        pytest.importorskip("milvus_lite")
+    monkeypatch.setattr("modeling_cots.search.index.ITEMS_PER_PART", 8)
+    scenes, state = ScenesDataset("train", 20, 32), "{:,} of 20 are in; run the same command to go on (it adds more)."
+    index = SearchIndex.create(tmp_path / place, model, tiny_processor)
+    assert state_notes(index.store, "a b") == ["a b has no images: add some by `cots-search add 'a b' PHOTOS/`."]
+    with pytest.raises(KeyboardInterrupt):
+        index.add(Stopping("interrupted"), source="more", progress=False, batch_size=2)
+    for handle in (index, SearchIndex(tmp_path / place, model, tiny_processor)):
+        # A whole part of 8, and of the next one what was embedded before the interrupt at the eleventh.
+        assert state_notes(handle.store, "IDX") == [state.format(10)] and len(handle) == 10
+        assert handle.search(image=scenes[9]["image"], top=20)[0]["name"] == "more: row 9"
+    assert index.delete(["more: row 0", "more: row 9"]) == 2 and state_notes(index.store, "IDX") == [state.format(8)]
+    index.rebuild("hnsw")
+    assert index.search(image=scenes[8]["image"], top=1)[0]["name"] == "more: row 8"
+    assert state_notes(index.store, "IDX") == [state.format(8)]
+    # Another source is whole, and changes nothing about this one.
+    assert index.add(ScenesDataset("train", 3, 32), source="scenes", progress=False) == 3
+    assert state_notes(index.store, "IDX") == [state.format(8)] and len(index) == 11
+    assert index.add(Stopping("none"), source="more", progress=False, restore=True) == 12
+    assert state_notes(index.store, "IDX") == [] and len(index) == 23
+    index.close()
+
+
+@pytest.mark.parametrize("engine", ["hnsw", "int8"])
+def test_a_first_run_of_any_index_type_is_searched_before_it_ends(
+    model, tiny_processor, tmp_path, monkeypatch, engine
+):
+    monkeypatch.setattr("modeling_cots.search.index.ITEMS_PER_PART", 4)
+    index = SearchIndex.create(tmp_path / "index", model, tiny_processor, engine=engine)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(Stopping("interrupted"), source="more", progress=False, batch_size=2)
+    scenes = ScenesDataset("train", 20, 32)
+    found = [index.search(image=scenes[row]["image"], top=1)[0]["name"] for row in range(10)]
+    assert found == [f"more: row {row}" for row in range(10)]
+
+
+@pytest.mark.parametrize("place", ["index", "index.db"])
+def test_copies_are_found_by_their_pixels_and_shown_once(model, tiny_processor, tmp_path, place, caplog):
+    if place.endswith(".db"):
+        pytest.importorskip("milvus_lite")
+    (tmp_path / "photos").mkdir()
+    scenes = ScenesDataset("train", 3, 32)
+    for number in range(3):
+        scenes[number]["image"].save(tmp_path / "photos" / f"{number}.png")
+    for name in ("1 again.png", "1.bmp", "z.png"):  # another name, another format
+        scenes[1]["image"].save(tmp_path / "photos" / name)
+    folder = ImageFolder(tmp_path / "photos")
+    index = SearchIndex.create(tmp_path / place, model, tiny_processor)
+    assert index.add(folder, progress=False, batch_size=2) == 6 and len(index) == 6
+    paths = {
+        name: str(tmp_path / "photos" / name) for name in ("0.png", "1 again.png", "1.bmp", "1.png", "2.png", "z.png")
+    }
+    for top in (1, 2, 3, 9):
+        hits = index.search(image=scenes[1]["image"], top=top)
+        assert len(hits) == min(top, 3)
+        shown = [hits[0]["name"], *hits[0]["copies"]]
+        assert sorted(shown) == sorted(paths[name] for name in ("1 again.png", "1.bmp", "1.png", "z.png"))
+        assert [hit["copies"] for hit in hits[1:]] == [[]] * (len(hits) - 1)
+    index.delete(shown[:3])
+    assert index.search(image=scenes[1]["image"], top=1)[0]["name"] == shown[3]
+    index.close()
+
+
+def test_says_which_words_the_tokenizer_does_not_know(index):
+    assert index.words_note("a red circle") is None and index.words_note("?!") is None
+    assert index.words_note("a 犬 red 猫") == "2 of 4 words are unknown to this model: 犬, 猫."
+    assert index.words_note("犬") == "1 of 1 words is unknown to this model: 犬."
+
+
+def test_an_index_is_not_made_twice(index, model, tiny_processor, tmp_path):
+    with pytest.raises(ValueError, match="is an index already: open it with `SearchIndex`, add to it by"):
+        SearchIndex.create(tmp_path / "index", model, tiny_processor)
+    assert len(index) == 30
 
 
 @pytest.mark.parametrize("place", ["index", pytest.param("index.db", marks=pytest.mark.slow)])
