@@ -1,17 +1,17 @@
-"""What each part of COTS adds on Flickr8k from scratch, beside in-batch contrastive learning (a peer's own code).
+"""What each part of COTS adds from pre-trained encoders on Flickr8k, beside in-batch contrast (transformers' class).
 
-    python benchmarks/ablation.py FOLDER --json benchmarks/ablation.json              # every run that is missing there
-    python benchmarks/ablation.py FOLDER --json benchmarks/ablation.json --trials     # the search before them
+    python benchmarks/ablation.py FLICKR8K --json benchmarks/ablation.json            # every run that is missing there
+    python benchmarks/ablation.py FLICKR8K --json benchmarks/ablation.json --trials   # the search before them
     python benchmarks/ablation_table.py benchmarks/ablation.json docs/results.md      # the tables, from the JSON
 
-FOLDER holds train.parquet, validation.parquet and test.parquet with columns `image` and `captions`. Every arm of
-`ARMS` is run with three seeds, on the same images, captions, tokenizer, augmentation, batches and precision, and
-with encoders of the same sizes; what they share is examples/configs/flickr8k_small.yaml.
+FLICKR8K holds train.parquet, validation.parquet and test.parquet with columns `image` and `captions`; `--vision_model`
+and `--text_model` give both encoders as folders, where no hub is at hand. What the arms share is
+examples/configs/flickr8k_dinov2.yaml; what each sets otherwise stands in a file of the folder of that name. Encoders
+are locked, and their features computed once for all arms (`--features`), so that a run trains projections alone.
 
-Equal steps: `--steps` for each. Equal compute: as many steps as take the floating-point operations of arm a's, counted
-on a real step of each arm, so that what else the machine does plays no part. Trials are measured on the validation
-images, and the best settings found are those of the recipe and of arm a; the arms are measured once, on the 1,000
-test images.
+Equal steps: as many for each arm. Equal compute: as many steps as take the floating-point operations of the in-batch
+arm, counted on a real step of each. Noise moves a share of the training captions to other images. Trials, as many for
+the peer as for MCL, are measured on the validation images; the arms are measured once, on the 1,000 test images.
 """
 
 import argparse
@@ -21,39 +21,42 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from ablation_peer import PeerCollator, build_peer, embed_peer
-from noisy_pairs import area_under_roc, find_moved, shuffle_folder
+from noisy_pairs import area_under_roc, shuffle_captions
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from modeling_cots import COTSConfig, COTSTrainer, COTSTrainingArguments
+from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments
+from modeling_cots.data.feature_cache import EVALUATION, TRAINING
+from modeling_cots.data.feature_writing import cache_features
 from modeling_cots.data.pairs import open_pairs
-from modeling_cots.data.pixel_normalization import PixelNormalizer
-from modeling_cots.evaluation.pair_scores import score_pairs
 from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
-from modeling_cots.image_reading_cots import read_image
+from modeling_cots.method.filtering import filter_threshold, keep_above, mixture_threshold
 from modeling_cots.scripts.cost import flop_counter
 from modeling_cots.scripts.error_boundary import run_script
-from modeling_cots.scripts.factory import (
-    build_config,
-    build_image_tokenizer,
-    build_model,
-    build_processor,
-    build_tokenizer,
-)
-from modeling_cots.scripts.starting_point import FROM_SCRATCH
+from modeling_cots.scripts.factory import build_config, build_model, build_processor, build_tokenizer
 from modeling_cots.training.setup import build_training_collator
+from modeling_cots.training.standardization import fit_standardization_
 
-EXAMPLES = Path(__file__).parents[1]
-RECIPE = EXAMPLES / "examples" / "configs" / "flickr8k_small.yaml"
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+RECIPE = CONFIGS / "flickr8k_dinov2.yaml"
 PROTOCOL = "flickr8k-1k"  # of the test images
 SEEDS = 0, 1, 2
-NOISE = 0.2  # share of the training captions that the arms e move to other images
-KL = {"kl_weight": 0.3, "kl_warmup_steps": 600}
-# The filter's statistics need more than a few scores, and then every queued key counts.
-SLOW_KEYS = {"momentum": 0.95, "queue_size": 128, "max_key_drift": 1e9}
+OF_MODEL = "image_size", "temperature", "projection_hidden_size", "standardize_features", "image_pooling"
+PEER, MCL = "in_batch", "mcl"
+SMALL_BATCH = {"per_device_train_batch_size": 16, "max_steps": 1_800}
+FILTERS = "filter_deviation", "filter_half_deviation", "filter_mixture"
+TRIALS = [
+    {},
+    *({"learning_rate": rate} for rate in (3e-4, 3e-3)),
+    *({"temperature": temperature} for temperature in (0.05, 0.07)),
+    {"temperature": 0.05, "learning_rate": 3e-4},
+    {"weight_decay": 0.02},
+    {"weight_decay": 1.0},
+]
 
 
 @dataclass
@@ -61,228 +64,241 @@ class Arm:
     """What an arm trains with, and what of the recipe it sets otherwise."""
 
     title: str
+    peer: bool = False
     overrides: dict = field(default_factory=dict)
-    is_peer: bool = False
-    is_noisy: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Arm":
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return cls(options.pop("title"), options.pop("peer", False), options)
 
 
-ARMS = {
-    "a": Arm("in-batch contrast (VisionTextDualEncoder)", {"weight_decay": 0.2}, is_peer=True),
-    "b": Arm("MCL"),
-    "c": Arm("MCL + KL", KL),
-    "d": Arm("MCL + KL + CMVM + CMLM", {"cmvm_weight": 0.1, "cmlm_weight": 0.2, **KL}),
-    "e-off": Arm("MCL + KL on noisy captions, filter off", {**KL, **SLOW_KEYS}, is_noisy=True),
-    "e-on": Arm("MCL + KL on noisy captions, filter on", {"adaptive_filter": True, **KL, **SLOW_KEYS}, is_noisy=True),
-}
-HALF_KEYS = {"momentum": 0.5}
-# What each is given otherwise than the recipe, as many times for the peer as for COTS. `temperature` is the model's:
-# the peer learns its own from there.
-TRIALS = {
-    "a": [
-        {},
-        *({"learning_rate": rate} for rate in (3e-4, 5e-4, 1.5e-3, 2e-3, 4e-3)),
-        {"weight_decay": 0.2},
-        {"weight_decay": 0.2, "learning_rate": 1.5e-3},
-        {"learning_rate": 7e-4},
-        {"temperature": 0.05},
-    ],
-    "c": [
-        {},
-        {"kl_weight": 1.0},
-        {"momentum": 0.2},
-        HALF_KEYS,
-        *({**HALF_KEYS, "learning_rate": rate} for rate in (1.5e-3, 2e-3)),
-        *({**HALF_KEYS, "kl_weight": weight} for weight in (0.0, 1.0)),
-        {**HALF_KEYS, "temperature": 0.05},
-        SLOW_KEYS,
-    ],
-}
+def read_arms() -> dict[str, Arm]:
+    """The arms by the names of their files."""
+    return {path.stem: Arm.read(path) for path in sorted((CONFIGS / RECIPE.stem).glob("*.yaml"))}
 
 
-class DecodedPairs(Dataset):
-    """Pairs whose images are decoded once and kept: many runs over the same few small ones."""
+class PairsInMemory(Dataset):
+    """Captions and features of all items, without images, some captions at other images where `noise` is above 0."""
 
-    def __init__(self, folder: Path, split: str, seed: int = 0):
-        self.pairs = open_pairs(str(folder), split, seed=seed)
-        self.images = [read_image(self.pairs[index]["image"]) for index in range(len(self.pairs))]
-        self.set_epoch = self.pairs.set_epoch
+    def __init__(self, dataset, noise: float = 0.0, seed: int = 0):
+        items = [dataset[index] for index in range(len(dataset))]
+        places = [[(image, place) for place in range(len(item["captions"]))] for image, item in enumerate(items)]
+        self.is_moved = [[False] * len(each) for each in places]
+        if noise > 0:
+            places, self.is_moved = shuffle_captions(places, noise, seed)
+        self.items = [
+            {
+                **item,
+                "image": None,
+                "captions": [items[image]["captions"][place] for image, place in sources],
+                "text_features": np.stack([items[image]["text_features"][place] for image, place in sources]),
+            }
+            for item, sources in zip(items, places, strict=True)
+        ]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.pairs[index], "image": self.images[index]}
+        return self.items[index]
 
 
 class Ablation:
     """
-    The recipe with its data, tokenizers and processor, from which every run is made.
+    The recipe with its data, features and processor, from which every run is made.
 
     Args:
         folder: The data set.
         eval_split: Split to measure on.
+        features: Folder of cached features.
+        encoders: `vision_model` and `text_model`, where they are not the recipe's.
     """
 
-    def __init__(self, folder: Path, eval_split: str):
-        self.folder = folder
-        self.recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    def __init__(self, folder: Path, eval_split: str, features: Path, encoders: dict[str, str]):
+        self.recipe = {**yaml.safe_load(RECIPE.read_text(encoding="utf-8")), **encoders}
         self.max_text_length = self.recipe["max_text_length"]
         self.protocol = PROTOCOL if eval_split == "test" else None
-        self.train_dataset, self.eval_dataset = DecodedPairs(folder, "train"), DecodedPairs(folder, eval_split)
-        self.config = build_config(None, str(EXAMPLES / self.recipe["model_config"]), None, None)
-        captions = self.train_dataset.pairs.iter_captions()
-        vocab_size = self.config.text_config.vocab_size
-        self.tokenizer = build_tokenizer(None, None, captions, self.max_text_length, vocab_size)
-        self.processor = build_processor(self.config, self.tokenizer, None)
-        self.image_tokenizer = build_image_tokenizer("random", self.processor, self.config.image_vocab_size)
+        text_model, vision_model = self.recipe["text_model"], self.recipe["vision_model"]
+        options = {name: self.recipe[name] for name in OF_MODEL}
+        self.config = build_config(None, None, text_model, vision_model, **options)
+        train = open_pairs(str(folder), "train", seed=0)
+        tokenizer = build_tokenizer(None, text_model, train.iter_captions(), self.max_text_length, 0)
+        self.processor = build_processor(self.config, tokenizer, vision_model)
+        self.model = build_model(
+            model=None,
+            text_model=text_model,
+            vision_model=vision_model,
+            config=self.config,
+            tokenizer=tokenizer,
+            num_image_tokens=self.config.image_vocab_size,
+            max_text_length=self.max_text_length,
+        )
+        made = {"max_text_length": self.max_text_length, "batch_size": self.recipe["per_device_eval_batch_size"]}
+        made["precision"] = "bfloat16" if self.recipe["bf16"] else "float32"
+        self.train_dataset, self.eval_dataset = (
+            cache_features(opened, self.model.cots, self.processor, features, view=view, **made)
+            for opened, view in ((train, TRAINING), (open_pairs(str(folder), eval_split), EVALUATION))
+        )
+        self.sources = {source.kind: source for source in self.train_dataset.columns}
+        fit_standardization_(
+            self.model.cots,
+            self.train_dataset,
+            self.processor,
+            batch_size=made["batch_size"],
+            max_text_length=self.max_text_length,
+            features=self.sources,
+        )
 
-    def arguments(self, overrides: dict, seed: int, steps: int, output_dir: str) -> COTSTrainingArguments:
+    def arguments(self, overrides: dict, seed: int, output_dir: str) -> COTSTrainingArguments:
         known = COTSTrainingArguments.__dataclass_fields__
-        options = {name: value for name, value in self.recipe.items() if name in known}
-        of_this_run = {"seed": seed, "max_steps": steps, "output_dir": output_dir, "save_strategy": "no"}
-        of_this_run["use_cpu"] = not torch.cuda.is_available()
-        return COTSTrainingArguments(**{**FROM_SCRATCH, **options, **overrides, **of_this_run})
+        options = {name: value for name, value in {**self.recipe, **overrides}.items() if name in known}
+        of_this_run = {"seed": seed, "output_dir": output_dir, "save_strategy": "no", "disable_tqdm": True}
+        of_this_run |= {"use_cpu": not torch.cuda.is_available(), "feature_cache": None}
+        return COTSTrainingArguments(**{**options, **of_this_run})
 
-    def settings(self) -> dict:
-        """What the numbers depend on beside the options of each run."""
-        return {
-            "recipe": self.recipe,
-            "model": json.loads((EXAMPLES / self.recipe["model_config"]).read_text(encoding="utf-8")),
-            "arms": {name: arm.overrides for name, arm in ARMS.items()},
-        }
+    def settings(self, arms: dict[str, Arm]) -> dict:
+        """What the numbers depend on beside the options of each run, but for where the encoders lie."""
+        recipe = {name: value for name, value in self.recipe.items() if name not in ("vision_model", "text_model")}
+        return {"recipe": recipe, "arms": {name: vars(arm) for name, arm in arms.items()}}
 
-    def run(self, arm: Arm, seed: int, steps: int, overrides: dict | None = None) -> dict:
-        """Train once and measure; recalls in percent, ranks, and for noisy captions how well scores tell them."""
-        overrides = {**arm.overrides, **(overrides or {})}
+    def run(self, arm: Arm, seed: int, overrides: dict, noise: float = 0.0) -> dict:
+        """Train once and measure; recalls in percent, and with noise how well scores and filter tell it."""
+        overrides = {**arm.overrides, **overrides}
         config = copy.deepcopy(self.config)
         config.temperature = overrides.pop("temperature", config.temperature)
         with tempfile.TemporaryDirectory() as work:
-            args = self.arguments(overrides, seed, steps, work)
-            train_dataset = self.train_dataset
-            if arm.is_noisy:
-                shuffle_folder(self.folder, Path(work, "noisy"), NOISE, seed)
-                train_dataset = DecodedPairs(Path(work, "noisy"), "train")
+            args = self.arguments(overrides, seed, work)
+            train_dataset = PairsInMemory(self.train_dataset, noise, seed)
             trainer = self.build_trainer(arm, args, train_dataset, config)
             trainer.train()
-            if arm.is_peer:
-                embeds = embed_peer(trainer.model, self.eval_dataset, self.processor, self.max_text_length)
-                found = embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids
+            if arm.peer:
+                found = embed_peer(trainer.model, self.eval_dataset)
                 return retrieval_metrics(*found, protocol=self.protocol)
             metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-            if arm.is_noisy:
-                metrics["detection_auc"] = self.detection_auc(trainer, Path(work, "noisy"))
-            return metrics
+            return {**metrics, **(detection(trainer, train_dataset) if noise > 0 or args.adaptive_filter else {})}
 
     def build_trainer(self, arm: Arm, args: COTSTrainingArguments, train_dataset: Dataset, config: COTSConfig):
-        """The trainer of one run: COTS's, or transformers' own around the peer."""
+        """The trainer of one run: COTS's, or transformers' own around the peer. Projections begin alike in both."""
         set_seed(args.seed)
-        if arm.is_peer:
-            collator = build_training_collator(train_dataset, config, args, self.processor, self.max_text_length)
-            return build_peer(config, args, train_dataset, PeerCollator(collator, self.processor))
-        model = build_model(
-            model=None,
-            text_model=None,
-            vision_model=None,
-            config=config,
-            tokenizer=self.tokenizer,
-            num_image_tokens=config.image_vocab_size,
-            max_text_length=self.max_text_length,
+        model = COTSForPreTraining(config)
+        model.load_state_dict(
+            {name: tensor for name, tensor in self.model.state_dict().items() if _is_given(name)}, False
         )
+        if arm.peer:
+            collator = build_training_collator(
+                train_dataset, config, args, self.processor, self.max_text_length, features=self.sources
+            )
+            return build_peer(model.cots, args, train_dataset, PeerCollator(collator))
         return COTSTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=self.eval_dataset,
             processing_class=self.processor,
-            image_tokenizer=self.image_tokenizer,
             max_text_length=self.max_text_length,
             eval_protocol=self.protocol,
         )
 
-    def detection_auc(self, trainer: COTSTrainer, noisy: Path) -> float:
-        """Area under the ROC curve of the momentum similarity as a detector of the moved training captions."""
-        dataset = open_pairs(str(noisy), "train")
-        pairs = score_pairs(
-            trainer.momentum_state.encoder.model,
-            dataset,
-            self.processor,
-            trainer.accelerator,
-            batch_size=trainer.args.eval_batch_size,
-            max_text_length=self.max_text_length,
-        )
-        is_noise = find_moved(noisy, pairs.pair_ids.tolist(), pairs.caption_numbers.tolist())
-        return area_under_roc(pairs.scores.numpy(), is_noise)
-
-    def flop_per_step(self, arm: Arm) -> float:
-        """Floating-point operations of one step of an arm, forward and backward, counted on the same real batch."""
+    def flop_per_step(self, arm: Arm, overrides: dict) -> float:
+        """Floating-point operations of one step of an arm, forward and backward, counted on a real batch."""
+        overrides = {**arm.overrides, **overrides}
+        config = copy.deepcopy(self.config)
+        overrides.pop("temperature", None)
         with tempfile.TemporaryDirectory() as work:
-            args = self.arguments(arm.overrides, 0, 1, work)
-            trainer = self.build_trainer(arm, args, self.train_dataset, self.config)
-            items = [self.train_dataset[index] for index in range(trainer.args.train_batch_size)]
-            batch = PixelNormalizer(self.processor)(trainer.data_collator(items))
-            trainer.model.train()
+            args = self.arguments(overrides, 0, work)
+            train_dataset = PairsInMemory(self.train_dataset)
+            trainer = self.build_trainer(arm, args, train_dataset, config)
+            batch = trainer.data_collator([train_dataset[index] for index in range(args.train_batch_size)])
             with flop_counter() as counter, trainer.compute_loss_context_manager():
-                trainer.compute_loss(trainer.model, batch).backward()
+                trainer.compute_loss(trainer.model.train(), batch).backward()
             return float(counter.get_total_flops())
 
 
-def runs_wanted(ablation: Ablation, steps: int, results: dict) -> list[dict]:
-    """Every run of the tables: with equal steps, and b, c and d with the steps that arm a's compute allows too.
+def _is_given(name: str) -> bool:
+    """Whether a tensor of the model is the same in all runs: encoders, and how their features are standardized."""
+    return "_model." in name or "standardization" in name
 
-    Warm-ups of fewer steps are shorter by as much.
+
+@torch.no_grad()
+def detection(trainer: COTSTrainer, dataset: PairsInMemory) -> dict[str, float]:
     """
-    for name, arm in ARMS.items():
-        if name not in results["flop_per_step"]:
-            results["flop_per_step"][name] = ablation.flop_per_step(arm)
-    flop = results["flop_per_step"]
+    How well momentum similarity tells moved captions from others, over all training pairs.
+
+    Returns the area under the ROC curve (without noise there is none), and the shares in percent of moved and of other
+    captions that the filter's rule drops.
+    """
+    momentum, args = trainer.momentum_state.encoder.model.eval(), trainer.args
+    images = momentum.embed_image_features(torch.from_numpy(np.stack([each["image_features"][0] for each in dataset])))
+    texts = momentum.embed_text_features(torch.from_numpy(np.concatenate([each["text_features"] for each in dataset])))
+    images = images.repeat_interleave(torch.tensor([len(each["captions"]) for each in dataset]), dim=0)
+    is_noise = torch.tensor([moved for each in dataset.is_moved for moved in each])
+    scores = (images * texts).sum(dim=1)
+    found = {"detection_auc": area_under_roc(scores.numpy(), is_noise.numpy())} if is_noise.any() else {}
+    if not args.adaptive_filter:
+        return found
+    if args.filter_rule == "mixture":
+        threshold = mixture_threshold(scores, (images * texts.roll(5, dims=0)).sum(dim=1))
+    else:
+        threshold = filter_threshold(scores, args.filter_num_std)
+    is_dropped = ~keep_above(scores, threshold)
+    if is_noise.any():
+        found["dropped_noise"] = 100 * is_dropped[is_noise].float().mean().item()
+    return {**found, "dropped_clean": 100 * is_dropped[~is_noise].float().mean().item()}
+
+
+def runs_wanted(ablation: Ablation, arms: dict[str, Arm], results: dict) -> list[dict]:
+    """Every run of the tables, seed by seed."""
     wanted = []
-    for seed in SEEDS:
-        wanted += [{"arm": name, "seed": seed, "steps": steps} for name in ARMS]
-        for name in "bcd":
-            fewer = round(steps * flop["a"] / flop[name])
-            # The warm-up of the learning rate is a share of the steps in any case.
-            warmup = ARMS[name].overrides.get("kl_warmup_steps")
-            shorter = {} if warmup is None else {"kl_warmup_steps": round(warmup * fewer / steps)}
-            wanted.append({"arm": name, "seed": seed, "steps": fewer, "overrides": shorter})
-    return wanted
-
-
-def trials_wanted(steps: int) -> list[dict]:
-    """As many trials for the peer as for COTS, each with what it sets otherwise than the recipe."""
-    return [
-        {"arm": name, "seed": 0, "steps": steps, "overrides": overrides}
-        for name, trials in TRIALS.items()
-        for overrides in trials
+    for overrides in ({}, SMALL_BATCH):
+        size = str({**ablation.recipe, **overrides}["per_device_train_batch_size"])
+        flop = results["flop_per_step"].setdefault(size, {})
+        for name in (PEER, MCL):
+            if name not in flop:
+                flop[name] = ablation.flop_per_step(arms[name], overrides)
+        steps = {**ablation.recipe, **overrides}["max_steps"]
+        fewer = {**overrides, "max_steps": round(steps * flop[PEER] / flop[MCL])}
+        wanted += [{"arm": name, "overrides": overrides} for name in (PEER, MCL)]
+        wanted.append({"arm": MCL, "overrides": fewer})
+    wanted += [{"arm": name, "overrides": {}} for name in arms if name.startswith("kl") or name in FILTERS]
+    wanted += [
+        {"arm": name, "overrides": {}, "noise": noise} for noise in (0.2, 0.4) for name in (PEER, MCL, *FILTERS)
     ]
+    return [{**run, "seed": seed} for seed in SEEDS for run in wanted]
+
+
+def trials_wanted() -> list[dict]:
+    """As many trials for the peer as for MCL, each with what it sets otherwise than the recipe."""
+    return [{"arm": name, "overrides": overrides, "seed": 0} for name in (PEER, MCL) for overrides in TRIALS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--json", type=Path, required=True, help="where results are kept; what is there is not run again"
-    )
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--json", type=Path, required=True, help="where results are kept; what is there stays")
+    parser.add_argument("--features", type=Path, default="runs/flickr8k_dinov2_features", help="as the recipe's")
+    parser.add_argument("--vision_model", help="a folder, in the place of the recipe's Hub id")
+    parser.add_argument("--text_model", help="likewise")
     parser.add_argument("--trials", action="store_true", help="run the trials instead, on the validation images")
     args = parser.parse_args()
 
+    arms = read_arms()
     results = {"flop_per_step": {}, "runs": [], "trials": []}
     if args.json.exists():
         results |= json.loads(args.json.read_text(encoding="utf-8"))
-    ablation = Ablation(args.folder, "validation" if args.trials else "test")
-    settings = json.loads(json.dumps(ablation.settings()))
-    if results.setdefault("settings", settings) != settings:
-        raise ValueError(f"{args.json} holds results of another recipe or other arms: move it away, or name another.")
+    encoders = {name: getattr(args, name) for name in ("vision_model", "text_model") if getattr(args, name)}
+    ablation = Ablation(args.folder, "validation" if args.trials else "test", args.features, encoders)
+    settings = json.loads(json.dumps(ablation.settings(arms)))
     kind = "trials" if args.trials else "runs"
-    wanted = trials_wanted(args.steps) if args.trials else runs_wanted(ablation, args.steps, results)
+    if results.setdefault(f"settings_of_{kind}", settings) != settings:
+        raise ValueError(f"{args.json} holds {kind} of another recipe or other arms: move it away, or name another.")
+    wanted = trials_wanted() if args.trials else runs_wanted(ablation, arms, results)
     done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]
-    for run in wanted:
-        if run in done:
-            continue
-        metrics = ablation.run(ARMS[run["arm"]], run["seed"], run["steps"], run.get("overrides"))
+    for run in (run for run in wanted if run not in done):
+        metrics = ablation.run(arms[run["arm"]], run["seed"], run["overrides"], run.get("noise", 0.0))
         results[kind].append({**run, "metrics": metrics})
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps({**run, "t2i_recall_at_10": metrics["t2i_recall_at_10"]}), flush=True)
+        print(json.dumps({**run, "recall_sum": metrics["recall_sum"]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,71 @@
 """The peer of `ablation.py`: in-batch contrastive learning as transformers' VisionTextDualEncoderModel does it.
 
-Model and loss are that class's own: two encoders with their poolers, two projections, a learned temperature. Here are
-only the two things that it needs to stand beside COTS: batches from the same collator, and the same evaluation.
+Loss, learned temperature and forward pass are that class's own. It stands on the same features as COTS: its encoders
+hand them through, and its projections are those of the COTS model that it is made from, so that both begin alike.
 """
 
 import math
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+from torch import nn
+from transformers import (
+    BertConfig,
+    Trainer,
+    TrainingArguments,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_cots import COTSConfig
-from modeling_cots.data.image_collators import COTSEvaluationCollator
-from modeling_cots.data.pixel_normalization import PixelNormalizer
-from modeling_cots.evaluation.embedding import PairEmbeddings
+from modeling_cots import COTSModel
 from modeling_cots.modeling_cots import unit_length
 
-MODEL_INPUTS = "input_ids", "attention_mask", "pixel_values"
+
+class Features(nn.Module):
+    """An encoder whose input is its output: features (B, H) that were computed before."""
+
+    def forward(self, pixel_values=None, input_ids=None, **kwargs) -> BaseModelOutputWithPooling:
+        features = input_ids if pixel_values is None else pixel_values
+        return BaseModelOutputWithPooling(last_hidden_state=features.unsqueeze(1), pooler_output=features)
 
 
 class PeerCollator:
-    """What the peer takes of a batch of COTS, with its pixels normalized as COTS's trainer does."""
+    """What the peer takes of a batch of COTS, under the names that its class knows."""
 
-    def __init__(self, collator, processor):
-        self.collator, self.normalize_pixels = collator, PixelNormalizer(processor)
+    def __init__(self, collator):
+        self.collator = collator
 
     def __call__(self, items: list[dict]) -> dict:
-        batch = self.normalize_pixels(self.collator(items))
-        return {**{name: batch[name] for name in MODEL_INPUTS}, "return_loss": True}
+        batch = self.collator(items)
+        return {"pixel_values": batch["image_features"], "input_ids": batch["text_features"], "return_loss": True}
 
 
-def build_peer(config: COTSConfig, args: TrainingArguments, train_dataset, collator: PeerCollator) -> Trainer:
-    """transformers' Trainer around a peer with encoders of the sizes in `config`."""
-    peer_config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        config.vision_config,
-        config.text_config,
-        projection_dim=config.projection_dim,
-        logit_scale_init_value=math.log(1 / config.temperature),
+def build_peer(model: COTSModel, args: TrainingArguments, train_dataset, collator: PeerCollator) -> Trainer:
+    """transformers' Trainer around a peer with the projections of `model`."""
+    small = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(  # of encoders that are replaced below
+        ViTConfig(**small),
+        BertConfig(**small, vocab_size=4),
+        projection_dim=model.config.projection_dim,
+        logit_scale_init_value=math.log(1 / model.config.temperature),
     )
-    # With the attention of COTS, so that speed and counted work tell of the method alone.
-    peer_config._attn_implementation = config._attn_implementation
-    return Trainer(
-        model=VisionTextDualEncoderModel(peer_config),
-        args=args,
-        train_dataset=train_dataset,
-        data_collator=collator,
-    )
+    peer = VisionTextDualEncoderModel(config)
+    peer.vision_model, peer.text_model = Features(), Features()
+    peer.visual_projection, peer.text_projection = model.vision_projection, model.text_projection
+    return Trainer(model=peer, args=args, train_dataset=train_dataset, data_collator=collator)
 
 
 @torch.no_grad()
-def embed_peer(model: VisionTextDualEncoderModel, dataset, processor, max_text_length: int) -> PairEmbeddings:
-    """All images and captions of `dataset`, as `embed_pairs` does for COTS."""
+def embed_peer(model: VisionTextDualEncoderModel, dataset) -> tuple[torch.Tensor, ...]:
+    """Embeddings of all images (N, d) and captions (C, d) of `dataset`, and their pair ids (N,) and (C,)."""
     model.eval()
-    images, texts, image_ids, text_ids = [], [], [], []
-    collator = COTSEvaluationCollator(processor, max_text_length=max_text_length)
-    normalize_pixels = PixelNormalizer(processor)
-    device = model.device
-    for batch in map(normalize_pixels, DataLoader(dataset, batch_size=200, collate_fn=collator)):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16):
-            images.append(unit_length(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output))
-            texts.append(
-                unit_length(model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output)
-            )
-        image_ids.append(batch["pair_ids"])
-        text_ids.append(batch["caption_pair_ids"])
-    return PairEmbeddings(*(torch.cat(parts).cpu() for parts in (images, texts, image_ids, text_ids)), 0)
+    items = [dataset[index] for index in range(len(dataset))]
+    images = torch.from_numpy(np.stack([item["image_features"][0] for item in items])).to(model.device)
+    texts = torch.from_numpy(np.concatenate([item["text_features"] for item in items])).to(model.device)
+    ids = torch.tensor([item["pair_id"] for item in items])
+    counts = torch.tensor([len(item["captions"]) for item in items])
+    image_embeds = unit_length(model.get_image_features(pixel_values=images).pooler_output)
+    text_embeds = unit_length(model.get_text_features(input_ids=texts).pooler_output)
+    return image_embeds.cpu(), text_embeds.cpu(), ids, ids.repeat_interleave(counts)

@@ -9,68 +9,94 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from ablation import ARMS
+import yaml
+from ablation import FILTERS, MCL, PEER, RECIPE, read_arms
 from side_by_side import write_between
 
 from modeling_cots.scripts.error_boundary import run_script
 
 BEGIN, END = "<!-- written by benchmarks/ablation_table.py -->", "<!-- end of what it writes -->"
-MEASURES = "recall_at_1", "recall_at_5", "recall_at_10", "median_rank"
-DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+DIRECTIONS = "t2i", "i2t"
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean, and the sample standard deviation where there is more than one value."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def results_table(runs: list[dict], flop_per_step: dict[str, float]) -> list[str]:
-    """One row an arm, number of steps and direction, over all seeds; the sum is that of both directions."""
+def recipe_value(run: dict, name: str) -> float:
+    """What a run was given, or the recipe."""
+    return run["overrides"].get(name, yaml.safe_load(RECIPE.read_text(encoding="utf-8"))[name])
+
+
+def _groups(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """Metrics of all seeds by batch size, steps, noise and arm."""
     groups = defaultdict(list)
     for run in runs:
-        groups[run["arm"], run["steps"]].append(run["metrics"])
-    unit = flop_per_step["a"] * max(steps for arm, steps in groups if arm == "a")
+        batch, steps = (recipe_value(run, name) for name in ("per_device_train_batch_size", "max_steps"))
+        groups[batch, steps, run.get("noise", 0.0), run["arm"]].append(run["metrics"])
+    return groups
+
+
+def results_table(runs: list[dict], flop_per_step: dict[str, dict[str, float]]) -> list[str]:
+    """Arms without noise: one row for each, batch size and number of steps, over all seeds."""
+    titles = {name: arm.title for name, arm in read_arms().items()}
     rows = [
-        "| arm | steps | compute | seeds | direction | R@1 | R@5 | R@10 | median rank | sum of recalls |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | batch | steps | compute | seeds | t2i R@1 / R@10 | i2t R@1 / R@10 | sum of recalls |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (arm, steps), metrics in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
-        compute = f"{steps * flop_per_step[arm] / unit:.2f}"
-        title, total = f"({arm}) {ARMS[arm].title}", spread([found["recall_sum"] for found in metrics])
-        for side, direction in DIRECTIONS.items():
-            cells = [spread([found[f"{side}_{measure}"] for found in metrics]) for measure in MEASURES]
-            rows.append(f"| {' | '.join([title, str(steps), compute, str(len(metrics)), direction, *cells, total])} |")
-            title = compute = total = ""
+    groups = {key: metrics for key, metrics in _groups(runs).items() if key[2] == 0 and key[3] not in FILTERS}
+    for (batch, steps, _, arm), metrics in sorted(groups.items(), key=_place):
+        flop, most = flop_per_step[str(batch)], max(key[1] for key in groups if key[0] == batch)
+        compute = f"{steps * flop[arm] / (most * flop[PEER]):.2f}" if arm in flop else ""
+        recalls = [
+            " / ".join(spread([found[f"{side}_recall_at_{k}"] for found in metrics]) for k in (1, 10))
+            for side in DIRECTIONS
+        ]
+        cells = [titles[arm], str(batch), f"{steps:,}", compute, str(len(metrics)), *recalls]
+        rows.append(f"| {' | '.join(cells)} | {spread([found['recall_sum'] for found in metrics])} |")
     return rows
 
 
-def detection_rows(runs: list[dict]) -> list[str]:
-    """How well the momentum similarity tells moved captions from others, at the end of each noisy arm."""
-    aucs = defaultdict(list)
-    for run in runs:
-        if "detection_auc" in run["metrics"]:
-            aucs[run["arm"]].append(run["metrics"]["detection_auc"])
-    rows = ["| arm | area under the ROC curve |", "|---|---|"]
-    for arm, values in sorted(aucs.items()):
-        auc = f"{statistics.mean(values):.3f}"
-        if len(values) > 1:
-            auc += f" ± {statistics.stdev(values):.3f}"
-        rows.append(f"| ({arm}) {ARMS[arm].title} | {auc} |")
+def _place(group: tuple) -> tuple:
+    """The place of a row: larger batches first, then the peer, MCL and the others, then more steps first."""
+    batch, steps, _, arm = group[0]
+    return -batch, [PEER, MCL, arm].index(arm), arm, -steps
+
+
+def filter_table(runs: list[dict]) -> list[str]:
+    """Filters at each share of noise: sum of recalls, and what the rule drops of all training pairs at the end."""
+    titles = {name: arm.title for name, arm in read_arms().items()}
+    rows = [
+        "| arm | captions moved | sum of recalls | dropped of moved / of others, % | area under the ROC curve |",
+        "|---|---|---|---|---|",
+    ]
+    groups = {(key[2], key[3]): metrics for key, metrics in _groups(runs).items() if key[0] == 64}
+    for noise in sorted({noise for noise, _ in groups}):
+        for arm in (PEER, MCL, *FILTERS):
+            metrics = groups.get((noise, arm), [])
+            if not metrics:
+                continue
+            cells = [spread([found["recall_sum"] for found in metrics])]
+            cells.append(" / ".join(_cell(metrics, f"dropped_{kind}", 1) for kind in ("noise", "clean")))
+            cells.append(_cell(metrics, "detection_auc", 3))
+            rows.append(f"| {titles[arm]} | {100 * noise:.0f} % | {' | '.join(cells)} |")
     return rows
+
+
+def _cell(metrics: list[dict], name: str, digits: int) -> str:
+    values = [found[name] for found in metrics if name in found]
+    return spread(values, digits) if values else "–"
 
 
 def trials_table(trials: list[dict]) -> list[str]:
     """Every trial, the best of each arm first."""
-    rows = [
-        "| arm | otherwise than the recipe | steps | text to image R@10 | image to text R@10 |",
-        "|---|---|---|---|---|",
-    ]
+    titles = {name: arm.title for name, arm in read_arms().items()}
+    rows = ["| arm | otherwise than the recipe | sum of recalls |", "|---|---|---|"]
     for trial in sorted(trials, key=lambda trial: (trial["arm"], -trial["metrics"]["recall_sum"])):
         overrides = ", ".join(f"`{name}` {value:g}" for name, value in trial["overrides"].items()) or "nothing"
-        found = [f"{trial['metrics'][f'{side}_recall_at_10']:.1f}" for side in DIRECTIONS]
-        rows.append(f"| {' | '.join([trial['arm'], overrides, str(trial['steps']), *found])} |")
+        rows.append(f"| {titles[trial['arm']]} | {overrides} | {trial['metrics']['recall_sum']:.1f} |")
     return rows
 
 
@@ -79,7 +105,7 @@ def write_tables(json_path: Path, markdown: Path) -> None:
     results = json.loads(json_path.read_text(encoding="utf-8"))
     lines = []
     if results["runs"]:
-        lines += ["", *results_table(results["runs"], results["flop_per_step"]), "", *detection_rows(results["runs"])]
+        lines += ["", *results_table(results["runs"], results["flop_per_step"]), "", *filter_table(results["runs"])]
     if results["trials"]:
         lines += ["", *trials_table(results["trials"])]
     write_between(markdown, BEGIN, END, [*lines, ""])

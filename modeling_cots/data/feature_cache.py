@@ -38,6 +38,7 @@ class FeatureSource:
         image_size: Height and width that images were resized to; `None` for texts.
         view: How they were resized, `TRAINING` or `EVALUATION`; `None` for texts.
         max_text_length: Tokens that captions were cut to; `None` for images.
+        precision: "float32", or what the encoder's matrices were multiplied in.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class FeatureSource:
     image_size: tuple[int, int] | None = None
     view: str | None = None
     max_text_length: int | None = None
+    precision: str = "float32"
 
     @classmethod
     def of_images(cls, model: COTSModel, processor, view: str) -> "FeatureSource":

@@ -8,6 +8,7 @@ stopped goes on: it keeps the shards that it can read and writes the others.
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,16 @@ class FeatureComputer:
         self.model.eval()
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
             for batch in loader:
-                rows = self._text_rows(batch) if self.source.kind == "text" else self._image_rows(batch)
+                with self.autocast():
+                    rows = self._text_rows(batch) if self.source.kind == "text" else self._image_rows(batch)
                 if bar is not None:
                     bar.update(len(rows))
                 yield from rows
         self.model.train(was_training)
+
+    def autocast(self) -> torch.autocast:
+        precision = getattr(torch, self.source.precision)
+        return torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32)
 
     @torch.no_grad()
     def _image_rows(self, batch: dict) -> list[np.ndarray | None]:
@@ -164,6 +170,7 @@ def cache_features(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = True,
+    precision: str = "float32",
 ) -> FeatureDataset:
     """
     Give the items of a data set the features of their images and captions, computed once and then found in `folder`.
@@ -177,6 +184,7 @@ def cache_features(
         view: "training", or "evaluation", which resizes images as the processor does.
         flipped: Whether to add features of flipped images, for training with `horizontal_flip`.
         batch_size, num_workers: Of the passes over the data.
+        precision: "float32", "bfloat16" or "float16", in which the encoder's matrices are multiplied.
     """
     digests, counts = _fingerprints(dataset)
     columns = {}
@@ -185,6 +193,7 @@ def cache_features(
             source = FeatureSource.of_images(model, processor, view)
         else:
             source = FeatureSource.of_texts(model, processor, max_text_length)
+        source = replace(source, precision=precision)
         num_rows = [1] * len(dataset) if kind == "image" else counts
         name = hashlib.blake2b(
             f"{source.to_json()} {digests[kind]} {flipped and kind == 'image'} {SHARD_ROWS}".encode(), digest_size=10

@@ -1,5 +1,7 @@
 """Where the features of frozen encoders come from: made or found in `feature_cache`, or columns of the data."""
 
+from dataclasses import replace
+
 from torch.utils.data import IterableDataset
 
 from ..data.feature_cache import EVALUATION, KINDS, TRAINING, FeatureSource, check_flips, check_usable
@@ -54,6 +56,7 @@ def with_cached_features(
             flipped=flipped,
             batch_size=args.eval_batch_size,
             num_workers=args.dataloader_num_workers,
+            precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             progress=args.process_index == 0 and not args.disable_tqdm,
         )
 
@@ -82,6 +85,7 @@ def choose_features(
             continue
         check_usable(kind, args)
         wanted = features_of(kind, model, processor, max_text_length, TRAINING)
+        wanted = replace(wanted, precision=found.precision)  # whichever it is
         if difference := found.differences(wanted):
             raise ValueError(
                 f"The cached {kind} features do not fit this run: {difference}. Compute them anew, or train on the "
@@ -122,6 +126,6 @@ class MeasuredFeatures:
                 continue
             if kind not in self._wanted:  # a digest of all weights, which do not change
                 self._wanted[kind] = features_of(kind, *self.parts, EVALUATION)
-            if found == self._wanted[kind]:
+            if found == replace(self._wanted[kind], precision=found.precision):
                 usable[kind] = found
         return usable

@@ -166,3 +166,16 @@ def test_features_of_another_source_in_the_middle_of_the_data_are_refused(photos
     source = FeatureSource.of_texts(model, tiny_processor, 7)
     with pytest.raises(ValueError, match="text features of .* another source: max_text_length 12 and not 7"):
         source.read(item, 0)
+
+
+def test_the_encoder_can_run_in_half_precision(photos, model, tiny_processor, tmp_path):
+    """Its features are those under autocast, and lie beside those of full precision."""
+    full = cached(photos, model, tiny_processor, tmp_path)
+    half = cached(photos, model, tiny_processor, tmp_path, precision="bfloat16")
+    for kind in ("image", "text"):
+        whole, rounded = full[0][f"{kind}_features"], half[0][f"{kind}_features"]
+        assert whole.dtype == rounded.dtype == "float32"
+        assert not (whole == rounded).all() and abs(whole - rounded).max() < 0.1
+        assert '"precision": "bfloat16"' in half[0][f"{kind}_features_source"]
+    again = cached(photos, model, tiny_processor, tmp_path)
+    assert (again[0]["image_features"] == full[0]["image_features"]).all()

@@ -258,3 +258,11 @@ def test_features_of_one_kind_serve_the_masked_pass_of_the_other(make):
         states.append(state_of(trainer))
     for name, expected in states[0].items():
         torch.testing.assert_close(states[1][name], expected, rtol=0, atol=2e-6, msg=name)
+
+
+def test_a_run_in_half_precision_caches_and_uses_features_of_that_precision(make):
+    trainer = make(True, bf16=True, max_steps=2)
+    assert {source.precision for source in trainer.features.values()} == {"bfloat16"}
+    trainer.train()
+    assert trainer.measured_features.of(trainer.eval_dataset[0]) != {}, "and so does its evaluation"
+    assert trainer.evaluate()["eval_recall_sum"] >= 0
