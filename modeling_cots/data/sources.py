@@ -22,22 +22,24 @@ FILE_SUFFIXES = tuple(f".{name}" for name in "json jsonl csv parquet tar yaml ym
 OUR_FOLDERS = ("runs",)
 QUICK_START = "runs/quickstart"
 TIMM = "timm/"
+KMEANS = "kmeans:"  # an image tokenizer that is made of the vision encoder that follows
 TIMEOUT = 10  # seconds
 
 
 def is_here(name: str) -> bool:
     """Whether no hub is needed for a name."""
-    return name in BUILT_IN or os.path.exists(os.path.expanduser(name))
+    return name in BUILT_IN or os.path.exists(os.path.expanduser(name.removeprefix(KMEANS)))
 
 
 def check_path(option: str, name: str) -> None:
     """Raise `ValueError` for a name that can only mean a path, and of which nothing is there."""
     if not is_here(name) and is_path(name):
-        raise ValueError(f"{option}={name} does not exist{_what_instead(name)}.")
+        raise ValueError(f"{option}={name} does not exist{_what_instead(name.removeprefix(KMEANS))}.")
 
 
 def is_path(name: str) -> bool:
     """Whether a name can only mean a file or a folder, and no repository of the Hub."""
+    name = name.removeprefix(KMEANS)
     parts = Path(name).parts
     if name.startswith(TIMM) or not parts:
         return False

@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 
 from ..configuration_cots import COTSConfig
 from ..data.image_collators import RAW_PIXELS
+from ..data.sources import KMEANS
 from ..image_processing_cots import COTSImageProcessor
 from ..image_reading_cots import UnreadableImageError, read_image
 from ..method.kmeans_tokenizer import KMeansImageTokenizer
 
-KMEANS = "kmeans:"  # and then a vision encoder, by Hub id or folder
 VOCAB_SIZE = 1_024  # unless a configuration says otherwise; the dVAE's 8,192 would need far more patches
 FOLDER_NAME, FITTED_NAME = "image_tokenizer", "fitted.json"
 NUM_IMAGES, PATCHES_PER_IMAGE, NUM_ITERATIONS = 2_000, 64, 20

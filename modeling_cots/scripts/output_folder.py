@@ -10,8 +10,9 @@ from ..training.checkpoints import latest_checkpoint
 from ..training.recovery import LOCK_NAME
 
 MAX_NAMES = 3  # in a message
-# What a run leaves that was stopped before its first checkpoint was whole; what it moves aside; TensorBoard's logs.
-LEFT_BEHIND = r"checkpoint-\d+|other_run_\d+|runs"
+# What a run leaves that was stopped before its first checkpoint was whole; what it moves aside; TensorBoard's logs; an
+# image tokenizer that it has fitted.
+LEFT_BEHIND = r"checkpoint-\d+|other_run_\d+|runs|image_tokenizer"
 
 
 def check_output_dir(args: COTSTrainingArguments, overwrite: bool) -> None:

@@ -463,6 +463,7 @@ def _build_image_tokenizer(options: ModelArguments, config: COTSConfig, args, pr
     revision = options.revisions.get("image_tokenizer", MAIN)
     if not options.image_tokenizer.startswith(KMEANS):
         return build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size, revision)
+    check_revision("image_tokenizer", options.image_tokenizer, None)
     given = {} if options.model_config is None else read_json(options.model_config)
     is_set = options.model is not None or "image_vocab_size" in given
     settings = processor.image_processor

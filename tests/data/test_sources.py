@@ -34,6 +34,7 @@ def here(tmp_path, monkeypatch):
         "sizes.json",
         "x/a.PARQUET",
         "runs/quick",
+        "kmeans:/nowhere",
         "photos/test",
     ],
 )
@@ -46,14 +47,24 @@ def test_these_can_only_be_paths(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "google-bert/bert-base-uncased", "org/model-v1.0", "org/model.en", "timm/vit_base.augreg_in21k"]
+    "name",
+    [
+        "gpt2",
+        "google-bert/bert-base-uncased",
+        "org/model-v1.0",
+        "org/model.en",
+        "timm/vit_base.augreg_in21k",
+        "kmeans:facebook/dinov2-base",
+    ],
 )
 def test_these_may_be_of_the_hub(name):
     assert not is_path(name)
     check_revision("model", name, None)
 
 
-@pytest.mark.parametrize("name", ["scenes", "random", "none", "photos", "photos/train", "runs/mine", "."])
+@pytest.mark.parametrize(
+    "name", ["scenes", "random", "none", "photos", "photos/train", "runs/mine", ".", "kmeans:photos/train"]
+)
 def test_these_need_no_hub(name):
     check_revision("dataset", name, None)
 
