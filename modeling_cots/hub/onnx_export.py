@@ -76,6 +76,8 @@ class OnnxVariant:
 
     @property
     def kept(self) -> tuple[float, float]:
+        """Both shares, where they were measured."""
+        assert self.kept_by_texts is not None and self.kept_by_images is not None
         return self.kept_by_texts, self.kept_by_images
 
 
@@ -352,11 +354,12 @@ def _write_variants(folder: Path, model: PreTrainedModel, processor: ProcessorMi
     expected = None if queries is None else _embed(model, processor, *queries, name="COTSModel")
 
     def measured(dtype: str) -> OnnxVariant:
-        sizes = [(folder / model_file(encoder, dtype)).stat().st_size for encoder in ENCODERS]
-        if queries is None:
-            return OnnxVariant(dtype, *sizes)
+        text_bytes, vision_bytes = ((folder / model_file(name, dtype)).stat().st_size for name in ENCODERS)
+        if expected is None:
+            return OnnxVariant(dtype, text_bytes, vision_bytes)
         found = _embed(COTSOnnxModel(folder, dtype=dtype), processor, *queries, name=dtype)
-        return OnnxVariant(dtype, *sizes, *kept_first(found, expected))
+        of_texts, of_images = kept_first(found, expected)
+        return OnnxVariant(dtype, text_bytes, vision_bytes, of_texts, of_images)
 
     _write_float16(folder)
     variants = [measured("float32"), measured("float16")]

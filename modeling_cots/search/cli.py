@@ -52,9 +52,8 @@ def run_index(args: argparse.Namespace) -> None:
     dataset, source = open_images(args)
     state = process_state()
     state.wait_for_everyone()  # no process makes the index before all have looked
-    model, processor = load_model(
-        *((args.model, args.revision) if is_new else model_of(args)), args.backend, args.dtype
-    )
+    name, revision = (args.model, args.revision) if is_new else model_of(args)
+    model, processor = load_model(name, revision, args.backend, args.dtype)
     if state.is_main_process and is_new:
         SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
     state.wait_for_everyone()

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
     for command in (index, add, query, serve):
         command.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the model (torch)")
-        command.add_argument("--dtype", help=f"of torch {', '.join(TORCH_DTYPES)}; of onnx {', '.join(ONNX_DTYPES)}")
+        command.add_argument("--dtype", help=f"of torch {TORCH_DTYPES}; of onnx {ONNX_DTYPES}")
         command.add_argument(
             "--revision",
             "--model_revision",
