@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import modeling_cots
 
@@ -12,15 +14,26 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_the_lowest_versions_are_the_lower_bounds_of_the_dependencies():
-    bounds = {}
-    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
-        (bounds[requirement.name],) = [part.version for part in requirement.specifier if part.operator == ">="]
+def test_the_lowest_versions_are_the_lower_bounds_of_the_dependencies_and_extras():
+    project, bounds = PYPROJECT["project"], {}
+    every = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    for requirement in map(Requirement, every):
+        (bound,) = [part.version for part in requirement.specifier if part.operator == ">="]
+        assert bounds.setdefault(canonicalize_name(requirement.name), bound) == bound, requirement
     lines = (ROOT / ".github/lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
     assert set(pins) == set(bounds)
     for name, pin in pins.items():
-        assert (pin + ".0.0").startswith(bounds[name] + "."), f"{name}: the bound is {bounds[name]}, the pin {pin}"
+        assert Version(pin) == Version(bounds[name]) or (pin + ".0").startswith(bounds[name] + "."), name
+
+
+def test_a_job_installs_every_extra_that_it_tests_with_at_its_lowest_version():
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    (extras,) = re.findall(r"pip install -e \"\.\[([\w,]+)\]\" -c \.github/lowest\.txt", workflow)
+    assert set(extras.split(",")) == set(PYPROJECT["project"]["optional-dependencies"])
 
 
 def test_the_workflow_runs_every_python_that_the_classifiers_name():
