@@ -285,8 +285,6 @@ def load_model(name: str, revision: str | None = None, backend: str = "torch", d
     """Load model and processor of one revision, the model onto this process's device."""
     check_revision("model", name, revision)
     check_backend(backend, dtype)
-    if os.path.isabs(name) and not os.path.exists(name):
-        raise ValueError(f"There is no COTS model in {name!r} any more: say where it is by --model.")
     try:
         return load_encoders(name, revision, process_state().device, backend, dtype)
     except (OSError, ValueError) as error:

@@ -225,7 +225,7 @@ def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(folder, no_mod
 def test_a_model_that_has_moved_is_named(folder, tiny_processor):
     SearchIndex.create("IDX", COTSModel.from_pretrained("model"), tiny_processor).add(ImageFolder("photos"))
     (folder / "model").rename(folder / "moved")
-    with pytest.raises(ValueError, match="no COTS model in '.*model' any more: say where it is by --model"):
+    with pytest.raises(ValueError, match="model=.*model does not exist; did you mean .*moved"):
         main("query IDX dog".split())
     main("query IDX dog --model moved".split())
 
