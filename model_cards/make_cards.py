@@ -23,7 +23,7 @@ from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.starting_point import name_start
 from modeling_cots.training.record import REPORTED_SETTINGS, load_record
 
-STARTS = "model", "text_model", "vision_model"
+STARTS = "model", "text_model", "vision_model", "lora_rank"
 RECIPE_TEMPLATE = Path(__file__).parent / "recipe_template.md"
 # Facts that are not in the configurations. Data: Lu et al., CVPR 2022. Reported: its supplement, MSR-VTT full split.
 RECIPES = {

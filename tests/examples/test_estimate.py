@@ -53,7 +53,8 @@ def test_every_configuration_has_a_cost(estimate, tmp_path, config):
     assert number(printed, "largest batch of a device") >= 48
     flop, per_second = number(printed, "GFLOP a pair"), number(printed, "pairs a second")
     assert 100e12 / per_second / 1e9 == pytest.approx(flop, rel=0.05, abs=0.006)  # printed with two digits
-    assert number(printed, "memory a pair") > 0.5
+    is_cached = "feature_cache:" in config.read_text()  # then nothing of an encoder is kept for the backward pass
+    assert is_cached or number(printed, "memory a pair") > 0.5
     assert "hours" in printed
 
 
