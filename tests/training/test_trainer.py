@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import IMAGE_SIZE
 from torch.nn import functional as F
-from transformers import AutoProcessor
+from transformers import AutoProcessor, EarlyStoppingCallback
 
 from modeling_cots import COTSModel, COTSTrainer, ScenesDataset
 from modeling_cots.method.filtering import mixture_threshold
@@ -500,3 +500,19 @@ def test_the_mixture_filters_by_the_queue_and_has_no_k(make_trainer):
     for wrong in ({"filter_rule": "mixture", "filter_num_std": 1.0}, {"filter_rule": "gmm"}):
         with pytest.raises(ValueError, match="filter_"):
             make_trainer(**wrong)
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(make_trainer):
+    trainer = make_trainer(
+        eval_dataset=ScenesDataset("validation", 8, IMAGE_SIZE),
+        max_steps=6,
+        learning_rate=1e-12,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.train()
+    assert trainer.state.global_step == 3
