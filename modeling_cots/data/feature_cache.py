@@ -9,6 +9,7 @@ Beside each stands a [`FeatureSource`], in `image_features_source` and `text_fea
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -93,8 +94,13 @@ class FeatureSource:
         size = fields["image_size"]
         return cls(**{**fields, "image_size": None if size is None else tuple(size)})
 
-    def to_json(self) -> str:
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
+
+    def to_json(self) -> str:
+        """Written once: each item of each batch is compared with it."""
+        return self._json
 
     def differences(self, other: "FeatureSource") -> str:
         """The fields that differ, with both values; empty if none does."""
