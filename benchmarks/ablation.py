@@ -32,6 +32,7 @@ from transformers import set_seed
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments
 from modeling_cots.data.feature_cache import EVALUATION, TRAINING
 from modeling_cots.data.feature_writing import cache_features
+from modeling_cots.data.items import EpochSeeds
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
 from modeling_cots.method.filtering import filter_threshold, keep_above, mixture_threshold
@@ -82,6 +83,8 @@ class PairsInMemory(Dataset):
     """Captions and features of all items, without images, some captions at other images where `noise` is above 0."""
 
     def __init__(self, dataset, noise: float = 0.0, seed: int = 0):
+        self.seeds = EpochSeeds(seed)
+        self.set_epoch = self.seeds.set_epoch  # another caption of each image in each epoch
         items = [dataset[index] for index in range(len(dataset))]
         places = [[(image, place) for place in range(len(item["captions"]))] for image, item in enumerate(items)]
         self.is_moved = [[False] * len(each) for each in places]
@@ -101,7 +104,7 @@ class PairsInMemory(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        return self.items[index]
+        return {**self.items[index], "seed": self.seeds(index)}
 
 
 class Ablation:

@@ -1,6 +1,6 @@
 """The peer of `ablation.py`: in-batch contrastive learning as transformers' VisionTextDualEncoderModel does it.
 
-Loss, learned temperature and forward pass are that class's own. It stands on the same features as COTS: its encoders
+Loss and forward pass are that class's own. It stands on the same features as COTS: its encoders
 hand them through, and its projections are those of the COTS model that it is made from, so that both begin alike.
 """
 
@@ -53,6 +53,8 @@ def build_peer(model: COTSModel, args: TrainingArguments, train_dataset, collato
     )
     peer = VisionTextDualEncoderModel(config)
     peer.vision_model, peer.text_model = Features(), Features()
+    # As in COTS. A learned one falls while the pairs are learned by heart.
+    peer.logit_scale.requires_grad_(False)
     peer.visual_projection, peer.text_projection = model.vision_projection, model.text_projection
     return Trainer(model=peer, args=args, train_dataset=train_dataset, data_collator=collator)
 

@@ -29,7 +29,7 @@ from modeling_cots.data.pairs import open_pairs  # noqa: E402
 
 WIDTH, SIDE = 860, 160
 TOY_QUERY, TOY_WORD = "a large purple square", "purple"
-SHOWN, WORDS = "coffee.png", ["coffee", "spoon", "table"]
+SHOWN, WORDS = "rocket.jpg", ["rocket", "launch", "evening"]
 SWAPPED = ("chelsea.png", "rocket.jpg"), ("coins.png", "astronaut.png")  # captions that are made wrong on purpose
 
 

@@ -135,6 +135,14 @@ def test_noise_moves_captions_with_their_features(folder, toy):
     assert num_moved == round(0.5 * 16 * 5)
 
 
+def test_captions_are_drawn_anew_in_each_epoch(folder, toy):
+    made = ablation.Ablation(folder / "data", "validation", folder / "features", {})
+    pairs = ablation.PairsInMemory(made.train_dataset)
+    first = [item["seed"] for item in pairs]
+    pairs.set_epoch(1)
+    assert not set(first) & {item["seed"] for item in pairs}
+
+
 def test_tables_are_written_between_the_marks(tmp_path):
     runs = [
         {"arm": "in_batch", "overrides": {}, "seed": seed, "metrics": {**METRICS, "recall_sum": 60.0 + 2 * seed}}
