@@ -7,7 +7,7 @@ stopped goes on: it keeps the shards that it can read and writes the others.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class FeatureDataset(Dataset):
             could not be read.
     """
 
-    def __init__(self, dataset, columns: dict[FeatureSource, Callable[[int], np.ndarray | None]]):
+    def __init__(self, dataset, columns: Mapping[FeatureSource, Callable[[int], np.ndarray | None]]):
         self.dataset, self.columns = dataset, columns
 
     def __getattr__(self, name: str):
@@ -123,6 +123,7 @@ class _ImageInputs:
         self.processor = processor.image_processor
         self.transform = None
         if source.view == TRAINING:
+            assert source.image_size is not None  # as of all images
             self.transform = ImageTransform(source.image_size, self.processor.image_mean, min_crop_scale=1.0)
         self.report = SkipReport()
 
@@ -148,6 +149,7 @@ class _TextInputs:
     """Token ids of all captions of items."""
 
     def __init__(self, processor, source: FeatureSource):
+        assert source.max_text_length is not None  # as of all texts
         self.tokenizer, self.max_text_length = processor.tokenizer, source.max_text_length
 
     def __call__(self, items: list[dict]) -> dict:

@@ -209,7 +209,8 @@ class COTSEvaluationCollator:
         self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        images, valid = [], []
+        images: list = []  # or features
+        valid = []
         for item in items:
             try:
                 images.append(self._read(item))

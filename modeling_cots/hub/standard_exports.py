@@ -200,7 +200,7 @@ def dense_layers(projection: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
 
     The standardization in front of them is part of the first one: W (x - mean) / std + b.
     """
-    layers = []
+    layers: list[tuple[torch.Tensor, torch.Tensor, type | None]] = []
     scale, shift = 1.0, None
     for part in projection if isinstance(projection, nn.Sequential) else [projection]:
         if isinstance(part, Standardization):

@@ -62,7 +62,7 @@ def build_config(
     revisions: Mapping[str, str] = LATEST,
     *,
     image_size: int | None = None,
-    **fields: float | int | bool | None,
+    **fields: float | int | bool | str | None,
 ) -> COTSConfig:
     """
     The configuration of a COTS checkpoint; otherwise that of a JSON file or the paper, with the given encoders.

@@ -27,17 +27,17 @@ def hold_out_if_missing(
     Where `eval_split` is the default and the data set has no such split, or is one file, which is every split, images
     are held out of `train_dataset`. Raises `ValueError` for another split that is not there.
     """
-    can_hold_out = options.eval_split == EVAL_SPLIT and isinstance(train_dataset, PairDataset)
-    if not (can_hold_out and is_every_split(options.dataset)):
+    whole = train_dataset if options.eval_split == EVAL_SPLIT and isinstance(train_dataset, PairDataset) else None
+    if whole is None or not is_every_split(options.dataset):
         try:
             return train_dataset, open_split(options, options.eval_split, image_size=image_size, seed=seed)
         except ValueError as error:
-            if not can_hold_out or f"has no split {EVAL_SPLIT!r}" not in str(error):
+            if whole is None or f"has no split {EVAL_SPLIT!r}" not in str(error):
                 raise
-    rest, held_out = train_dataset.hold_out(SHARE, MOST)
-    rest.name = held_out.name = train_dataset.name
+    rest, held_out = whole.hold_out(SHARE, MOST)
+    rest.name = held_out.name = whole.name
     logger.warning(
-        f"{options.dataset} has no split {EVAL_SPLIT!r}: {len(held_out):,} of its {len(train_dataset):,} images are "
+        f"{options.dataset} has no split {EVAL_SPLIT!r}: {len(held_out):,} of its {len(whole):,} images are "
         "held out of training, to be measured. (--eval_split none trains on all of them.)"
     )
     return rest, held_out

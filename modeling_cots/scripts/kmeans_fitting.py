@@ -45,8 +45,9 @@ def find_or_fit(
     Raises `ValueError` for a stream and for data with too few patches.
     """
     folder = Path(output_dir) / FOLDER_NAME
+    encoder = name.removeprefix(KMEANS)
     wanted = {
-        "encoder": name.removeprefix(KMEANS),
+        "encoder": encoder,
         "revision": revision,
         "vocab_size": vocab_size,
         "image_size": list(config.image_size),
@@ -61,7 +62,7 @@ def find_or_fit(
             "before with examples/tokenize_images.py."
         )
     normalization = image_mean, image_std
-    tokenizer = KMeansImageTokenizer.from_encoder(wanted["encoder"], vocab_size, *normalization, revision=revision)
+    tokenizer = KMeansImageTokenizer.from_encoder(encoder, vocab_size, *normalization, revision=revision)
     features = patch_features(tokenizer.to(device), dataset, config)
     tokenizer.centers.copy_(cluster(features, vocab_size))
     tokenizer.save_pretrained(str(folder))

@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         if eval_dataset is not None:
+            assert trainer.example_retrievals is not None, "the trainer has evaluated"
             print("", format_report(metrics, trainer.example_retrievals, eval_dataset), sep="\n\n")
         print(f"\n{describe_output(args.output_dir)}")
     trainer.end()

@@ -26,7 +26,8 @@ def with_cached_features(
     They are computed by the first process of each machine, and found by the others. Raises `ValueError` where no
     encoder is frozen whole, where training could not use the features, and for streams and videos.
     """
-    if args.feature_cache is None:
+    folder = args.feature_cache
+    if folder is None:
         return train_dataset, eval_dataset
     kinds = frozen_kinds(args)
     if not kinds:
@@ -49,7 +50,7 @@ def with_cached_features(
             dataset,
             model,
             processor,
-            args.feature_cache,
+            folder,
             kinds=kinds,
             max_text_length=max_text_length,
             view=view,

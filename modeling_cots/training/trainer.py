@@ -126,10 +126,12 @@ class COTSTrainer(Trainer):
         **kwargs,
     ):
         check_setup(args, processing_class)
+        assert args is not None  # `check_setup` refuses it
         check_parts(args, kwargs)
         if (model is None) == (model_init is None):
             raise ValueError("COTSTrainer needs a model, or model_init, which makes one: give one of the two.")
-        self.args, self.processing_class, self.train_dataset = args, processing_class, kwargs.get("train_dataset")
+        self.args: COTSTrainingArguments = args
+        self.processing_class, self.train_dataset = processing_class, kwargs.get("train_dataset")
         self.max_text_length = max_text_length
         self.eval_protocol = eval_protocol
         self.example_retrievals: ExampleRetrievals | None = None  # of the last evaluation, to be shown
