@@ -80,6 +80,16 @@ class Network:
         """Carry out the next matching request, but cut its connection before the answer."""
         self._lost_answer = re.compile(to)
 
+    def go_down(self) -> None:
+        """Refuse every connection until [`come_back`]."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        self.is_down = True
+        for server in self.servers:
+            server.close()
+
     def come_back(self) -> None:
         with self._lock:
             if self.is_down:
@@ -106,9 +116,7 @@ class Network:
                 return num_bytes
             self._fault = None
             if fault.for_good:
-                self.is_down = True
-                for server in self.servers:
-                    server.close()
+                self._close()
             return fault.bytes_left
 
     def loses_answer(self, line: str) -> bool:

@@ -1,7 +1,8 @@
 """What a model hub keeps: accounts, repositories, commits, large objects. No HTTP here; `hub_server.py` speaks that.
 
 A repository is a chain of immutable snapshots; a commit is built completely and then put in place under a lock, so
-that nobody can see half of one. Errors carry the status and the `X-Error-Code` by which huggingface_hub knows them.
+that nobody can see half of one. A pull request is a chain of its own, `refs/pr/NUM`, until it is merged. Errors carry
+the status and the `X-Error-Code` by which huggingface_hub knows them.
 """
 
 import base64
@@ -58,6 +59,10 @@ def lfs_pointer(oid: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n".encode()
 
 
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
 @dataclass(frozen=True)
 class Commit:
     """One immutable snapshot."""
@@ -66,7 +71,7 @@ class Commit:
     title: str
     description: str
     files: dict[str, File]
-    date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
+    date: str = field(default_factory=now)
 
     @property
     def id(self) -> str:
@@ -74,8 +79,26 @@ class Commit:
         return hashlib.sha1(repr((self.parent, self.title, self.date, listing)).encode()).hexdigest()
 
 
+@dataclass
+class PullRequest:
+    """Changes to `main` that somebody proposes: the snapshots after `base` up to the one that `ref` names."""
+
+    num: int
+    title: str
+    description: str
+    author: str
+    base: str
+    status: str  # "draft", "open", "closed" or "merged"
+    merge_commit: str | None = None
+    date: str = field(default_factory=now)
+
+    @property
+    def ref(self) -> str:
+        return f"refs/pr/{self.num}"
+
+
 class Repository:
-    """A model repository: branches and tags over snapshots. Begins with one commit of a `.gitattributes`."""
+    """Branches, tags and pull requests over the snapshots of a model. Begins with one commit of a `.gitattributes`."""
 
     def __init__(self, id: str, private: bool = False):
         self.id = id
@@ -85,6 +108,8 @@ class Repository:
         self.objects: dict[str, bytes] = {}  # SHA-256 -> content of a large file
         self.commits: dict[str, Commit] = {}
         self.tags: dict[str, str] = {}
+        self.proposed: dict[str, str] = {}  # the newest snapshot of each pull request, by its reference
+        self.pull_requests: dict[str, PullRequest] = {}
         self._lock = threading.Lock()
         first = Commit(None, "initial commit", "", {".gitattributes": self._store(GIT_ATTRIBUTES)})
         self.commits[first.id] = first
@@ -96,8 +121,9 @@ class Repository:
         return File(len(content), blob_id)
 
     def resolve(self, revision: str) -> Commit:
-        """The snapshot that a branch, a tag or a full commit hash names."""
-        commit_id = self.branches.get(revision) or self.tags.get(revision) or revision
+        """The snapshot that a branch, a tag, a pull request or a full commit hash names."""
+        named = self.proposed | self.tags | self.branches
+        commit_id = named.get(revision, revision)
         if commit_id not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[commit_id]
@@ -120,24 +146,80 @@ class Repository:
         is_large = size > MAX_REGULAR_BYTES or b"\0" in sample or any(fnmatch.fnmatch(name, p) for p in patterns)
         return "lfs" if is_large else "regular"
 
-    def commit(self, branch: str, header: dict, operations: list[dict]) -> Commit:
-        """Put a snapshot on top of a branch, whole or not at all.
+    def commit(self, revision: str, header: dict, operations: list[dict]) -> Commit:
+        """Put a snapshot on top of a branch or a pull request, whole or not at all.
 
-        Raises [`HubError`] 412 when the branch has moved on from `header["parentCommit"]`, 400 for a large file whose
-        content never came, 404 for an unknown branch and for deleting what is not there.
+        Raises [`HubError`] 412 when it has moved on from `header["parentCommit"]`, of which the first characters are
+        enough; 400 for a large file whose content never came, 404 for an unknown branch and for deleting what is not
+        there.
         """
         with self._lock:
-            if branch not in self.branches:
-                raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-            head = self.branches[branch]
-            if header.get("parentCommit") not in (None, head):
+            refs = self.proposed if revision in self.proposed else self.branches
+            if revision not in refs:
+                raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            head = refs[revision]
+            if not head.startswith(header.get("parentCommit") or ""):
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            files = dict(self.commits[head].files)
-            for operation in operations:
-                self._apply_(files, operation["key"], operation["value"])
-            commit = Commit(head, header["summary"], header.get("description", ""), files)
-            self.commits[commit.id] = commit
-            self.branches[branch] = commit.id
+            commit = self._build(head, header, operations)
+            refs[revision] = commit.id
+            return commit
+
+    def _build(self, parent: str, header: dict, operations: list[dict]) -> Commit:
+        files = dict(self.commits[parent].files)
+        for operation in operations:
+            self._apply_(files, operation["key"], operation["value"])
+        return self._add(Commit(parent, header["summary"], header.get("description", ""), files))
+
+    def _add(self, commit: Commit) -> Commit:
+        self.commits[commit.id] = commit
+        return commit
+
+    def open_pull_request(self, author: str, header: dict, operations: list[dict]) -> PullRequest:
+        """Propose a commit on `main` or on `header["parentCommit"]`; a draft without changes if it does nothing.
+
+        Raises [`HubError`] as [`commit`] does.
+        """
+        with self._lock:
+            start = header.get("parentCommit") or self.branches["main"]
+            base = next((id for id in self.commits if id.startswith(start)), None)
+            if base is None:
+                raise HubError(404, f"Invalid rev id: {start}", "RevisionNotFound")
+            head = self._build(base, header, operations).id if operations else base
+            num = len(self.pull_requests) + 1
+            text = header["summary"], header.get("description", "")
+            pull_request = PullRequest(num, *text, author, base, "open" if operations else "draft")
+            self.pull_requests[pull_request.ref] = pull_request
+            self.proposed[pull_request.ref] = head
+            return pull_request
+
+    def changes(self, pull_request: PullRequest) -> dict[str, File | None]:
+        """The files that a pull request adds or replaces; `None` for those that it deletes."""
+        before, after = self.commits[pull_request.base].files, self.resolve(pull_request.ref).files
+        return {path: after.get(path) for path in before | after if before.get(path) != after.get(path)}
+
+    def conflicts(self, pull_request: PullRequest) -> list[str]:
+        """The files that `main` has changed in another way since a pull request began."""
+        before, now = self.commits[pull_request.base].files, self.resolve("main").files
+        changes = self.changes(pull_request)
+        return sorted(path for path in changes if now.get(path) not in (before.get(path), changes[path]))
+
+    def merge(self, pull_request: PullRequest) -> Commit:
+        """Put the changes of a pull request on top of `main`, as one snapshot.
+
+        Raises [`HubError`] 400 for one that is not open, 409 where `main` has changed the same files.
+        """
+        with self._lock:
+            if pull_request.status != "open":
+                raise HubError(400, f"This pull request is {pull_request.status}: it cannot be merged.")
+            if conflicts := self.conflicts(pull_request):
+                raise HubError(409, f"This pull request has conflicts: {', '.join(conflicts)}")
+            head = self.branches["main"]
+            merged = self.commits[head].files | self.changes(pull_request)
+            files = {path: file for path, file in merged.items() if file is not None}
+            title = f"{pull_request.title} (#{pull_request.num})"
+            commit = self._add(Commit(head, title, pull_request.description, files))
+            self.branches["main"] = pull_request.merge_commit = commit.id
+            pull_request.status = "merged"
             return commit
 
     def _apply_(self, files: dict[str, File], key: str, value: dict) -> None:
@@ -206,6 +288,22 @@ class Hub:
             raise HubError(401 if account is None else 404, "Repository not found", "RepoNotFound")
         if to_write:
             self.writer(account, id.partition("/")[0])
+        return repository
+
+    def find_to_send(self, id: str, account: Account | None, revision: str | None) -> Repository:
+        """
+        A repository that `account` may send files to.
+
+        Args:
+            revision: What they are for: a branch, to which its owner writes; a pull request, to which its author
+                writes too; `None` for a new pull request, which everybody may open who may read and has the right
+                to write somewhere.
+        """
+        repository = self.find(id, account)
+        pull_request = repository.pull_requests.get(revision)
+        is_authors = pull_request is not None and account is not None and pull_request.author == account.user
+        is_guests = account is not None and (revision is None or is_authors)
+        self.writer(account, account.user if is_guests else id.partition("/")[0])
         return repository
 
     def delete(self, id: str, account: Account | None) -> None:

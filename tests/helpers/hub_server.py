@@ -2,10 +2,11 @@
 
 It speaks the part of the Hub's HTTP API that pushing and pulling models needs (seen with huggingface_hub 2.4):
 accounts and tokens, creating and deleting repositories, private ones, preupload, LFS batch with basic transfers,
-commits, tags, branches, trees, model info, and resolve with range requests. Large files lie behind signed addresses of
-a second server, which is another origin, as the Hub's storage is: a client that sends its token there is caught.
+commits, tags, branches, pull requests, trees, model info, and resolve with range requests. Large files lie behind
+signed addresses of a second server, which is another origin, as the Hub's storage is: a client that sends its token
+there is caught.
 
-Models, data sets and Spaces share ids and routes. Not here: pull requests, running Spaces, and xet. The client uses
+Models, data sets and Spaces share ids and routes. Not here: discussions, running Spaces, and xet. The client uses
 xet for every upload if `hf_xet` is installed, whatever the server says, unless `HF_HUB_DISABLE_XET` is set;
 `hub_client.py` sets it.
 """
@@ -20,7 +21,7 @@ from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote
 
 from hub_network import Answer, Network, Request, Server
-from hub_repository import Account, Commit, File, Hub, HubError, Repository
+from hub_repository import Account, File, Hub, HubError, PullRequest, Repository, now
 
 USER = "tester"
 WRITE_TOKEN, READ_TOKEN, STRANGERS_TOKEN = "hf_write", "hf_read", "hf_stranger"
@@ -31,6 +32,8 @@ TOKENS = {
 }
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 MODEL = f"/api/(?:models|datasets|spaces)/{REPO}"
+PULL_REQUEST = MODEL + r"/discussions/(?P<num>\d+)"
+PULL_REQUESTS_A_PAGE = 10
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
@@ -57,11 +60,29 @@ def file_info(path: str, file: File) -> dict:
     return info
 
 
-def sibling_info(path: str, file: File) -> dict:
+def sibling_info(path: str, file: File, with_blobs: bool) -> dict:
+    if not with_blobs:
+        return {"rfilename": path}
     info = {"rfilename": path, "size": file.size, "blobId": file.blob_id}
     if file.lfs_oid is not None:
         info["lfs"] = {"sha256": file.lfs_oid, "size": file.size, "pointerSize": file.pointer_size}
     return info
+
+
+def pull_request_info(request: Request, repo: str, pull_request: PullRequest) -> dict:
+    return {
+        "num": pull_request.num,
+        "title": pull_request.title,
+        "author": {"name": pull_request.author},
+        "createdAt": pull_request.date,
+        "status": pull_request.status,
+        "isPullRequest": True,
+        "repo": {"name": repo, "type": request.path.split("/")[2].removesuffix("s")},
+    }
+
+
+def event(type: str, author: str, date: str, data: dict) -> dict:
+    return {"id": secrets.token_hex(12), "type": type, "author": {"name": author}, "createdAt": date, "data": data}
 
 
 class HubServer:
@@ -164,7 +185,7 @@ class HubServer:
             "private": repository.private,
             "sdk": repository.sdk,
             "tags": [],
-            "siblings": [sibling_info(path, file) for path, file in sorted(commit.files.items())],
+            "siblings": [sibling_info(*item, "blobs" in request.query) for item in sorted(commit.files.items())],
             **card_fields(card),
         }
 
@@ -196,11 +217,16 @@ class HubServer:
         def listed(kind: str, refs: dict[str, str]) -> list[dict]:
             return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": id} for n, id in refs.items()]
 
-        return {
+        refs = {
             "branches": listed("heads", repository.branches),
             "tags": listed("tags", repository.tags),
             "converts": [],
         }
+        if "include_prs" in request.query:
+            refs["pullRequests"] = listed(
+                "pr", {r.removeprefix("refs/pr/"): c for r, c in repository.proposed.items()}
+            )
+        return refs
 
     @route("POST", f"{MODEL}/paths-info/(?P<revision>[^/]+)")
     def paths_info(self, request: Request, account: Account | None, repo: str, revision: str):
@@ -229,7 +255,7 @@ class HubServer:
 
     @route("POST", f"{MODEL}/preupload/(?P<revision>[^/]+)")
     def preupload(self, request: Request, account: Account | None, repo: str, revision: str):
-        repository = self.hub.find(repo, account, to_write=True)
+        repository = self.hub.find_to_send(repo, account, None if "create_pr" in request.query else revision)
         known = repository.resolve(revision).files
         return {
             "files": [
@@ -247,8 +273,9 @@ class HubServer:
 
     @route("POST", f"/(?:datasets/|spaces/)?{REPO}[.]git/info/lfs/objects/batch")
     def lfs_batch(self, request: Request, account: Account | None, repo: str):
-        repository = self.hub.find(repo, account, to_write=True)
-        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in request.json()["objects"]]
+        payload = request.json()
+        repository = self.hub.find_to_send(repo, account, payload.get("ref", {}).get("name"))
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in payload["objects"]]
         for object in objects:
             if object["oid"] not in repository.objects:
                 verify = {"href": f"{self.url}/api/models/{repo}/lfs-verify"}
@@ -260,7 +287,7 @@ class HubServer:
 
     @route("POST", f"{MODEL}/lfs-verify")
     def lfs_verify(self, request: Request, account: Account | None, repo: str):
-        objects = self.hub.find(repo, account, to_write=True).objects
+        objects = self.hub.find_to_send(repo, account, None).objects
         wanted = request.json()
         if len(objects.get(wanted["oid"], b"")) != wanted["size"]:
             raise HubError(404, "The object did not arrive")
@@ -268,13 +295,17 @@ class HubServer:
 
     @route("POST", f"{MODEL}/commit/(?P<revision>[^/]+)")
     def commit(self, request: Request, account: Account | None, repo: str, revision: str):
-        repository = self.hub.find(repo, account, to_write=True)
-        if "create_pr" in request.query:
-            raise HubError(501, "This hub has no pull requests")
+        is_proposal = "create_pr" in request.query
+        repository = self.hub.find_to_send(repo, account, None if is_proposal else revision)
         header, *operations = (json.loads(line) for line in request.body.splitlines())
-        commit: Commit = repository.commit(revision, header["value"], operations)
-        url = f"{self.url}/{repo}/commit/{commit.id}"
-        return {"success": True, "commitOid": commit.id, "commitUrl": url, "hookOutput": ""}
+        answer = {"success": True, "hookOutput": ""}
+        if is_proposal:
+            pull_request = repository.open_pull_request(account.user, header["value"], operations)
+            commit = repository.resolve(pull_request.ref)
+            answer["pullRequestUrl"] = f"{self.url}/{repo}/discussions/{pull_request.num}"
+        else:
+            commit = repository.commit(revision, header["value"], operations)
+        return answer | {"commitOid": commit.id, "commitUrl": f"{self.url}/{repo}/commit/{commit.id}"}
 
     @route("POST", f"{MODEL}/(?P<kind>tag|branch)/(?P<name>[^/]+)")
     def create_ref(self, request: Request, account: Account | None, repo: str, kind: str, name: str):
@@ -284,6 +315,8 @@ class HubServer:
             refs, name, start = repository.tags, payload["tag"], name
         else:
             refs, start = repository.branches, payload.get("startingPoint", "main")
+            if name.startswith("refs/"):
+                raise HubError(400, f"Invalid reference for a branch: {name}")
         if name in refs:
             raise HubError(409, f"Reference already exists: {name}")
         refs[name] = repository.resolve(start).id
@@ -292,9 +325,82 @@ class HubServer:
     @route("DELETE", f"{MODEL}/(?P<kind>tag|branch)/(?P<name>[^/]+)")
     def delete_ref(self, request: Request, account: Account | None, repo: str, kind: str, name: str):
         repository = self.hub.find(repo, account, to_write=True)
+        if (kind, name) == ("branch", "main"):
+            raise HubError(403, "The branch main is protected: it cannot be deleted.")
         if (repository.tags if kind == "tag" else repository.branches).pop(name, None) is None:
             raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
         return {}
+
+    # --- pull requests
+
+    @route("GET", f"{MODEL}/discussions")
+    def list_pull_requests(self, request: Request, account: Account | None, repo: str):
+        query = request.query
+        kept = {"open": ("open", "draft"), "closed": ("closed", "merged")}.get(query.get("status"))
+        found = [
+            pull_request_info(request, repo, pull_request)
+            for pull_request in reversed(self.hub.find(repo, account).pull_requests.values())
+            if query.get("author") in (None, pull_request.author)
+            and query.get("type") != "discussion"
+            and (kept is None or pull_request.status in kept)
+        ]
+        start = int(query.get("p", 0)) * PULL_REQUESTS_A_PAGE
+        return {"discussions": found[start : start + PULL_REQUESTS_A_PAGE], "count": len(found), "start": start}
+
+    @route("POST", f"{MODEL}/discussions")
+    def open_pull_request(self, request: Request, account: Account | None, repo: str):
+        repository = self.hub.find_to_send(repo, account, None)
+        payload = request.json()
+        if not payload["pullRequest"]:
+            raise HubError(501, "This hub has pull requests, but no discussions")
+        header = {"summary": payload["title"], "description": payload["description"]}
+        return {"num": repository.open_pull_request(account.user, header, []).num}
+
+    @route("GET", PULL_REQUEST)
+    def pull_request(self, request: Request, account: Account | None, repo: str, num: str):
+        repository, pull_request = self._pull_request(repo, account, num)
+        text = {"raw": pull_request.description, "html": pull_request.description, "updatedAt": pull_request.date}
+        comment = {"edited": False, "hidden": False, "latest": text, "history": []}
+        history = repository.history(pull_request.ref)
+        proposed = history[: [commit.id for commit in history].index(pull_request.base)]
+        return {
+            **pull_request_info(request, repo, pull_request),
+            "changes": {"base": "main", "mergeCommitId": pull_request.merge_commit},
+            "filesWithConflicts": repository.conflicts(pull_request) if pull_request.status != "merged" else [],
+            "events": [
+                event("comment", pull_request.author, pull_request.date, comment),
+                *(
+                    event("commit", pull_request.author, commit.date, {"subject": commit.title, "oid": commit.id})
+                    for commit in reversed(proposed)
+                ),
+            ],
+        }
+
+    @route("POST", f"{PULL_REQUEST}/status")
+    def set_status(self, request: Request, account: Account | None, repo: str, num: str):
+        _, pull_request = self._pull_request(repo, account, num, to_write=True)
+        if pull_request.status == "merged":
+            raise HubError(400, "This pull request is merged: its status stays.")
+        pull_request.status = request.json()["status"]
+        return {"newStatus": event("status-change", account.user, now(), {"status": pull_request.status})}
+
+    @route("POST", f"{PULL_REQUEST}/merge")
+    def merge(self, request: Request, account: Account | None, repo: str, num: str):
+        self.hub.find(repo, account, to_write=True)
+        repository, pull_request = self._pull_request(repo, account, num)
+        repository.merge(pull_request)
+        return {}
+
+    def _pull_request(
+        self, repo: str, account: Account | None, num: str, to_write: bool = False
+    ) -> tuple[Repository, PullRequest]:
+        ref = f"refs/pr/{num}"
+        repository = self.hub.find(repo, account)
+        if ref not in repository.pull_requests:
+            raise HubError(404, f"There is no pull request {num}")
+        if to_write:
+            self.hub.find_to_send(repo, account, ref)
+        return repository, repository.pull_requests[ref]
 
     # --- storage: whoever has a signed address may read and write that one object, and needs no token
 
