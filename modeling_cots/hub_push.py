@@ -21,8 +21,9 @@ from .onnx_cots import ONNX_FOLDER
 
 logger = logging.get_logger(__name__)
 
+SHARD_INDEX = "model.safetensors.index.json"
 # Weights of an earlier push, which would be loaded beside the new weights or in place of them: they are deleted.
-STALE_WEIGHTS = ["model-*-of-*.safetensors", "model.safetensors.index.json", f"{ONNX_FOLDER}/*.onnx"]
+STALE_WEIGHTS = ["model-*-of-*.safetensors", SHARD_INDEX, f"{ONNX_FOLDER}/*.onnx"]
 # In a Space, the files of an earlier page, which `search/browser_demo.py` wrote.
 STALE_PAGE = ["encoders/*", "collection/*", "runtime/*"]
 
@@ -78,6 +79,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
+    create_pr: bool = False,
     overwrite_card: bool = False,
     commit_message: str = "Upload COTS model",
     token: str | bool | None = None,
@@ -91,23 +93,30 @@ def push_folder(
     Args:
         repo_id: `name` or `owner/name`.
         private: Make a new repository private; by default as the settings of its owner say.
-        revision: Branch to push to, created if there is none; by default `main`.
+        revision: Branch to push to, created if there is none, or a pull request, `refs/pr/NUM`; by default `main`.
         tag: Name of this version, to load it by: `from_pretrained(repo_id, revision=tag)`.
+        create_pr: Propose the commit to `main` in a pull request, which is possible in the repositories of others too.
+            The result has its `pr_url`, and its `pr_revision` to load the model by.
         overwrite_card: Replace the card in the repository even if it was edited.
         token: By default that of the environment or of `hf auth login`.
         space_sdk: Push to a Space of this kind, such as "static", instead of a model's repository.
 
-    Raises `ValueError` for a tag that exists, and for `private=True` with a public repository. Raises
-    [`HubPushError`] for a token without the right to write, and for a network that fails. The same push can then be
-    made again: large files that have arrived are not sent twice.
+    Raises `ValueError` for a tag that exists, for a tag or a revision with `create_pr`, and for `private=True` with a
+    public repository. Raises [`HubPushError`] for a token without the right to write, and for a network that fails.
+    The same push can then be made again: large files that have arrived are not sent twice.
     """
+    if create_pr and (tag is not None or revision is not None):
+        raise ValueError(
+            f"create_pr=True got revision={revision!r} and tag={tag!r}: a new pull request goes to main, and a tag is "
+            "set once it is merged. Leave both out."
+        )
     api = HfApi(token=token)
     kind = {"repo_type": "model" if space_sdk is None else "space"}
     with _failures_explained(repo_id):
         repo_id = open_repository(api, repo_id, private, space_sdk=space_sdk)
         if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id, **kind).tags):
             raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another, or delete that one first.")
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
         version = {"revision": revision, **kind}
         keeps_card = not overwrite_card and _has_edited_card(api, repo_id, **version)
@@ -124,6 +133,7 @@ def push_folder(
                 skipped={CARD_NAME} if keeps_card else set(),
             ),
             commit_message=commit_message,
+            create_pr=create_pr,
             **version,
         )
         if tag is not None:
@@ -144,6 +154,8 @@ def _operations(folder: Path, present: list[str], stale: list[str], skipped: set
         if not any(part[0] == "." or part == "__pycache__" for part in name.parts)
     }
     added = [CommitOperationAdd(name, path) for name, path in paths.items() if name not in skipped]
+    if SHARD_INDEX in paths:  # beside shards, whole weights would be loaded in their place
+        stale = [*stale, "model.safetensors"]
     old = [name for name in present if name not in paths and any(fnmatch(name, pattern) for pattern in stale)]
     return added + [CommitOperationDelete(name) for name in old]
 

@@ -274,7 +274,8 @@ class COTSPreTrainedModel(PreTrainedModel):
             repo_id (`str`): `name` or `owner/name`; created if there is none.
             processor ([`COTSProcessor`], *optional*): By default the one in the folder or repository of the model.
             card (`ModelCard` or `str`, *optional*): By default a short one without claims about training.
-            push_options: `private`, `revision`, `tag`, `overwrite_card`, `commit_message`, `token`; see `push_folder`.
+            push_options: `private`, `revision`, `tag`, `create_pr`, `overwrite_card`, `commit_message`, `token`; see
+                `push_folder`.
 
         Returns the `CommitInfo`. Raises `ValueError` without a processor, and what `push_folder` raises.
         """

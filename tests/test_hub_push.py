@@ -1,5 +1,6 @@
 """Pushing a complete repository through the real client: cards, tags, privacy, refusals, a network that vanishes."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import ClientError
-from hub_server import READ_TOKEN
+from hub_server import READ_TOKEN, STRANGERS_TOKEN
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from tiny import CAPTIONS
 from without_package import run_without_package
@@ -44,6 +45,39 @@ def folder(checkpoint, tmp_path) -> str:
 
 
 # --- what clients do
+
+
+def digest(model) -> str:
+    """Of all weights."""
+    state = sorted(model.state_dict().items())
+    return hashlib.sha256(b"".join(name.encode() + value.numpy().tobytes() for name, value in state)).hexdigest()
+
+
+def load_each(repo_id: str, revisions: list[str], **kwargs) -> dict[str, str]:
+    models = {r: COTSModel.from_pretrained(repo_id, revision=r, **kwargs) for r in revisions}
+    return {revision: digest(model) for revision, model in models.items()}
+
+
+def preload(repo_id: str, revisions: list[str]) -> None:
+    for revision in revisions:
+        HfApi().snapshot_download(repo_id, revision=revision)
+
+
+def describe_caption(repo_id: str, revision: str) -> list[list[float]]:
+    options = {"revision": revision, "local_files_only": True}
+    processor = COTSProcessor.from_pretrained(repo_id, **options)
+    inputs = processor(text=CAPTIONS[:1], return_tensors="pt")
+    with torch.no_grad():
+        return COTSModel.from_pretrained(repo_id, **options).eval().encode_text(**inputs).tolist()
+
+
+def propose(folder: str, repo_id: str, **options) -> list[str]:
+    info = push_folder(folder, repo_id, create_pr=True, **options)
+    return [info.pr_revision, info.oid]
+
+
+def merge(repo_id: str, num: int) -> None:
+    HfApi().merge_pull_request(repo_id, num)
 
 
 def push(folder: str, repo_id: str, **options) -> str:
@@ -168,6 +202,80 @@ def test_old_shards_do_not_stay_beside_new_weights(hub, folder):
     Path(folder, "requirements.txt").write_text("other")
     hub.run(push, folder, repo_id)
     assert hub.run(facts, repo_id)["files"] == sorted([*files_of(folder), "notes.txt"])
+
+
+def write_weights(folder: str, seed: int, max_shard_size: str = "5GB") -> str:
+    """Other weights in the place of those of `folder`; their digest."""
+    torch.manual_seed(seed)
+    model = COTSModel(COTSModel.from_pretrained(folder).config)
+    for path in Path(folder).glob("model*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return digest(model)
+
+
+def test_branch_tag_and_commit_load_their_own_weights_from_one_cache_and_offline(own_hub, folder):
+    repo_id = own_hub.new_repo_id()
+    expected = {"v1.0": write_weights(folder, 1)}
+    expected[own_hub.run(push, folder, repo_id, tag="v1.0")] = expected["v1.0"]
+    expected["trial"] = write_weights(folder, 2)
+    own_hub.run(push, folder, repo_id, revision="trial")
+    expected["main"] = write_weights(folder, 3)
+    own_hub.run(push, folder, repo_id)
+    revisions = list(expected)
+    assert own_hub.run(load_each, repo_id, revisions) == expected
+    own_hub.run(preload, repo_id, revisions)
+    own_hub.server.network.requests.clear()
+    own_hub.server.network.go_down()
+    assert own_hub.run(load_each, repo_id, revisions, local_files_only=True) == expected
+    texts = {revision: own_hub.run(describe_caption, repo_id, revision) for revision in ("v1.0", "main")}
+    assert texts["v1.0"] != texts["main"]
+    assert own_hub.server.network.requests == []
+
+
+def test_a_model_in_shards_is_pushed_and_pulled_and_replaces_whole_weights(hub, folder):
+    repo_id = hub.new_repo_id()
+    whole = write_weights(folder, 1)
+    hub.run(push, folder, repo_id, tag="whole")
+    sharded = write_weights(folder, 2, max_shard_size="40KB")
+    shards = [path.name for path in Path(folder).glob("model-*-of-*.safetensors")]
+    assert len(shards) > 2
+    hub.run(push, folder, repo_id, tag="sharded")
+    assert hub.run(facts, repo_id)["files"] == files_of(folder)
+    few = write_weights(folder, 3, max_shard_size="100KB")
+    assert 1 < len(list(Path(folder).glob("model-*-of-*.safetensors"))) < len(shards)
+    hub.run(push, folder, repo_id)
+    assert hub.run(facts, repo_id)["files"] == files_of(folder)
+    expected = {"whole": whole, "sharded": sharded, "main": few}
+    assert hub.run(load_each, repo_id, list(expected)) == expected
+
+
+def test_a_push_can_be_a_pull_request_and_go_on_in_it(hub, folder):
+    repo_id = hub.new_repo_id()
+    before = write_weights(folder, 1)
+    first = hub.run(push, folder, repo_id)
+    proposed = write_weights(folder, 2)
+    revision, commit = hub.run(propose, folder, repo_id)
+    assert revision == "refs/pr/1" and hub.run(facts, repo_id)["sha"] == first
+    assert hub.run(facts, repo_id, revision=revision)["sha"] == commit
+    assert hub.run(load_each, repo_id, ["main", revision]) == {"main": before, revision: proposed}
+    again = write_weights(folder, 3)
+    hub.run(push, folder, repo_id, revision=revision)
+    hub.run(merge, repo_id, 1)
+    assert hub.run(load_each, repo_id, ["main", first]) == {"main": again, first: before}
+    for options in ({"tag": "v1"}, {"revision": "trial"}):
+        with pytest.raises(ClientError, match="^ValueError: create_pr=True got .*Leave both out"):
+            hub.run(propose, folder, repo_id, **options)
+
+
+def test_a_pull_request_reaches_the_repository_of_somebody_else(own_hub, folder):
+    repo_id = own_hub.new_repo_id()
+    own_hub.run(push, folder, repo_id)
+    Path(folder, "requirements.txt").write_text("other")
+    with pytest.raises(ClientError, match="^HubPushError: .*did not let this account write"):
+        own_hub.run(push_with, STRANGERS_TOKEN, folder, repo_id)
+    revision, _ = own_hub.run(propose, folder, repo_id, token=STRANGERS_TOKEN)
+    assert own_hub.run(read, repo_id, "requirements.txt", revision=revision) == "other"
 
 
 # --- cards
