@@ -7,7 +7,7 @@
 
 Every topic is a script in this folder with a function `measure(device, quick)`. It runs in a separate process. The
 file is written after each topic, whose rows replace its old ones; a file of another device is refused. Of several GPUs
-the first visible one is used, and the search has one thread.
+the first visible one is used, and the search and `encode_cpu` have one thread.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from side_by_side import format_ratio, print_rows, versions, write_between
 from modeling_cots.scripts.error_boundary import run_script
 
 FOLDER = Path(__file__).parent
-TOPICS = ("encode", "step", "memory", "data", "search", "cross_encoder")
-ON_ONE_THREAD = ("search",)  # its rows say so; this holds for matrix products, too. `data` sets it itself.
+TOPICS = ("encode", "encode_cpu", "step", "memory", "data", "search", "cross_encoder")
+# Their rows say so; this holds for matrix products, too. `data` sets it itself.
+ON_ONE_THREAD = ("encode_cpu", "search")
 BEGIN, END = "<!-- ratios: written by benchmarks/run_all.py -->", "<!-- end of ratios -->"
 FIELDS = {"id", "title", "ratio", "goal", "note"}
 
@@ -50,17 +51,17 @@ def check(device: str, topics: list[str], path: Path) -> None:
         raise ValueError(f"{path} cannot be written.")
 
 
-def read_old_rows(path: Path, device: str, quick: bool) -> list[dict]:
-    """Rows of the file, if it exists. Raises `ValueError` for a file of another device or of other sizes."""
+def read_old(path: Path, device: str, quick: bool) -> tuple[list[dict], dict[str, str]]:
+    """Rows and versions of the file, if it exists. Raises `ValueError` for one of another device or other sizes."""
     if not path.is_file():
-        return []
+        return [], {}
     old, new = json.loads(path.read_text(encoding="utf-8")), describe(device, quick)
     for name in ("device", "quick"):
         if old[name] != new[name]:
             raise ValueError(
                 f"{path} was measured with {name} {old[name]!r}, and this is {new[name]!r}: take another."
             )
-    return old["rows"]
+    return [{"date": old["date"], **entry} for entry in old["rows"]], old["versions"]
 
 
 def environment_of(topic: str) -> dict[str, str]:
@@ -88,7 +89,7 @@ def run_topic(topic: str, device: str, quick: bool) -> list[dict]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     if not rows or any(set(entry) != FIELDS for entry in rows):
         raise ValueError(f"{topic} gave rows without exactly {', '.join(sorted(FIELDS))}.")
-    return [{**entry, "topic": topic} for entry in rows]
+    return [{**entry, "topic": topic, "date": datetime.date.today().isoformat()} for entry in rows]
 
 
 def describe(device: str, quick: bool) -> dict:
@@ -106,7 +107,13 @@ def describe(device: str, quick: bool) -> dict:
 def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
     """Measure, print and write; returns how many topics failed. Failures are printed at the end and stop no topic."""
     check(device, topics, path)
-    old = read_old_rows(path, device, quick)
+    old, old_versions = read_old(path, device, quick)
+    described = describe(device, quick)
+    # A peer that is missing now has kept its rows.
+    described["versions"] = {
+        name: old_versions.get(name, version) if version == "missing" else version
+        for name, version in described["versions"].items()
+    }
     measured, failed = {}, []
     for topic in topics:
         print(f"\n{topic}", flush=True)
@@ -119,7 +126,7 @@ def measure_all(device: str, topics: list[str], quick: bool, path: Path) -> int:
         kept = {entry["topic"]: [other for other in old if other["topic"] == entry["topic"]] for entry in old}
         merged = {**kept, **measured}
         rows = [entry for name in TOPICS for entry in merged.get(name, [])]
-        path.write_text(json.dumps({**describe(device, quick), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({**described, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     for error in failed:
         print(error, file=sys.stderr)
     return len(failed)
@@ -134,8 +141,10 @@ def sort_key(entry: dict) -> tuple[int, str]:
 def format_table(results: dict) -> str:
     """The table of the documentation, in markdown."""
     used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    dates = sorted(entry.get("date", results["date"]) for entry in results["rows"])
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     lines = [
-        f"Measured on: {results['device']}, {results['date']}; {used}.",
+        f"Measured on: {results['device']}, {when}; {used}.",
         "",
         "| # | numerator / denominator | goal | ratio | sizes; why it is short or missing |",
         "|---|---|---|---|---|",

@@ -2,10 +2,12 @@
 
     python model_cards/make_cards.py runs/quickstart model_cards/cots-scenes-quickstart.md
     python model_cards/make_cards.py runs/flickr8k_small model_cards/cots-small-flickr8k.md --name cots-small-flickr8k
+    python model_cards/make_cards.py runs/mine out/CARD.md --space you/cots-search   # the card links this Space
     python model_cards/make_cards.py examples/configs/pretrain_5m.yaml model_cards/cots-base-5m-recipe.md
 
 A run folder holds `config.json` and `training_record.json`, which training writes at its end. Nothing in a card is
-written by hand; the title is `--name`, by default the file's name.
+written by hand; the title is `--name`, by default the file's name. A card names a Space once
+there is one: `demo/browser/export.py --repo_id you/cots-search` makes it.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_cots import COTSConfig, COTSModel, COTSTrainingArguments
 from modeling_cots.hub.model_card import build_model_card, describe_encoder
+from modeling_cots.hub_export import check_space, link_space
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.starting_point import name_start
 from modeling_cots.training.record import REPORTED_SETTINGS, load_record
@@ -91,7 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="A run folder, or the .yaml of a recipe.")
     parser.add_argument("card", type=Path, help="The file to write.")
     parser.add_argument("--name", help="Title, and where the examples load the model from: a Hub id, say.")
+    parser.add_argument("--space", help="A Space to try the model in, `owner/name`, which the card then links.")
     options = parser.parse_args(argv)
+    if options.space is not None:
+        check_space(options.space)
     name = options.name or options.card.stem
     if options.source.is_dir():
         card = card_of_run(options.source, name)
@@ -100,7 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         parser.error(f"there is no {options.source}")
     options.card.parent.mkdir(parents=True, exist_ok=True)
-    options.card.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+    text = f"{str(card).rstrip()}\n"
+    if options.space is not None:
+        text = link_space(text, options.space)
+    options.card.write_text(text, encoding="utf-8")
     print(f"Wrote {options.card}.")
 
 

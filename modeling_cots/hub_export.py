@@ -296,6 +296,12 @@ def rename_card(card: str, old_id: str, new_id: str) -> str:
     return mark_generated(text)
 
 
+def check_space(space_id: str) -> None:
+    """Raise `ValueError` for what is not the id of a Space."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", space_id):
+        raise ValueError(f"--space must name a Space as owner/name, got {space_id!r}.")
+
+
 def link_space(card: str, space_id: str) -> str:
     """The card with one line below its title that links a Space in which the model can be tried."""
     line = f"[Try it in your browser](https://huggingface.co/spaces/{space_id})."
@@ -327,6 +333,7 @@ def _digest(text: str) -> str:
 
 __all__ = [
     "build_basic_card",
+    "check_space",
     "copy_card_images",
     "export_repository",
     "is_untouched",

@@ -1,7 +1,7 @@
-"""`COTSOnnxModel`: the encoders of an ONNX export, run by onnxruntime, without torch.
+"""`COTSOnnxModel`: the encoders of an ONNX export, run by onnxruntime or OpenVINO, without torch.
 
-It needs numpy, onnxruntime, tokenizers and Pillow, and this file works on its own beside the export. It takes numpy
-arrays, or torch tensors where torch is there already, as the search and the pipelines do.
+It needs numpy, one of these two, tokenizers and Pillow, and this file works on its own beside the export. It takes
+numpy arrays, or torch tensors where torch is there already, as the search and the pipelines do.
 """
 
 import importlib
@@ -21,6 +21,7 @@ from PIL import Image
 ONNX_FOLDER = "onnx"
 # Of each the ending of its files' names; transformers.js calls them "fp32", "fp16", "int8" and "q8".
 DTYPES = {"float32": "", "float16": "_fp16", "int8": "_int8", "quantized": "_quantized"}
+RUNTIMES = ("onnxruntime", "openvino")
 METADATA = "cots"  # of each file: JSON of what both files share
 
 
@@ -37,10 +38,12 @@ class COTSOnnxModel:
 
     Args:
         folder: The folder or Hub id that holds `onnx/`.
-        dtype: A key of `DTYPES`.
+        dtype: A key of `DTYPES`, by default "float32". OpenVINO takes the float32 files alone: it computes in bfloat16
+            where the CPU does, and in float32 if that is asked for.
         revision: Branch, tag or commit of a Hub id.
+        runtime: "onnxruntime" or "openvino".
 
-    Raises `ValueError` where there is no export, without onnxruntime, and for two files of different exports.
+    Raises `ValueError` where there is no export, without the runtime, and for two files of different exports.
     """
 
     # What pipelines of transformers ask of a model.
@@ -48,7 +51,20 @@ class COTSOnnxModel:
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
 
-    def __init__(self, folder: str | os.PathLike, *, dtype: str = "float32", revision: str | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        dtype: str | None = None,
+        revision: str | None = None,
+        runtime: str = "onnxruntime",
+    ):
+        if runtime not in RUNTIMES:
+            raise ValueError(f"`runtime` must be one of {', '.join(RUNTIMES)}, got {runtime!r}.")
+        if runtime == "openvino" and dtype not in (None, "float32"):
+            raise ValueError(f"OpenVINO runs the float32 files: leave `dtype` out, or take 'float32'; got {dtype!r}.")
+        self.runtime, self._is_exact = runtime, dtype == "float32"
+        dtype = dtype or "float32"
         names = [model_file(encoder, dtype) for encoder in ("text", "vision")]
         self.name_or_path, self.file_dtype = os.fspath(folder), dtype
         if not os.path.isdir(folder):
@@ -72,14 +88,11 @@ class COTSOnnxModel:
 
     def _load(self, encoder: str, other: str):
         """A session, if the other encoder, where it is loaded, is of the same export."""
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ValueError("An ONNX export needs onnxruntime: pip install onnxruntime.") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)  # 0: as many as there are cores
-        options.log_severity_level = 3  # errors alone
-        session = onnxruntime.InferenceSession(self._paths[encoder], options, providers=["CPUExecutionProvider"])
+        num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)  # 0: as many as there are cores
+        if self.runtime == "openvino":
+            session = _OpenVinoSession(self._paths[encoder], num_threads, self._is_exact)
+        else:
+            session = _onnxruntime_session(self._paths[encoder], num_threads)
         loaded = self.__dict__.get(other)
         if loaded is not None and _metadata(loaded) != _metadata(session):
             raise ValueError(f"The ONNX files in {self.folder / ONNX_FOLDER} are of two exports: write both anew.")
@@ -202,6 +215,41 @@ class COTSOnnxOutput(SimpleNamespace):
     def __getitem__(self, number: int):
         names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
         return [getattr(self, name) for name in names if hasattr(self, name)][number]
+
+
+def _onnxruntime_session(path: Path, num_threads: int):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("An ONNX export needs onnxruntime: pip install onnxruntime.") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3  # errors alone
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class _OpenVinoSession:
+    """One file in OpenVINO, with the two methods of an onnxruntime session that are used here."""
+
+    def __init__(self, path: Path, num_threads: int, is_exact: bool):
+        try:
+            import openvino
+        except ImportError as error:
+            raise ValueError("OpenVINO is not installed: pip install openvino.") from error
+        model = openvino.Core().read_model(path)
+        place = ["framework", METADATA]  # where OpenVINO keeps what an ONNX file says of itself
+        self._said = {METADATA: model.get_rt_info(place).astype(str)} if model.has_rt_info(place) else {}
+        options: dict[str, str | int] = {"INFERENCE_NUM_THREADS": num_threads} if num_threads else {}
+        if is_exact:
+            options["INFERENCE_PRECISION_HINT"] = "f32"
+        self._compiled = openvino.compile_model(model, "CPU", options)
+
+    def run(self, output_names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        # A request of its own for each call, as one request cannot serve two threads.
+        return [self._compiled.create_infer_request().infer(inputs)[0]]
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map=self._said)
 
 
 def _metadata(session) -> dict[str, Any]:

@@ -35,7 +35,7 @@ NOT_CARRIED = {"__init__.py", "__main__.py", "modeling_cots_pretraining.py"}
 # imported in a `try`. `onnx_cots.py` alone needs tokenizers, and no transformers.
 # PIL is what image processors of transformers need.
 CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av", "onnxruntime", "tokenizers"}
-CARRIED_PACKAGES |= {"pillow_heif"}
+CARRIED_PACKAGES |= {"pillow_heif", "openvino"}
 THIRD_PARTY = {
     TOP: CARRIED_PACKAGES,
     "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},
@@ -50,6 +50,7 @@ OPTIONAL = {
     "matplotlib": {"visualization/figures.py"},
     "onnx": {"hub/onnx_export.py", "hub/transformers_js.py"},
     "onnxruntime": {"hub/onnx_export.py", "hub/transformers_js.py", "onnx_cots.py"},
+    "openvino": {"onnx_cots.py"},
     "peft": {"training/adapters.py"},
     "pillow_heif": {"image_reading_cots.py"},
 }

@@ -68,6 +68,28 @@ def test_it_encodes_what_the_model_encodes(folder, model, tiny_processor, photog
     np.testing.assert_allclose(export.prepare_images(photographs), inputs["pixel_values"], atol=2.1 / 255, rtol=0)
 
 
+def test_openvino_encodes_what_the_model_encodes(folder, model, tiny_processor, photographs):
+    pytest.importorskip("openvino")
+    inputs = tiny_processor(text=TEXTS, images=photographs, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs)
+    for dtype, tolerance in (("float32", 1e-4), (None, 0.05)):  # by itself in bfloat16 where the CPU computes that
+        found = COTSOnnxModel(folder, dtype=dtype, runtime="openvino")
+        for name in ("text_embeds", "image_embeds"):
+            torch.testing.assert_close(getattr(found(**inputs), name), getattr(expected, name), atol=tolerance, rtol=0)
+        assert found.config == COTSOnnxModel(folder).config
+    with pytest.raises(ValueError, match="OpenVINO runs the float32 files"):
+        COTSOnnxModel(folder, dtype="int8", runtime="openvino")
+    with pytest.raises(ValueError, match="must be one of onnxruntime, openvino"):
+        COTSOnnxModel(folder, runtime="tensorrt")
+
+
+def test_without_openvino_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match="pip install openvino"):
+        COTSOnnxModel(folder, runtime="openvino").encode_text([[1, 2]])
+
+
 def test_it_needs_no_torch_and_no_package(folder, photographs, model, tiny_processor):
     """As somebody has it who downloads the repository and installs `onnxruntime`."""
     for number, image in enumerate(photographs):

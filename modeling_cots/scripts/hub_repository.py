@@ -15,7 +15,6 @@ The token is that of `hf auth login`, or of `HF_TOKEN`. `--output_dir` writes th
 """
 
 import json
-import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..data.opening import open_dataset
 from ..data.revisions import check_revision
 from ..hub.onnx_export import export_onnx, export_sentence_onnx
 from ..hub.standard_exports import export_text_encoder, export_zero_shot_classifier
-from ..hub_export import CARD_NAME, copy_card_images, export_repository, link_space, rename_card
+from ..hub_export import CARD_NAME, check_space, copy_card_images, export_repository, link_space, rename_card
 from ..hub_push import full_repo_id, push_folder
 from ..image_reading_cots import UnreadableImageError, read_image
 from ..modeling_cots import COTSModel
@@ -142,8 +141,8 @@ def check(args: ScriptArguments) -> None:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {args.kind!r}.")
     if args.repo_id is None and args.output_dir is None:
         raise ValueError("Say where to: --repo_id NAME to push, --output_dir FOLDER to write the repository there.")
-    if args.space is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.space):
-        raise ValueError(f"--space must name a Space as owner/name, got {args.space!r}.")
+    if args.space is not None:
+        check_space(args.space)
     if args.repo_id is None and (args.private or args.revision or args.tag or args.overwrite_card):
         raise ValueError("--private, --revision, --tag and --overwrite_card concern a push: give --repo_id as well.")
     if args.output_dir is not None and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):

@@ -14,11 +14,13 @@ logger = logging.get_logger(__name__)
 
 TORCH_DTYPES = ("float32", "bfloat16")
 ONNX_DTYPES = ("float32", "float16", "int8")
+OPENVINO_DTYPES = ("float32",)
+OPENVINO_NOTE = "OpenVINO computes in bfloat16, which is faster on this CPU than float32; --dtype float32 overrides."
 
 
 def check_backend(backend: str, dtype: str | None) -> None:
-    """Raise `ValueError` for a `dtype` that the backend, "torch" or "onnx", does not have."""
-    dtypes = ONNX_DTYPES if backend == "onnx" else TORCH_DTYPES
+    """Raise `ValueError` for a `dtype` that the backend, "torch", "onnx" or "openvino", does not have."""
+    dtypes = {"torch": TORCH_DTYPES, "onnx": ONNX_DTYPES, "openvino": OPENVINO_DTYPES}[backend]
     if dtype is not None and dtype not in dtypes:
         other = " --backend onnx has int8." if dtype == "int8" else ""
         raise ValueError(f"--backend {backend} has --dtype {' or '.join(dtypes)}, got {dtype!r}.{other}")
@@ -32,14 +34,18 @@ def load_encoders(name: str, revision: str | None, device: torch.device, backend
         name: Folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
         device: Where a COTSModel goes; ONNX files run on the CPU.
-        backend: "torch" or "onnx".
-        dtype: See `check_backend`; by default float32 or, for a COTSModel on a CPU that computes it, bfloat16.
+        backend: "torch", or what runs the ONNX files: "onnx" for onnxruntime, or "openvino".
+        dtype: See `check_backend`; by default float32 or, for a COTSModel and OpenVINO on a CPU that computes it,
+            bfloat16.
 
     Raises `ValueError` and `OSError` as `from_pretrained` does.
     """
     check_backend(backend, dtype)
-    if backend == "onnx":
-        model = COTSOnnxModel(name, dtype=dtype or "float32", revision=revision)
+    if backend != "torch":
+        runtime = "openvino" if backend == "openvino" else "onnxruntime"
+        model = COTSOnnxModel(name, dtype=dtype, revision=revision, runtime=runtime)
+        if backend == "openvino" and dtype is None and computes_bfloat16():
+            logger.warning_once(OPENVINO_NOTE)
         return model, _processor_of_export(model)
     model = COTSModel.from_pretrained(name, revision=revision or "main")
     commit = getattr(model.config, "_commit_hash", None)  # another one may have been pushed in between

@@ -25,7 +25,7 @@ IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:
 MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
 """
 INDEX_TYPES = "exact, hnsw, ivfpq, int8, binary"  # those of index_types.py
-BACKENDS = ("torch", "onnx")
+BACKENDS = ("torch", "onnx", "openvino")
 TORCH_DTYPES, ONNX_DTYPES = "float32, bfloat16", "float32, float16, int8"  # those of backends.py
 THUMBNAIL_SIDE = 192
 HOST, PORT = "127.0.0.1", 8765
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
     for command in (index, add, query, serve):
         command.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the model (torch)")
-        command.add_argument("--dtype", help=f"of torch {TORCH_DTYPES}; of onnx {ONNX_DTYPES}")
+        command.add_argument("--dtype", help=f"of torch {TORCH_DTYPES}; of onnx {ONNX_DTYPES}; of openvino float32")
         command.add_argument(
             "--revision",
             "--model_revision",

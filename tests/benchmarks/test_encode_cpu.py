@@ -28,5 +28,5 @@ def test_all_arms_encode_alike(tiny_config, tiny_inputs, tmp_path):
 
 def test_the_fastest_round_counts_and_the_first_does_not(monkeypatch):
     clock = iter([0, 9, 9, 10, 10, 13, 13, 15, 15, 17, 17, 21])
-    monkeypatch.setattr(encode_cpu.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(encode_cpu.time, "process_time", lambda: next(clock))
     assert encode_cpu.fastest({"a": lambda: None, "b": lambda: None}, rounds=2) == {"a": 2, "b": 2}

@@ -26,13 +26,19 @@ def write(path: Path, **changes) -> Path:
 
 @pytest.mark.parametrize(
     ("topic", "ids"),
-    [("encode", {"1a", "1b", "1c", "2"}), ("memory", {"5"}), ("search", {"6"}), ("cross_encoder", {"7"})],
+    [
+        ("encode", {"1a", "1b", "1c", "2"}),
+        ("encode_cpu", {"1q"}),
+        ("memory", {"5"}),
+        ("search", {"6"}),
+        ("cross_encoder", {"7"}),
+    ],
 )
 def test_a_topic_gives_its_rows(topic, ids):
     rows = importlib.import_module(topic).measure("cpu", True)
     assert ids <= {entry["id"] for entry in rows}
     missing = {entry["id"] for entry in rows if entry["ratio"] is None}
-    assert missing <= {"1b", "1p", "2p"}  # a GPU's, and peers that are not installed
+    assert missing <= {"1b", "1p", "1q", "2p"}  # a GPU's, and peers that are not installed
     assert all(entry["ratio"] > 0 for entry in rows if entry["ratio"] is not None)
 
 
@@ -92,12 +98,24 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tm
 
 def test_rows_of_a_topic_replace_its_old_ones(tmp_path, monkeypatch):
     old = [ENTRY, {**ENTRY, "topic": "memory", "id": "5"}]
-    path = write(tmp_path / "out.json", **run_all.describe("cpu", True), rows=old)
+    path = write(tmp_path / "out.json", **{**run_all.describe("cpu", True), "date": "2026-01-01"}, rows=old)
     monkeypatch.setattr(run_all, "run_topic", lambda topic, *_: [{**ENTRY, "topic": topic, "id": "7"}])
     assert run_all.measure_all("cpu", ["memory"], True, path) == 0
     written = json.loads(path.read_text())
     assert [(entry["topic"], entry["id"]) for entry in written["rows"]] == [("encode", "2"), ("memory", "7")]
     assert written["versions"]["torch"] and written["quick"]
+    assert written["rows"][0]["date"] == "2026-01-01" < written["date"]  # what stays keeps its date
+    dated = [{**ENTRY, "date": date} for date in ("2026-01-03", "2026-01-02")]
+    assert "2026-01-02 to 2026-01-03;" in run_all.format_table({**written, "rows": dated})
+
+
+def test_rows_of_a_peer_that_is_missing_now_keep_its_version(tmp_path, monkeypatch):
+    path = write(tmp_path / "out.json", **{**run_all.describe("cpu", True), "versions": {"timm": "1", "torch": "2"}})
+    monkeypatch.setattr(run_all, "versions", lambda: {"timm": "missing", "torch": "3"})
+    monkeypatch.setattr(run_all, "run_topic", lambda topic, *_: [{**ENTRY, "topic": topic}])
+    run_all.measure_all("cpu", ["memory"], True, path)
+    versions = json.loads(path.read_text())["versions"]
+    assert (versions["timm"], versions["torch"]) == ("1", "3")
 
 
 def test_a_topic_that_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):

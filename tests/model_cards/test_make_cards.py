@@ -36,6 +36,18 @@ def test_a_run_folder_becomes_a_card(make_cards, tiny_config, tmp_path, capsys):
     assert recalls == {name: round(value, 2) for name, value in METRICS.items() if "recall" in name}
 
 
+def test_a_card_links_the_space_that_is_named(make_cards, tiny_config, tmp_path):
+    COTSModel(tiny_config).save_pretrained(tmp_path / "run")
+    save_record(make_record(), tmp_path / "run")
+    make_cards.main([str(tmp_path / "run"), str(tmp_path / "first.md"), "--space", "you/search"])
+    text = (tmp_path / "first.md").read_text(encoding="utf-8")
+    assert "# first\n\n[Try it in your browser](https://huggingface.co/spaces/you/search).\n\nA two-stream" in text
+    check_metadata(ModelCard.load(tmp_path / "first.md"))
+    with pytest.raises(ValueError, match="--space must name a Space as owner/name, got 'search'"):
+        make_cards.main([str(tmp_path / "run"), str(tmp_path / "second.md"), "--space", "search"])
+    assert not (tmp_path / "second.md").exists()
+
+
 @pytest.mark.parametrize(("config", "name"), RECIPES.items())
 def test_recipe_cards_are_what_the_command_writes_and_say_that_there_are_no_weights(
     make_cards, tmp_path, config, name

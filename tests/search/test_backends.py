@@ -61,12 +61,29 @@ def test_indexes_and_queries_run_by_onnx_files_of_either_kind_of_repository(
     assert len(search(capsys, *query, "--backend", "onnx", "--dtype", "int8")) == 6
 
 
+def test_openvino_searches_an_index(repository, model, tiny_processor, tiny_inputs, photographs, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    pytest.importorskip("openvino")
+    export_onnx(model, tiny_processor, repository)
+    search(capsys, "index", photographs, "--model", repository, "--index", tmp_path / "i", "--dtype", "float32")
+    query = ("query", tmp_path / "i", "a red circle")
+    expected = search(capsys, *query, "--dtype", "float32")
+    assert search(capsys, *query, "--backend", "openvino", "--dtype", "float32") == expected
+    assert len(search(capsys, *query, "--backend", "openvino")) == 6
+    found, _ = load_encoders(str(repository), None, CPU, "openvino", None)
+    with torch.no_grad():
+        expected = model.encode_image(tiny_inputs["pixel_values"])
+    torch.testing.assert_close(found.encode_image(tiny_inputs["pixel_values"]), expected, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--dtype", "int8"], "--backend torch has --dtype float32 or bfloat16, got 'int8'. --backend onnx has int8."),
         (["--backend", "onnx", "--dtype", "bfloat16"], "--backend onnx has --dtype float32 or float16 or int8"),
         (["--backend", "onnx"], "no ONNX export of float32"),
+        (["--backend", "openvino", "--dtype", "int8"], "--backend openvino has --dtype float32, got 'int8'"),
+        (["--backend", "openvino"], "no ONNX export of float32"),
     ],
 )
 def test_what_a_backend_does_not_have_is_refused(repository, photographs, tmp_path, options, said):
