@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from carried import CARRIED
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tiny import CAPTIONS, IMAGE_SIZE, PATCH_SIZE, TINY_ENCODER
 from transformers import (
     AutoConfig,
@@ -350,12 +356,46 @@ def test_sentence_transformers_gives_our_embeddings(model, folder, tiny_processo
     torch.testing.assert_close(similarity, texts[: len(CAPTIONS)] @ images.T, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow  # each process imports everything anew
+def test_sentence_transformers_encodes_in_several_processes(folder):
+    loaded = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    pool = loaded.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        for part in (CAPTIONS, draw_images()):
+            found = loaded.encode(part, pool=pool, chunk_size=1)
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(loaded.encode(part)), atol=1e-5, rtol=0)
+    finally:
+        loaded.stop_multi_process_pool(pool)
+
+
+def test_sentence_transformers_trains_it_and_saves_what_it_has_trained(folder, tmp_path):
+    loaded = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    before = loaded.encode(CAPTIONS, convert_to_tensor=True)
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    pairs = Dataset.from_dict({"anchor": CAPTIONS, "positive": CAPTIONS[::-1]})
+    SentenceTransformerTrainer(
+        loaded, arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(loaded)
+    ).train()
+    trained = loaded.encode(CAPTIONS, convert_to_tensor=True)
+    assert not torch.allclose(trained, before, atol=1e-3)
+    loaded.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(again.encode(CAPTIONS, convert_to_tensor=True), trained, atol=1e-5, rtol=0)
+
+
 def test_sentence_transformers_needs_no_package(model, folder, tiny_processor, tmp_path):
     images, texts = embed(model.cots, tiny_processor)
     for index, image in enumerate(draw_images()):
         image.save(tmp_path / f"{index}.png")
     code = f"""
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")
     answer["texts"] = model.encode({[*CAPTIONS, "a red circle " * 40]!r}).tolist()
     answer["images"] = model.encode([{str(tmp_path)!r} + f"/{{index}}.png" for index in range(3)]).tolist()
