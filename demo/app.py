@@ -558,7 +558,9 @@ def launch(collection: Collection, examples: list[str], **options):
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help=f"folder or Hub id ({MODEL}, or the index's own)")
     parser.add_argument(
         "--revision",

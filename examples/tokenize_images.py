@@ -29,7 +29,9 @@ from modeling_cots.scripts.kmeans_fitting import KMEANS, VOCAB_SIZE, find_or_fit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--output_dir", required=True, help="folder to write to")
     parser.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")

@@ -20,7 +20,9 @@ from modeling_cots.visualization.relevance import explain_pair
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("image", help="an image file")
     parser.add_argument("caption", help="the caption to compare it with")
     parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')

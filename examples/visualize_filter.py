@@ -23,7 +23,9 @@ from modeling_cots.visualization.score_figures import band_positions, draw_conta
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--model", default="runs/quickstart", help="checkpoint-*, or any COTS checkpoint")
     parser.add_argument("--revision", "--model_revision", help="branch, tag or commit of a Hub id")

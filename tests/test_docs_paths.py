@@ -1,6 +1,7 @@
 """Every file, folder and module that the documentation names is there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_symbols_of_the_method_page_are_in_their_files():
         for symbol in re.findall(r"`([\w.]+)`", symbols):
             missing = [part for part in symbol.split(".") if not re.search(rf"(def|class) {part}\b", text)]
             assert not missing, f"{file} defines no {missing[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_installs_the_package_from_where_it_is_not(page):
+    """It is not on PyPI: a page installs it from this folder, `-e ".[extra]"`, with an extra that there is."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"pip install [\"']?modeling_cots", text)
+    extras = {extra for names in re.findall(r"-e \"\.\[([\w,]+)\]\"", text) for extra in names.split(",")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extras <= set(project["optional-dependencies"])

@@ -32,9 +32,19 @@ def is_here(name: str) -> bool:
 
 
 def check_path(option: str, name: str) -> None:
-    """Raise `ValueError` for a name that can only mean a path, and of which nothing is there."""
-    if not is_here(name) and is_path(name):
-        raise ValueError(f"{option}={name} does not exist{_what_instead(name.removeprefix(KMEANS))}.")
+    """
+    Raise `ValueError` for a name that can only mean a path, and of which nothing is there.
+
+    Encoders of one word are on the Hub from before ids had owners, as gpt2. A `model`, which is COTS, has an owner.
+    """
+    if is_here(name):
+        return
+    instead = _what_instead(name.removeprefix(KMEANS))
+    if is_path(name):
+        raise ValueError(f"{option}={name} does not exist{instead}.")
+    if option == "model" and "/" not in name:
+        form = "(A Hub id of a COTS model has the form owner/name.)"
+        raise ValueError(f"{option}={name} does not exist{instead}. {form}")
 
 
 def is_path(name: str) -> bool:

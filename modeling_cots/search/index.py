@@ -199,13 +199,24 @@ class SearchIndex:
             )
 
     def words_note(self, text: str) -> str | None:
-        """What to say of a text with words that the tokenizer does not know; `None` where it knows all of them."""
+        """
+        What to say of a text with words that the tokenizer does not know; `None` where it knows all of them.
+
+        A word that it can only spell is not known either: one of several word pieces with less than two letters each,
+        on average, as d ##o ##g. Such a word was hardly in the texts that the vocabulary was made of.
+        """
         tokenizer, words = self.processor.tokenizer, re.findall(r"\w+", text)
         if not words or tokenizer.unk_token_id is None:
             return None
         with TOKENIZER_LOCK:
-            tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
-        unknown = [word for word, ids in zip(words, tokens, strict=True) if tokenizer.unk_token_id in ids]
+            pieces = [
+                tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(words, add_special_tokens=False)["input_ids"]
+            ]
+        unknown = [
+            word
+            for word, each in zip(words, pieces, strict=True)
+            if tokenizer.unk_token in each or _is_only_spelled(word, each)
+        ]
         if not unknown:
             return None
         verb = "is" if len(unknown) == 1 else "are"
@@ -383,3 +394,9 @@ def _local_parts(todo: np.ndarray, state: PartialState) -> list[np.ndarray]:
         local = np.array_split(todo, state.num_processes)[state.process_index]
         return [local] if len(local) else []
     return parts[state.process_index :: state.num_processes]
+
+
+def _is_only_spelled(word: str, pieces: list[str]) -> bool:
+    """Whether word pieces are mostly single letters. The letters of languages without spaces have no "##"."""
+    num_continuing = sum(piece.startswith("##") for piece in pieces)
+    return word.isalpha() and num_continuing > 0 and len(word) < 2 * len(pieces)

@@ -7,6 +7,7 @@ a mistyped option or name need not wait for torch.
 import argparse
 import glob
 import os
+from typing import NoReturn
 
 DESCRIPTION = """Index photographs and videos once, then find them by words, by an image, or by both.
 
@@ -33,11 +34,19 @@ MAX_TOP = 1_000
 CONTINUING = ("index", "add")  # the commands that go on where a stopped one was
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, and takes no abbreviations of options; those of commands are alike."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. (--help lists all options.)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="cots-search", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="cots-search", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     index = commands.add_parser("index", help="embed images and videos; run again to go on, or to add new ones")
     index.add_argument(

@@ -59,7 +59,7 @@ def test_these_can_only_be_paths(name):
 )
 def test_these_may_be_of_the_hub(name):
     assert not is_path(name)
-    check_revision("model", name, None)
+    check_revision("text_model", name, None)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,13 @@ def test_these_may_be_of_the_hub(name):
 )
 def test_these_need_no_hub(name):
     check_revision("dataset", name, None)
+
+
+def test_a_model_of_the_hub_has_an_owner():
+    with pytest.raises(ValueError, match="model=phots does not exist; did you mean photos. .A Hub id of a COTS"):
+        check_revision("model", "phots", None)
+    check_revision("model", "photos", None)
+    check_revision("model", "org/model", None)
 
 
 @pytest.mark.parametrize("name", ["PHOTOS", "coco", "MSRVTT"])

@@ -245,9 +245,17 @@ def test_copies_are_found_by_their_pixels_and_shown_once(model, tiny_processor, 
 
 
 def test_says_which_words_the_tokenizer_does_not_know(index):
-    assert index.words_note("a red circle") is None and index.words_note("?!") is None
-    assert index.words_note("a 犬 red 猫") == "2 of 4 words are unknown to this model: 犬, 猫."
+    assert index.words_note("a dog") is None and index.words_note("?!") is None
+    assert index.words_note("a 犬 dog 猫") == "2 of 4 words are unknown to this model: 犬, 猫."
     assert index.words_note("犬") == "1 of 1 words is unknown to this model: 犬."
+
+
+def test_a_word_that_is_only_spelled_is_not_known(index):
+    """Every vocabulary has the single letters, so that no word of these letters is the unknown token."""
+    pieces = index.processor.tokenizer.tokenize("god")
+    assert len(pieces) == 3 and index.processor.tokenizer.unk_token not in pieces
+    assert index.words_note("a god dog") == "1 of 3 words is unknown to this model: god."
+    assert index.words_note("dogs") is None  # a word and an ending
 
 
 def test_an_index_is_not_made_twice(index, model, tiny_processor, tmp_path):
