@@ -49,7 +49,7 @@ SEEDS = 0, 1, 2
 OF_MODEL = "image_size", "temperature", "projection_hidden_size", "standardize_features", "image_pooling"
 PEER, MCL = "in_batch", "mcl"
 SMALL_BATCH = {"per_device_train_batch_size": 16, "max_steps": 1_800}
-FILTERS = "filter_deviation", "filter_half_deviation", "filter_mixture"
+FILTERS = "filter_deviation", "filter_mixture", "filter_half_deviation"
 TRIALS = [
     {},
     *({"learning_rate": rate} for rate in (3e-4, 3e-3)),
@@ -251,8 +251,8 @@ def detection(trainer: COTSTrainer, dataset: PairsInMemory) -> dict[str, float]:
 
 
 def runs_wanted(ablation: Ablation, arms: dict[str, Arm], results: dict) -> list[dict]:
-    """Every run of the tables, seed by seed."""
-    wanted = []
+    """Every run of the tables, all seeds of one after the other, and what the text says most of first."""
+    wanted, others = [], []
     for overrides in ({}, SMALL_BATCH):
         size = str({**ablation.recipe, **overrides}["per_device_train_batch_size"])
         flop = results["flop_per_step"].setdefault(size, {})
@@ -261,13 +261,13 @@ def runs_wanted(ablation: Ablation, arms: dict[str, Arm], results: dict) -> list
                 flop[name] = ablation.flop_per_step(arms[name], overrides)
         steps = {**ablation.recipe, **overrides}["max_steps"]
         fewer = {**overrides, "max_steps": round(steps * flop[PEER] / flop[MCL])}
-        wanted += [{"arm": name, "overrides": overrides} for name in (PEER, MCL)]
-        wanted.append({"arm": MCL, "overrides": fewer})
+        (wanted if not overrides else others).extend({"arm": name, "overrides": overrides} for name in (PEER, MCL))
+        others.append({"arm": MCL, "overrides": fewer})
+    for noise in (0.4, 0.2):
+        wanted += [{"arm": name, "overrides": {}, "noise": noise} for name in (MCL, *FILTERS)]
+        others.append({"arm": PEER, "overrides": {}, "noise": noise})
     wanted += [{"arm": name, "overrides": {}} for name in arms if name.startswith("kl") or name in FILTERS]
-    wanted += [
-        {"arm": name, "overrides": {}, "noise": noise} for noise in (0.2, 0.4) for name in (PEER, MCL, *FILTERS)
-    ]
-    return [{**run, "seed": seed} for seed in SEEDS for run in wanted]
+    return [{**run, "seed": seed} for run in [*wanted, *others] for seed in SEEDS]
 
 
 def trials_wanted() -> list[dict]:

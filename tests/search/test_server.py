@@ -357,6 +357,7 @@ def serve_command(folder: str, said: str) -> None:
 
     os.chdir(folder)
     sys.stdout = open(said, "w", buffering=1)  # noqa: SIM115 -- closed with the process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without one
     cli.main("serve index --port 0".split())
     print("ended")
     sys.stdout.flush()
