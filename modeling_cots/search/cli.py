@@ -136,6 +136,11 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
+def _is_file_of(hit: dict) -> bool:
+    """Whether the name of a hit is a path in the folder that was indexed; a data set's items have other names."""
+    return os.path.isabs(hit["source"]) and hit["name"].startswith(os.path.join(hit["source"], ""))
+
+
 def _answer(index: SearchIndex, text: str | None, args: argparse.Namespace) -> None:
     """Search for one query, and print what is found."""
     hits = index.search(text, args.image, image_weight=args.image_weight, top=args.top, where=args.where)
@@ -147,7 +152,7 @@ def _answer(index: SearchIndex, text: str | None, args: argparse.Namespace) -> N
         print(f"{place:3}. {hit['score']:6.3f}  {hit['name']}{caption}{copies}")
     if not hits:
         print("Nothing fits.")
-    if gone := [hit for hit in hits if os.path.isabs(hit["name"]) and not os.path.exists(hit["name"])]:
+    if gone := [hit for hit in hits if _is_file_of(hit) and not os.path.exists(hit["name"])]:
         print(
             f"{len(gone)} of these images are no longer at their paths: if {gone[0]['source']} has moved, index the "
             f"folder at its new place, and remove the old entries by cots-search delete {args.index} --where "

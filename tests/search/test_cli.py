@@ -115,6 +115,14 @@ def test_a_path_is_never_taken_for_a_text(folder, capsys):
         main("query IDX --image photos/trian-00004.png".split())
 
 
+def test_images_of_a_data_set_are_not_taken_for_files_that_have_moved(folder, capsys):
+    """Their names are those of rows, behind the data set's and the split's."""
+    main("index more --model model --index IDX".split())
+    main("query IDX dog --top 2".split())
+    printed = capsys.readouterr()
+    assert "more" in printed.out and "no longer" not in printed.err
+
+
 def test_a_folder_that_has_moved(folder, capsys):
     main("index photos --model model --index IDX".split())
     main("query IDX dog --top 2".split())
