@@ -26,6 +26,7 @@ from selenium.webdriver import ActionChains  # noqa: E402
 
 from modeling_cots import ScenesDataset  # noqa: E402
 from modeling_cots.data.pairs import open_pairs  # noqa: E402
+from modeling_cots.scripts.error_boundary import run_script  # noqa: E402
 
 WIDTH, SIDE = 860, 160
 TOY_QUERY, TOY_WORD = "a large purple square", "purple"
@@ -124,4 +125,4 @@ def main(model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_script(lambda: main(*sys.argv[1:]))

@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.evaluation.embedding import embed_pairs
 from modeling_cots.image_reading_cots import read_image
+from modeling_cots.scripts.error_boundary import run_script
 
 NUM_FOUND, SIDE, GAP = 5, 128, 12
 CAPTION_HEIGHT = 26
@@ -59,4 +60,4 @@ def main(model_path: str, image_path: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(*sys.argv[1:])
+    run_script(lambda: main(*sys.argv[1:]))

@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from modeling_cots.scripts.error_boundary import run_script
+
 # By file: what it shows, and who has made it. CC0 where nothing else is said.
 PHOTOGRAPHS = {
     "astronaut.png": "an astronaut in an orange suit in front of a flag",  # NASA, public domain
@@ -43,5 +45,9 @@ def write_photographs(folder: Path) -> Path:
     return folder
 
 
-if __name__ == "__main__":
+def main() -> None:
     write_photographs(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -117,6 +117,12 @@ def test_a_path_is_never_taken_for_a_text(folder, capsys):
 
 def test_images_of_a_data_set_are_not_taken_for_files_that_have_moved(folder, capsys):
     """Their names are those of rows, behind the data set's and the split's."""
+    rows = []
+    for item in ScenesDataset("validation", 4, 32):
+        (folder / "more").mkdir(exist_ok=True)
+        item["image"].save(folder / "more" / f"{item['name']}.png")
+        rows.append({"file_name": f"{item['name']}.png", "text": item["captions"]})
+    (folder / "more" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     main("index more --model model --index IDX".split())
     main("query IDX dog --top 2".split())
     printed = capsys.readouterr()

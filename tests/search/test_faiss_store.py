@@ -70,7 +70,7 @@ def test_codes_are_trained_on_a_whole_first_run(tmp_path):
     assert store.search(make_vectors(1), 1, []) == [[]]
     assert store.delete(row_ids_of(["pic7"])) == 1
     # Without codes the rows are compared directly.
-    assert names(store.search(make_vectors(9)[8:], 1, [])[0]) == ["pic8"] and len(store) == 119
+    assert names(store.search(make_vectors(120)[8:9], 1, [])[0]) == ["pic8"] and len(store) == 119
     fill(store, make_rows(make_vectors(9, seed=1), first=120))
     assert len(store) == 128 and names(store.search(make_vectors(9, seed=1)[:1], 1, [])[0]) == ["pic120"]
 
