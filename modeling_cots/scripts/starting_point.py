@@ -14,7 +14,6 @@ FROM_SCRATCH = {
     "warmup_steps": 0.1,  # of all steps
     "lr_hold_epochs": 0.0,  # linear decay right after the warm-up
     "queue_size": 1_024,  # what is older than that is stale for most of the run
-    "max_key_drift": 0.08,  # weights that mean nothing yet move together, which a small drift already tells
     "kl_weight": 0.0,  # flat distributions are its cheapest solution; it is logged all the same
     "cmvm_weight": 0.0,  # the masked passes nearly double the work and bring no recall
     "cmlm_weight": 0.0,
@@ -43,8 +42,6 @@ def starting_defaults(options) -> dict[str, float | bool]:
     defaults = {"learning_rate": RATE_TIMES_WIDTH / max(widths), **FROM_SCRATCH}
     if getattr(options, "filter_log", None) is not None:  # who wants the filter's log wants the filter
         del defaults["adaptive_filter"]
-    if getattr(options, "batch_candidates", True) is False:  # the paper's candidates are never measured
-        del defaults["max_key_drift"]
     return defaults
 
 

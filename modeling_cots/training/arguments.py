@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
 from .frozen_layers import NONE, check_freeze
 
-MAX_KEY_DRIFT = 0.5
+MAX_KEY_DRIFT = 0.08
 FILTER_RULES = "deviation", "mixture"
 FILTER_NUM_STD = 2.0
 # Adam as the supplement says it, with the decay in the gradient; transformers' `OptimizerNames` lacks it.

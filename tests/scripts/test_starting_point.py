@@ -47,14 +47,6 @@ def test_with_pretrained_weights_the_papers_defaults_stay(tmp_path, capsys, opti
     assert all(name in args.starting_point for name in options[1::2])
 
 
-def test_the_papers_candidates_from_scratch_have_no_drift_to_hold_down(tmp_path):
-    path = tmp_path / "options.yaml"
-    path.write_text("batch_candidates: false\n", encoding="utf-8")
-    for options in (("--batch_candidates", "false"), ("--no_batch_candidates",), (str(path),)):
-        _, args = parse(tmp_path, *options)
-        assert not args.batch_candidates and args.queue_size == FROM_SCRATCH["queue_size"]
-
-
 def test_what_the_user_sets_wins_on_the_command_line_and_in_the_file(tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text("kl_weight: 0.5\nqueue_size: 33\n", encoding="utf-8")
