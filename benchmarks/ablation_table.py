@@ -72,7 +72,8 @@ def filter_table(runs: list[dict]) -> list[str]:
         "| arm | captions moved | sum of recalls | dropped of moved / of others, % | area under the ROC curve |",
         "|---|---|---|---|---|",
     ]
-    groups = {(key[2], key[3]): metrics for key, metrics in _groups(runs).items() if key[0] == 64}
+    whole = tuple(recipe_value({"overrides": {}}, name) for name in ("per_device_train_batch_size", "max_steps"))
+    groups = {key[2:]: metrics for key, metrics in _groups(runs).items() if key[:2] == whole}
     for noise in sorted({noise for noise, _ in groups}):
         for arm in (PEER, MCL, *FILTERS):
             metrics = groups.get((noise, arm), [])

@@ -13,10 +13,11 @@ def check_revision(option: str, name: str | None, revision: str | None, *, is_ne
         option: Such as "model" or "tokenizer".
         name: Its value: a Hub id, a folder or a built-in name; `None` where it is not given.
         revision: A branch, a tag or a commit, if any is given.
-        is_needed: Whether it will be loaded in any case.
+        is_needed: Whether it will be loaded in any case; what is not, is looked up when it is loaded.
     """
     if name is not None:
-        check_path(option, name)
+        if is_needed or revision is not None:
+            check_path(option, name)
         if is_needed and not is_here(name):
             use_cache_if_unreachable(f"{option}={name}")
     if revision is None:

@@ -11,6 +11,7 @@ from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision
+from ..data.sources import check_path
 from ..data.splits import MissingSplitError
 from ..data.streaming.dataset import StreamingPairs, open_stream
 from ..evaluation.recall_table import rename_metrics
@@ -461,6 +462,7 @@ def build_parts(
 
 def _build_image_tokenizer(options: ModelArguments, config: COTSConfig, args, processor, train_dataset):
     revision = options.revisions.get("image_tokenizer", MAIN)
+    check_path("image_tokenizer", options.image_tokenizer)
     if not options.image_tokenizer.startswith(KMEANS):
         return build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size, revision)
     check_revision("image_tokenizer", options.image_tokenizer, None)

@@ -251,3 +251,10 @@ def test_encoders_and_tokenizers_of_the_hub_are_taken_at_their_revisions(hub, ti
     assert all(old != new for old, new in zip(before, after, strict=True))
     pinned = {f"{name}_revision": commit for name, commit in commits.items()}
     assert hub.run(numbers_of, str(tmp_path), **repo_ids, **pinned) == before
+
+
+def test_an_image_tokenizer_that_nothing_asks_for_is_not_looked_up(tmp_path, monkeypatch):
+    """A folder of the owner's name makes its id look like a path."""
+    (tmp_path / "facebook").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert ModelArguments().revisions == {}
