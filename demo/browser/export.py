@@ -54,11 +54,11 @@ class ScriptArguments:
 
 def main() -> None:
     (args,) = parse_config_and_options(ScriptArguments)
-    check_revision("model", args.model, args.model_revision)
     if args.repo_id is None and args.output_dir is None:
         raise ValueError("Say where to: --repo_id NAME to push, --output_dir FOLDER to write the page there.")
     if args.repo_id is None and args.private:
         raise ValueError("--private concerns a push: give --repo_id as well.")
+    check_revision("model", args.model, args.model_revision)
 
     # 1. The model, its processor and the images.
     try:

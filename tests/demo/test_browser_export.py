@@ -143,7 +143,7 @@ def test_a_model_s_own_folders_stay(own_hub, tmp_path):
     [
         ([], "Say where to: --repo_id NAME to push, --output_dir FOLDER"),
         (["--output_dir", "out", "--private", "true"], "--private concerns a push"),
-        (["--output_dir", "out"], "No COTS model with its processor can be loaded from nowhere"),
+        (["--output_dir", "out"], "model=nowhere does not exist"),
     ],
 )
 def test_says_what_is_missing(options, said, monkeypatch):

@@ -145,7 +145,7 @@ def test_writes_the_two_stock_models(run, trained, tmp_path):
         ({"output_dir": "out", "kind": "text_encoder", "images": "images"}, "belong to --kind"),
         ({"output_dir": "out", "hypothesis_template": "a {}"}, "--hypothesis_template belongs to --kind"),
         ({"output_dir": "full"}, "is not empty"),
-        ({"output_dir": "out", "model": "nowhere"}, "No COTS model with its processor can be loaded from nowhere"),
+        ({"output_dir": "out", "model": "nowhere"}, "model=nowhere does not exist"),
         ({"output_dir": "out", "kind": "zero_shot_classifier", "labels": LABELS, "images": "full"}, "no image"),
     ],
 )

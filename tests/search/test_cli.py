@@ -80,7 +80,7 @@ def test_index_query_add_delete_rebuild(folder, capsys):
     [
         ("query nowhere dog", "no index in 'nowhere'"),
         ("index nothing/ --model model --index I", "does not exist"),
-        ("index photos --model nothing --index I", "no COTS model in 'nothing'"),
+        ("index photos --model nothing --index I", "model=nothing does not exist"),
         ("index photos --model model --index I --engine magic", "must be one of exact"),
         ("index photos --model model --index photos", "not an empty folder: name a new folder"),
         ("delete nowhere x", "no index"),
