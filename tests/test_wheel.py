@@ -73,7 +73,7 @@ def test_it_holds_every_file_of_the_package_and_nothing_else(wheel):
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".md", ".typed")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert files == expected | {"cots_search.py"}
 
