@@ -32,7 +32,7 @@ def test_the_lowest_versions_are_the_lower_bounds_of_the_dependencies_and_extras
 
 def test_a_job_installs_every_extra_that_it_tests_with_at_its_lowest_version():
     workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
-    (extras,) = re.findall(r"pip install -e \"\.\[([\w,]+)\]\" -c \.github/lowest\.txt", workflow)
+    (extras,) = re.findall(r"pip install -e \"\.\[([-\w,]+)\]\" -c \.github/lowest\.txt", workflow)
     assert set(extras.split(",")) == set(PYPROJECT["project"]["optional-dependencies"])
 
 
