@@ -38,7 +38,7 @@ from modeling_cots.evaluation.retrieval_metrics import retrieval_metrics
 from modeling_cots.method.filtering import filter_threshold, keep_above, mixture_threshold
 from modeling_cots.scripts.cost import flop_counter
 from modeling_cots.scripts.error_boundary import run_script
-from modeling_cots.scripts.factory import build_config, build_model, build_processor, build_tokenizer
+from modeling_cots.scripts.factory import CONFIG_OPTIONS, build_config, build_model, build_processor, build_tokenizer
 from modeling_cots.training.setup import build_training_collator
 from modeling_cots.training.standardization import fit_standardization_
 
@@ -46,7 +46,6 @@ CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 RECIPE = CONFIGS / "flickr8k_dinov2.yaml"
 PROTOCOL = "flickr8k-1k"  # of the test images
 SEEDS = 0, 1, 2
-OF_MODEL = "image_size", "temperature", "projection_hidden_size", "standardize_features", "image_pooling"
 PEER, MCL = "in_batch", "mcl"
 SMALL_BATCH = {"per_device_train_batch_size": 16, "max_steps": 1_800}
 FILTERS = "filter_deviation", "filter_mixture", "filter_half_deviation"
@@ -123,7 +122,7 @@ class Ablation:
         self.max_text_length = self.recipe["max_text_length"]
         self.protocol = PROTOCOL if eval_split == "test" else None
         text_model, vision_model = self.recipe["text_model"], self.recipe["vision_model"]
-        options = {name: self.recipe[name] for name in OF_MODEL}
+        options = {name: self.recipe[name] for name in CONFIG_OPTIONS}
         self.config = build_config(None, None, text_model, vision_model, **options)
         train = open_pairs(str(folder), "train", seed=0)
         tokenizer = build_tokenizer(None, text_model, train.iter_captions(), self.max_text_length, 0)

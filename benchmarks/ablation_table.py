@@ -25,28 +25,28 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def recipe_value(run: dict, name: str) -> float:
-    """What a run was given, or the recipe."""
-    return run["overrides"].get(name, yaml.safe_load(RECIPE.read_text(encoding="utf-8"))[name])
+def _shape(overrides: dict, recipe: dict) -> tuple[int, int]:
+    """Batch size and steps of a run."""
+    options = {**recipe, **overrides}
+    return options["per_device_train_batch_size"], options["max_steps"]
 
 
-def _groups(runs: list[dict]) -> dict[tuple, list[dict]]:
+def _groups(runs: list[dict], recipe: dict) -> dict[tuple, list[dict]]:
     """Metrics of all seeds by batch size, steps, noise and arm."""
     groups = defaultdict(list)
     for run in runs:
-        batch, steps = (recipe_value(run, name) for name in ("per_device_train_batch_size", "max_steps"))
-        groups[batch, steps, run.get("noise", 0.0), run["arm"]].append(run["metrics"])
+        groups[*_shape(run["overrides"], recipe), run.get("noise", 0.0), run["arm"]].append(run["metrics"])
     return groups
 
 
-def results_table(runs: list[dict], flop_per_step: dict[str, dict[str, float]]) -> list[str]:
+def results_table(runs: list[dict], recipe: dict, flop_per_step: dict[str, dict[str, float]]) -> list[str]:
     """Arms without noise: one row for each, batch size and number of steps, over all seeds."""
     titles = {name: arm.title for name, arm in read_arms().items()}
     rows = [
         "| arm | batch | steps | compute | seeds | t2i R@1 / R@10 | i2t R@1 / R@10 | sum of recalls |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    groups = {key: metrics for key, metrics in _groups(runs).items() if key[2] == 0 and key[3] not in FILTERS}
+    groups = {key: metrics for key, metrics in _groups(runs, recipe).items() if key[2] == 0 and key[3] not in FILTERS}
     for (batch, steps, _, arm), metrics in sorted(groups.items(), key=_place):
         flop, most = flop_per_step[str(batch)], max(key[1] for key in groups if key[0] == batch)
         compute = f"{steps * flop[arm] / (most * flop[PEER]):.2f}" if arm in flop else ""
@@ -65,15 +65,15 @@ def _place(group: tuple) -> tuple:
     return -batch, [PEER, MCL, arm].index(arm), arm, -steps
 
 
-def filter_table(runs: list[dict]) -> list[str]:
+def filter_table(runs: list[dict], recipe: dict) -> list[str]:
     """Filters at each share of noise: sum of recalls, and what the rule drops of all training pairs at the end."""
     titles = {name: arm.title for name, arm in read_arms().items()}
     rows = [
         "| arm | captions moved | sum of recalls | dropped of moved / of others, % | area under the ROC curve |",
         "|---|---|---|---|---|",
     ]
-    whole = tuple(recipe_value({"overrides": {}}, name) for name in ("per_device_train_batch_size", "max_steps"))
-    groups = {key[2:]: metrics for key, metrics in _groups(runs).items() if key[:2] == whole}
+    whole = _shape({}, recipe)
+    groups = {key[2:]: metrics for key, metrics in _groups(runs, recipe).items() if key[:2] == whole}
     for noise in sorted({noise for noise, _ in groups}):
         for arm in (PEER, MCL, *FILTERS):
             metrics = groups.get((noise, arm), [])
@@ -106,7 +106,8 @@ def write_tables(json_path: Path, markdown: Path) -> None:
     results = json.loads(json_path.read_text(encoding="utf-8"))
     lines = []
     if results["runs"]:
-        lines += ["", *results_table(results["runs"], results["flop_per_step"]), "", *filter_table(results["runs"])]
+        runs, recipe = results["runs"], yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        lines += ["", *results_table(runs, recipe, results["flop_per_step"]), "", *filter_table(runs, recipe)]
     if results["trials"]:
         lines += ["", *trials_table(results["trials"])]
     write_between(markdown, BEGIN, END, [*lines, ""])

@@ -1,6 +1,6 @@
 """Draw what a model trained on `scenes` finds: four captions of held-out images, and five images for each.
 
-    python docs/draw_retrieval.py runs/quickstart docs/retrieval.png
+    python docs/draw_retrieval.py runs/quickstart retrieval.png
 
 The image that a caption was written for has a green frame. draw_pages.py draws photographs in the same way.
 """

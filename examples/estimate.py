@@ -27,7 +27,7 @@ from modeling_cots.scripts import pretraining, retrieval, video_retrieval
 from modeling_cots.scripts.command_line import option_names
 from modeling_cots.scripts.cost import TrainingCost, estimate_training_cost
 from modeling_cots.scripts.error_boundary import run_script
-from modeling_cots.scripts.factory import build_config
+from modeling_cots.scripts.factory import build_config, config_options
 from modeling_cots.scripts.kmeans_fitting import KMEANS
 from modeling_cots.scripts.steps import parse_options
 
@@ -87,11 +87,7 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
         None if is_bert_base else script_args.text_model,
         script_args.vision_model,
         script_args.revisions,
-        image_size=script_args.image_size,
-        temperature=script_args.temperature,
-        projection_hidden_size=script_args.projection_hidden_size,
-        standardize_features=script_args.standardize_features,
-        image_pooling=script_args.image_pooling,
+        **config_options(script_args),
     )
     if is_bert_base:
         config.text_config = BertConfig()

@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
@@ -36,7 +37,7 @@ from ..modeling_cots_pretraining import COTSForPreTraining
 from ..processing_cots import COTSProcessor
 from ..video_processing_cots import COTSVideoProcessor
 from .image_size import resize_model, resize_vision_encoder_
-from .starting_point import read_json
+from .starting_point import read_fields
 from .timm_weights import load_timm_vit, timm_vit_config
 
 logger = logging.get_logger(__name__)
@@ -45,11 +46,8 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
-OF_WEIGHTS = (
-    "projection_hidden_size",
-    "standardize_features",
-    "image_pooling",
-)  # what a checkpoint cannot be given another value of
+OF_WEIGHTS = "projection_hidden_size", "standardize_features", "image_pooling"  # what a checkpoint has once for all
+CONFIG_OPTIONS = "image_size", "temperature", *OF_WEIGHTS  # what options of a script may set of it
 MAIN = "main"  # the branch that a Hub id without a revision means
 LATEST: Mapping[str, str] = {}  # revisions of no option: every Hub id means its branch main
 
@@ -70,8 +68,7 @@ def build_config(
     Args:
         revisions: The branch, tag or commit of each Hub id, by the name of the argument.
         image_size: Side of the images, where it is not that of the checkpoint, the encoder or the file.
-        fields: Of [`COTSConfig`]: `temperature`, `projection_hidden_size`, `standardize_features`, `image_pooling`; or
-            `None`.
+        fields: Of [`COTSConfig`], the others of `CONFIG_OPTIONS`; or `None`.
 
     Raises `ValueError` where two sources differ, with both values, and for values that no model can be built from.
     """
@@ -79,7 +76,7 @@ def build_config(
     if model is not None:
         config = COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
     else:
-        given = {} if model_config is None else read_json(model_config)
+        given = read_fields(model_config)
         config = _config_of(given, model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
@@ -103,6 +100,11 @@ def build_config(
         setattr(config, name, value)
     config.validate_architecture()
     return config
+
+
+def config_options(options) -> dict[str, Any]:
+    """What the options of a script set of the configuration, as `build_config` takes it."""
+    return {name: getattr(options, name) for name in CONFIG_OPTIONS}
 
 
 def _read_vision_config(vision_model: str, config: COTSConfig, image_size: int | None, revisions: Mapping[str, str]):

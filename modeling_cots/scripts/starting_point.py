@@ -35,7 +35,7 @@ def starting_defaults(options) -> dict[str, float | bool]:
     """The defaults of training options that fit what training starts from; `options` has `model_config` as well."""
     if not is_from_scratch(options):
         return {}
-    given = {} if options.model_config is None else read_json(options.model_config)
+    given = read_fields(options.model_config)
     widths = [_part(given, name).get("hidden_size", PAPER_WIDTH) for name in ("text_config", "vision_config")]
     if not all(isinstance(width, int) and width > 0 for width in widths):
         raise ValueError(f"{options.model_config}: hidden_size must be a whole number above 0, got {widths}.")
@@ -51,8 +51,10 @@ def _part(given: dict, name: str) -> dict:
     return part if isinstance(part, dict) else {}
 
 
-def read_json(path: str) -> dict:
-    """The object in a file of a configuration. Raises `ValueError` where there is none."""
+def read_fields(path: str | None) -> dict:
+    """The fields in a file of a configuration; none without a file. Raises `ValueError` where they cannot be read."""
+    if path is None:
+        return {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -11,7 +11,6 @@ from ..configuration_cots import COTSConfig
 from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision
-from ..data.sources import check_path
 from ..data.splits import MissingSplitError
 from ..data.streaming.dataset import StreamingPairs, open_stream
 from ..evaluation.recall_table import rename_metrics
@@ -28,12 +27,14 @@ from ..training.arguments import COTSTrainingArguments
 from ..training.trainer import COTSTrainer
 from .command_line import parse_and_trace
 from .factory import (
+    CONFIG_OPTIONS,
     MAIN,
     build_config,
     build_image_tokenizer,
     build_model,
     build_processor,
     build_tokenizer,
+    config_options,
     set_image_size,
 )
 from .kmeans_fitting import KMEANS, VOCAB_SIZE, find_or_fit
@@ -42,7 +43,7 @@ from .starting_point import (
     describe_start,
     is_from_scratch,
     name_start,
-    read_json,
+    read_fields,
     set_initializer_range,
     starting_defaults,
 )
@@ -302,11 +303,7 @@ def read_config(options: ModelArguments) -> COTSConfig:
         options.text_model,
         options.vision_model,
         options.revisions,
-        image_size=options.image_size,
-        temperature=options.temperature,
-        projection_hidden_size=options.projection_hidden_size,
-        standardize_features=options.standardize_features,
-        image_pooling=options.image_pooling,
+        **config_options(options),
     )
     if options.lora_rank is not None and options.model is None and None in (options.text_model, options.vision_model):
         raise ValueError(
@@ -314,7 +311,7 @@ def read_config(options: ModelArguments) -> COTSConfig:
             "or leave lora_rank out."
         )
     if is_from_scratch(options):
-        set_initializer_range(config, {} if options.model_config is None else read_json(options.model_config))
+        set_initializer_range(config, read_fields(options.model_config))
     return config
 
 
@@ -462,12 +459,10 @@ def build_parts(
 
 def _build_image_tokenizer(options: ModelArguments, config: COTSConfig, args, processor, train_dataset):
     revision = options.revisions.get("image_tokenizer", MAIN)
-    check_path("image_tokenizer", options.image_tokenizer)
     if not options.image_tokenizer.startswith(KMEANS):
         return build_image_tokenizer(options.image_tokenizer, processor, config.image_vocab_size, revision)
     check_revision("image_tokenizer", options.image_tokenizer, None)
-    given = {} if options.model_config is None else read_json(options.model_config)
-    is_set = options.model is not None or "image_vocab_size" in given
+    is_set = options.model is not None or "image_vocab_size" in read_fields(options.model_config)
     settings = processor.image_processor
     with args.main_process_first(desc="fitting image tokens"):
         return find_or_fit(
@@ -495,14 +490,7 @@ def check_measuring(options, args: COTSTrainingArguments) -> str:
         raise ValueError("There is nothing to measure: give `model`, or a `train_split` to train on.")
     if options.eval_split in (None, "none"):
         raise ValueError("There is nothing to measure on: give `eval_split`. To train only, use cots-train.")
-    for name in (
-        "image_size",
-        "temperature",
-        "projection_hidden_size",
-        "standardize_features",
-        "image_pooling",
-        "lora_rank",
-    ):
+    for name in (*CONFIG_OPTIONS, "lora_rank"):
         if not trains and getattr(options, name) is not None:
             raise ValueError(f"{name} belongs to a training, and this run only measures the model: leave it out.")
     if not trains and args.resume_from_checkpoint is not None:
