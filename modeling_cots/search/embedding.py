@@ -36,7 +36,7 @@ from ..image_reading_cots import (
 )
 from ..video_reading_cots import VIDEO_SUFFIXES, UnreadableVideoError, read_video
 from .conditions import MAX_INTEGER, MIN_INTEGER
-from .rows import CONTENT, RESERVED_COLUMNS, fixed_features, free_name
+from .rows import CONTENT, RESERVED_COLUMNS, ROW_ID_DTYPE, fixed_features, free_name
 
 logger = logging.get_logger(__name__)
 
@@ -172,9 +172,13 @@ def known_names(name: str) -> list[str]:
 
 
 def row_ids_of(names: list[str]) -> np.ndarray:
-    """(n,) int64 from 0 to 2**63: a hash of each name, which is the same in every process and vector store."""
-    digests = b"".join(hashlib.blake2b(printable(name).encode(), digest_size=8).digest() for name in names)
-    return (np.frombuffer(digests, dtype=np.uint64) >> np.uint64(1)).astype(np.int64)
+    """(n,) 32 bytes each: a hash of each name in hexadecimal, the same in every process and vector store.
+
+    It has 128 bits, so that no two of a billion names share one: with the 63 bits of an integer they would, once in 20
+    collections of that size, and the second of the two would never be indexed.
+    """
+    digests = b"".join(hashlib.blake2b(printable(name).encode(), digest_size=16).digest() for name in names)
+    return np.frombuffer(digests.hex().encode(), dtype=ROW_ID_DTYPE)
 
 
 class _Collator:
@@ -338,7 +342,7 @@ class Embedder:
 
 def _table(batch: dict, embeds: np.ndarray, names: list[str], source: str) -> pa.Table:
     fixed = {
-        "row_id": row_ids_of(names).tolist(),
+        "row_id": row_ids_of(names).astype(str),
         "name": names,
         "source": [source] * len(names),
         "captions": batch["captions"],

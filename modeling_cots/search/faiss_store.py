@@ -38,6 +38,7 @@ from .rows import (
     DATASETS_FILES,
     METADATA,
     Rows,
+    are_among,
     as_hit,
     describe_for_datasets,
     unify_metadata,
@@ -173,11 +174,11 @@ class FaissStore:
     def has(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids are in the index."""
         rows = self._visible().rows
-        return np.isin(row_ids, rows.row_ids[rows.is_alive])
+        return are_among(row_ids, rows.row_ids[rows.is_alive])
 
     def was_deleted(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) boolean: which of these ids `delete` has removed, and nobody has added again."""
-        return np.isin(row_ids, self._newest().rows.removed) & ~self.has(row_ids)
+        return are_among(row_ids, self._newest().rows.removed) & ~self.has(row_ids)
 
     @contextmanager
     def adding(self, unfinished: Mapping[str, dict[str, int]] = MappingProxyType({})) -> Iterator[None]:

@@ -19,7 +19,7 @@ from ..data.atomic_write import atomic_write
 
 MANIFEST = "index.json"
 EIGHT_DIGITS = "[0-9]" * 8  # a generation in the name of a file, for `glob`
-LAYOUT = 2  # of the folder; 1 had no manifest
+LAYOUT = 3  # of the folder; 1 had no manifest, 2 had row ids of 63 bits
 
 
 class DamagedIndexError(ValueError):
@@ -117,13 +117,12 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     except (ValueError, AttributeError, RecursionError):
         raise DamagedIndexError(_damaged(path, "is damaged")) from None
     if checksum is None and content.get("format") == 1:
-        raise ValueError(
-            f"The index {str(folder)!r} was made by an older version, whose files have no checksums: make a new one, "
-            "under another name, with `cots-search index`."
-        )
+        raise _made_by_older(folder, "whose files have no checksums")
     if checksum != _checksum_of({"layout": layout, **content}):
         raise DamagedIndexError(_damaged(path, "is damaged"))
-    if layout != LAYOUT:
+    if layout < LAYOUT:
+        raise _made_by_older(folder, "whose ids of two images could be the same")
+    if layout > LAYOUT:
         raise ValueError(f"The index {str(folder)!r} was made by a newer version: update modeling_cots.")
     content["parts"] = tuple((name, num_rows) for name, num_rows in content["parts"])
     content["files"] = {name: (size, checksum) for name, (size, checksum) in content["files"].items()}
@@ -181,6 +180,13 @@ def _map(path: Path) -> pa.Buffer:
         return pa.py_buffer(b"")
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
+
+
+def _made_by_older(folder: Path, fault: str) -> ValueError:
+    return ValueError(
+        f"The index {str(folder)!r} was made by an older version, {fault}: make a new one, under another name, with "
+        "`cots-search index`."
+    )
 
 
 def _damaged(path: Path, fault: str) -> str:

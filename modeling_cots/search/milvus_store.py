@@ -32,7 +32,7 @@ from .conditions import (
     mixed_kinds,
 )
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
-from .rows import FIXED_COLUMNS, as_hit
+from .rows import FIXED_COLUMNS, ROW_ID_DTYPE, as_hit
 
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 DEFAULT_COLLECTION = "cots"
@@ -206,11 +206,11 @@ class MilvusStore:
 
     def _present(self, collection: str, row_ids: np.ndarray) -> np.ndarray:
         present = {row["row_id"] for row in self._get(collection, row_ids, "row_id")}
-        return np.fromiter((row_id in present for row_id in row_ids.tolist()), bool, len(row_ids))
+        return np.fromiter((row_id in present for row_id in row_ids.astype(str).tolist()), bool, len(row_ids))
 
     def _get(self, collection: str, row_ids: np.ndarray, field: str) -> Iterator[dict]:
         for start in range(0, len(row_ids), ROWS_PER_CALL):
-            ids = row_ids[start : start + ROWS_PER_CALL].tolist()
+            ids = row_ids[start : start + ROWS_PER_CALL].astype(str).tolist()
             yield from self._client.get(collection, ids, output_fields=[field])
 
     def names_of(self, row_ids: np.ndarray) -> list[str]:
@@ -275,11 +275,11 @@ class MilvusStore:
         pages = self._client.query_iterator(
             self.collection, filter=self._filter(where), output_fields=["row_id"], batch_size=ROWS_PER_CALL
         )
-        ids: list[int] = []
+        ids: list[str] = []
         while page := pages.next():
             ids.extend(row["row_id"] for row in page)
         pages.close()
-        return np.array(ids, dtype=np.int64)
+        return np.array(ids, ROW_ID_DTYPE)
 
     def delete(self, row_ids: np.ndarray) -> int:
         """Remove entries; returns how many of these ids were in the index."""
@@ -292,7 +292,7 @@ class MilvusStore:
                 consistency_level="Strong",
             )
         for start in range(0, len(present), ROWS_PER_CALL):
-            ids = present[start : start + ROWS_PER_CALL].tolist()
+            ids = present[start : start + ROWS_PER_CALL].astype(str).tolist()
             self._client.upsert(self._removed, [{"row_id": row_id, "embedding": [1.0, 0.0]} for row_id in ids])
             self._client.delete(self.collection, ids=ids)
         return len(present)
@@ -317,12 +317,24 @@ class MilvusStore:
                 f"There is no collection {self.collection!r} at {self._uri!r}: make one with `cots-search index`."
             )
         info = self.info
+        self._check_row_ids()
         if "embedding" in self._client.list_indexes(self.collection):
             self._client.load_collection(self.collection)
         else:  # a rebuild was killed
             self._build_index(info)
         if self._client.has_collection(self._removed):
             self._client.load_collection(self._removed)
+
+    def _check_row_ids(self) -> None:
+        """Raise `ValueError` for a collection of an older version, whose ids are integers."""
+        from pymilvus import DataType
+
+        fields = self._client.describe_collection(self.collection)["fields"]
+        if any(field["name"] == "row_id" and field["type"] != DataType.VARCHAR for field in fields):
+            raise ValueError(
+                f"The collection {self.collection!r} at {self._uri!r} was made by an older version, whose ids of two "
+                "images could be the same: make a new one, under another name, with `cots-search index`."
+            )
 
     def _build_index(self, info: dict) -> None:
         parameters = _index_params(self._client, info["engine"], info["dim"])
@@ -377,7 +389,7 @@ def _schema(dim: int):
     from pymilvus import DataType, MilvusClient
 
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
-    schema.add_field("row_id", DataType.INT64, is_primary=True)
+    schema.add_field("row_id", DataType.VARCHAR, is_primary=True, max_length=ROW_ID_DTYPE.itemsize)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
     schema.add_field("name", DataType.VARCHAR, max_length=MAX_NAME)
     schema.add_field("source", DataType.VARCHAR, max_length=MAX_NAME)
@@ -391,7 +403,7 @@ def _removed_schema():
     from pymilvus import DataType, MilvusClient
 
     schema = MilvusClient.create_schema(auto_id=False)
-    schema.add_field("row_id", DataType.INT64, is_primary=True)
+    schema.add_field("row_id", DataType.VARCHAR, is_primary=True, max_length=ROW_ID_DTYPE.itemsize)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=REMOVED_DIM)
     return schema
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.atomic_write import atomic_write
@@ -36,7 +37,8 @@ FIXED_COLUMNS = ("row_id", "name", "source", "captions", "thumbnail", "embedding
 CONTENT = "content"  # a digest of an entry's pixels, stored like metadata: an index of before has none
 RESERVED_COLUMNS = (*FIXED_COLUMNS, CONTENT, "$meta", "_seq", "_partition")  # the last three are names of Milvus
 LOOKED_AT = ("row_id", "name", "source")  # these stand in both files of a part
-LOOKED_AT_SCHEMA = pa.schema([("row_id", pa.int64()), ("name", pa.string()), ("source", pa.string())])
+ROW_ID_DTYPE = np.dtype("S32")  # 128 bits in hexadecimal
+LOOKED_AT_SCHEMA = pa.schema([("row_id", pa.string()), ("name", pa.string()), ("source", pa.string())])
 METADATA = "metadata"
 DATASETS_FILES = ("state.json", "dataset_info.json")
 ARROW_FILE = b"cots.arrow_file"  # bytes and CRC-32 of the other file of a part, in the parquet file
@@ -48,7 +50,7 @@ def fixed_features(dim: int):
 
     return datasets.Features(
         {
-            "row_id": datasets.Value("int64"),
+            "row_id": datasets.Value("string"),
             "name": datasets.Value("string"),
             "source": datasets.Value("string"),
             "captions": datasets.List(datasets.Value("string")),
@@ -56,6 +58,26 @@ def fixed_features(dim: int):
             "embedding": datasets.List(datasets.Value("float32"), length=dim),
         }
     )
+
+
+def ids_in(column: pa.ChunkedArray) -> np.ndarray:
+    """(n,) row ids of a column of them, as `row_ids_of` makes them."""
+    chunks = [np.zeros(0, ROW_ID_DTYPE)]
+    for chunk in column.chunks:
+        fixed = chunk.cast(pa.binary(ROW_ID_DTYPE.itemsize))
+        chunks.append(np.frombuffer(fixed.buffers()[1], ROW_ID_DTYPE)[fixed.offset : fixed.offset + len(fixed)])
+    return np.concatenate(chunks)
+
+
+def are_among(row_ids: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n,) boolean: which of these ids are among the others. NumPy's `isin` would sort millions of texts."""
+    arrays = [
+        pa.Array.from_buffers(
+            pa.binary(ROW_ID_DTYPE.itemsize), len(ids), [None, pa.py_buffer(np.ascontiguousarray(ids))]
+        )
+        for ids in (row_ids, others)
+    ]
+    return pc.is_in(arrays[0], value_set=arrays[1]).to_numpy(zero_copy_only=False)
 
 
 def as_hit(row: dict, score: float) -> dict:
@@ -192,16 +214,16 @@ class Rows:
             self.parts[name] = part if is_same else Part(folder, name, num_rows, manifest.files)
         tables = [LOOKED_AT_SCHEMA.empty_table(), *(part.looked_at for part in self.parts.values())]
         looked_at = join_tables(tables)
-        self.row_ids = looked_at["row_id"].to_numpy()
+        self.row_ids = ids_in(looked_at["row_id"])
         self.filterable = looked_at.drop_columns(["row_id"])  # names, sources and metadata
         self.is_alive = np.ones(len(self), dtype=bool)
         if manifest.deleted is not None:
             content = checked_bytes(folder, manifest.deleted, manifest.files[manifest.deleted])
             self.is_alive[pq.read_table(pa.BufferReader(content))["position"].to_numpy()] = False
-        self.removed = np.zeros(0, dtype=np.int64)
+        self.removed = np.zeros(0, ROW_ID_DTYPE)
         if manifest.removed is not None:
             content = checked_bytes(folder, manifest.removed, manifest.files[manifest.removed])
-            self.removed = pq.read_table(pa.BufferReader(content))["row_id"].to_numpy()
+            self.removed = ids_in(pq.read_table(pa.BufferReader(content))["row_id"])
         self._starts = np.cumsum([0, *(part.num_rows for part in self.parts.values())])
 
     def __len__(self) -> int:
@@ -209,7 +231,7 @@ class Rows:
 
     def positions_of(self, row_ids: np.ndarray) -> np.ndarray:
         """The positions of the rows with these ids, without deleted ones."""
-        return np.flatnonzero(np.isin(self.row_ids, row_ids) & self.is_alive)
+        return np.flatnonzero(are_among(self.row_ids, row_ids) & self.is_alive)
 
     def embeddings(self, positions: np.ndarray | slice) -> np.ndarray:
         """(n, dim) float32, copied from the mapped files."""
@@ -268,17 +290,17 @@ def unify_metadata(present: pa.Schema, new: pa.Schema) -> pa.Schema:
 
 def write_deleted(folder: Path, name: str, positions: np.ndarray) -> tuple[int, int]:
     """Write the positions of all deleted rows; returns what the manifest lists of the file."""
-    return _write_column(folder, name, "position", positions)
+    return _write_column(folder, name, "position", pa.array(positions))
 
 
 def write_removed(folder: Path, name: str, row_ids: np.ndarray) -> tuple[int, int]:
     """Write the ids of all entries that were ever deleted; returns what the manifest lists of the file."""
-    return _write_column(folder, name, "row_id", row_ids)
+    return _write_column(folder, name, "row_id", pa.array(row_ids).cast(pa.string()))
 
 
-def _write_column(folder: Path, name: str, column: str, numbers: np.ndarray) -> tuple[int, int]:
+def _write_column(folder: Path, name: str, column: str, values: pa.Array) -> tuple[int, int]:
     with atomic_write(folder / name) as partial:
-        pq.write_table(pa.table({column: numbers}), partial)
+        pq.write_table(pa.table({column: values}), partial)
     return describe_file(folder / name)
 
 

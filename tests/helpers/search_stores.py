@@ -23,7 +23,7 @@ def make_rows(vectors: np.ndarray, first: int = 0, **metadata) -> pa.Table:
     names = [f"pic{first + number}" for number in range(len(vectors))]
     schema = fixed_features(vectors.shape[1]).arrow_schema
     columns = {
-        "row_id": row_ids_of(names).tolist(),
+        "row_id": row_ids_of(names).astype(str),
         "name": names,
         "source": ["test"] * len(names),
         "captions": [[f"caption of {name}", "b"] for name in names],

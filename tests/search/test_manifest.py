@@ -146,6 +146,10 @@ def test_other_versions_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="made by an older version.*make a new one"):
         FaissStore(tmp_path)
     Manifest(generation=1, info=INFO).write(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_cots.search.manifest.LAYOUT", 4)
+        with pytest.raises(ValueError, match="older version, whose ids of two images could be the same: make a new"):
+            FaissStore(tmp_path)
     monkeypatch.setattr("modeling_cots.search.manifest.LAYOUT", 1)
     with pytest.raises(ValueError, match="made by a newer version: update"):
         FaissStore(tmp_path)

@@ -7,6 +7,8 @@ from search_stores import INFO, fill, make_rows, make_vectors, names
 
 pytest.importorskip("milvus_lite")
 
+from pymilvus import DataType, MilvusClient
+
 from modeling_cots.search.milvus_store import MilvusStore, _connected, _open_clients, connect, is_milvus_uri
 
 
@@ -55,6 +57,21 @@ def test_what_cannot_be_opened_or_made_is_closed(tmp_path):
         with pytest.raises(ValueError, match="not made by|no collection|already"):
             call()
         assert _open_clients[place] == 0
+
+
+def test_a_collection_of_an_older_version_is_refused(tmp_path, monkeypatch):
+    place = f"{tmp_path}/a.db"
+
+    def older_schema(dim: int):
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field("row_id", DataType.INT64, is_primary=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
+        return schema
+
+    monkeypatch.setattr("modeling_cots.search.milvus_store._schema", older_schema)
+    with pytest.raises(ValueError, match="older version, whose ids of two images could be the same: make a new one"):
+        MilvusStore.create(place, INFO, "exact")
+    assert _open_clients[place] == 0
 
 
 def test_results_have_the_metadata_that_another_handle_added(tmp_path):
