@@ -17,8 +17,9 @@ class VectorStore(Protocol):
     """
     Entries with embeddings, which can be added, searched and deleted.
 
-    An entry has the columns row_id (the 32 letters of `row_ids_of`), name, source, captions, thumbnail (a JPEG or none), embedding (float32,
-    unit length), and any metadata. `info` is the dictionary that `create` was given, with the index type as `engine`.
+    An entry has the columns row_id (the 32 letters of `row_ids_of`), name, source, captions, thumbnail (a JPEG or
+    none), embedding (float32, unit length), and any metadata. `info` is the dictionary that `create` was given, with
+    the index type as `engine`.
     Every call answers from the newest state of the index, whoever has written it.
     """
 
