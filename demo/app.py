@@ -40,6 +40,7 @@ from modeling_cots.hub.identity import model_identity
 from modeling_cots.image_reading_cots import IMAGE_SUFFIXES, read_image
 from modeling_cots.processing_cots import TOKENIZER_LOCK
 from modeling_cots.scripts.error_boundary import run_script
+from modeling_cots.scripts.plain_parser import PlainParser
 from modeling_cots.search.embedding import ImageFolder, as_image_folder, check_text, entry_names
 from modeling_cots.search.stores import open_store, store_exists
 from modeling_cots.visualization.heat_maps import overlay
@@ -558,9 +559,7 @@ def launch(collection: Collection, examples: list[str], **options):
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = PlainParser(__doc__)
     parser.add_argument("--model", help=f"folder or Hub id ({MODEL}, or the index's own)")
     parser.add_argument(
         "--revision",

@@ -26,12 +26,11 @@ from modeling_cots.method.kmeans_tokenizer import KMeansImageTokenizer
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import MAIN, build_config, build_image_tokenizer
 from modeling_cots.scripts.kmeans_fitting import KMEANS, VOCAB_SIZE, find_or_fit
+from modeling_cots.scripts.plain_parser import PlainParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = PlainParser(__doc__)
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--output_dir", required=True, help="folder to write to")
     parser.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")

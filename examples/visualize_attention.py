@@ -7,22 +7,19 @@ caption. Without --words the six words with the highest relevance for the image 
 the maps, and benchmarks/pointing_game.py measures how well they point at objects.
 """
 
-import argparse
-
 from transformers import AutoProcessor
 
 from modeling_cots import COTSModel
 from modeling_cots.data.revisions import check_revision
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.error_boundary import run_script
+from modeling_cots.scripts.plain_parser import PlainParser
 from modeling_cots.visualization.heat_maps import draw_word_maps
 from modeling_cots.visualization.relevance import explain_pair
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = PlainParser(__doc__)
     parser.add_argument("image", help="an image file")
     parser.add_argument("caption", help="the caption to compare it with")
     parser.add_argument("--words", nargs="+", help='words of the caption; quote phrases: --words girl "red hat"')

@@ -7,7 +7,6 @@ highest scores with their captions), histogram.png (all scores and the threshold
 scores.parquet (every pair with its score, and whether the filter keeps it), to clean the data set with.
 """
 
-import argparse
 import os
 
 from accelerate import Accelerator
@@ -17,15 +16,14 @@ from modeling_cots.data.opening import open_dataset
 from modeling_cots.evaluation.pair_scores import PairScores, load_scoring_model, score_pairs, write_scores
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.error_boundary import run_script
+from modeling_cots.scripts.plain_parser import PlainParser
 from modeling_cots.training.arguments import FILTER_NUM_STD, FILTER_RULES
 from modeling_cots.visualization.figures import new_figure
 from modeling_cots.visualization.score_figures import band_positions, draw_contact_sheet, draw_histogram
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = PlainParser(__doc__)
     parser.add_argument("dataset", help="scenes, a Hub id, a folder or a file, as run_pretraining.py takes it")
     parser.add_argument("--model", default="runs/quickstart", help="checkpoint-*, or any COTS checkpoint")
     parser.add_argument("--revision", "--model_revision", help="branch, tag or commit of a Hub id")

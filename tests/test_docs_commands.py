@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from programs import describe, run_python
+from preloaded_programs import run_preloaded
+from programs import describe
 from scene_files import png
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
@@ -76,6 +77,7 @@ BEFORE = {
     ]
 }
 SERVERS = r"demo/app\.py|cots-search serve"
+TIMEOUT = 1_200  # seconds of a command
 PROGRAMS = r"(OMP_NUM_THREADS=1 )?(python |torchrun |cots-\w+ )"
 
 
@@ -211,7 +213,7 @@ def run(command: str, folder: Path) -> None:
     if re.search(SERVERS, command):
         start_and_stop(arguments, folder, environment)
     else:
-        run_python(*arguments, cwd=folder, env=environment, timeout=1_200)
+        run_preloaded(arguments, folder, environment, TIMEOUT)
 
 
 def start_and_stop(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -232,7 +234,6 @@ def start_and_stop(arguments: list[str], folder: Path, environment: dict[str, st
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("COTS_TEST_DOCS" not in os.environ, reason="takes long: COTS_TEST_DOCS=1 runs the pages' commands")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, prepared, tmp_path):
     folder = Path(shutil.copytree(prepared, tmp_path / "page"))
@@ -244,7 +245,7 @@ def test_the_commands_of_a_page_run(page, prepared, tmp_path):
     for command in [*(command for command in before if command not in commands), *commands]:
         run(command, folder)
     if code and page.name not in ("hub.md", "pipelines.md"):  # which have tests of their own
-        run_python("-c", code, cwd=folder, env=environment_in(folder))
+        run_preloaded(["-c", code], folder, environment_in(folder), TIMEOUT)
 
 
 def is_whole(block: str) -> bool:

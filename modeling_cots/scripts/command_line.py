@@ -1,7 +1,7 @@
 """`SCRIPT.py [CONFIG.yaml] [--option value ...]`: one YAML file of options, which the command line overrides.
 
 A value in the file is read as the same word on the command line would be, whatever YAML takes it for: `no` is a word
-where an option takes words, and false where it takes true or false. Only `null` is no value.
+where an option takes words, and false where it takes true or false. Only a written `null` is no value.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def _convert(action: argparse.Action, kinds: set, node: yaml.Node):
     if node.tag not in _PLAIN_TAGS:
         raise ValueError(f"has the tag {node.tag}: leave it out")
     if node.tag == "tag:yaml.org,2002:null":
-        if type(None) not in kinds:
+        if type(None) not in kinds or not node.value:
             raise ValueError("has no value: give one, or leave the line out")
         return None
     is_list = action.nargs == "+" or list in kinds

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.karpathy import is_karpathy
 from ..data.pairs import PairDataset
+from ..data.splits import MissingSplitError
 from .steps import DataArguments, open_split
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,7 @@ def hold_out_if_missing(
         try:
             return train_dataset, open_split(options, options.eval_split, image_size=image_size, seed=seed)
         except ValueError as error:
-            if whole is None or f"has no split {EVAL_SPLIT!r}" not in str(error):
+            if whole is None or not isinstance(error.__cause__, MissingSplitError):
                 raise
     rest, held_out = whole.hold_out(SHARE, MOST)
     rest.name = held_out.name = whole.name

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .base_arguments import check_base_arguments, check_numbers, choose_measure, refuse_unused
+from .base_arguments import check_base_arguments, check_numbers, check_precision, choose_measure, refuse_unused
 from .frozen_layers import NONE, check_freeze
 
 MAX_KEY_DRIFT = 0.08
@@ -175,6 +175,7 @@ class COTSTrainingArguments(TrainingArguments):
     def __post_init__(self):
         refuse_unused(self)
         check_numbers(self)
+        check_precision(self)
         choose_measure(self)
         is_adam = self.optim == ADAM
         if is_adam:

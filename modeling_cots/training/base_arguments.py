@@ -9,6 +9,7 @@ import math
 import numbers
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..evaluation.retrieval_metrics import RECALL_AT
 
@@ -98,6 +99,15 @@ def refuse_unused(args: TrainingArguments) -> None:
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"train_sampling_strategy must be random or sequential, got {args.train_sampling_strategy!r}: {_LENGTHS}."
+        )
+
+
+def check_precision(args: TrainingArguments) -> None:
+    """Raise `ValueError` for bf16 without a GPU that computes it, unless the CPU is asked for."""
+    if args.bf16 and not (args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        raise ValueError(
+            "bf16 needs a GPU that computes it, and none is found: add --use_cpu true to train on the CPU, or --bf16 "
+            "false."
         )
 
 

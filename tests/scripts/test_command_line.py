@@ -75,7 +75,6 @@ def write(folder, text: str | bytes) -> str:
     [
         ("split: no", {"split": "no"}),
         ("split: null", {"split": None}),
-        ("split:", {"split": None}),
         ("split: ~", {"split": None}),
         ("split: 'null'", {"split": "null"}),
         ("split: 2020-01-01", {"split": "2020-01-01"}),
@@ -106,6 +105,7 @@ def test_a_value_is_the_word_that_stands_there(tmp_path, line, expected):
         ("steps: true", "line 1: steps must be a whole number, got true"),
         ("steps: 1e3", "steps must be a whole number, got 1e3"),
         ("steps:", "steps has no value: give one, or leave the line out"),
+        ("split:", "split has no value: give one, or leave the line out"),
         ("steps: ''", "steps must be a whole number, got nothing"),
         ("flip: null", "flip has no value"),
         ("flip: 2", "flip must be true or false, got 2"),

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_bf16_gpu_available
 
 from modeling_cots import COTSTrainer, COTSTrainingArguments, ScenesDataset
 from modeling_cots.data.streaming.dataset import StreamingPairs
@@ -374,3 +375,10 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step(make_trainer, max_steps)
     assert resumed.state.global_step == 4
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="has a GPU that computes bf16")
+def test_bf16_without_such_a_gpu_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="bf16 needs a GPU.*--use_cpu true.*--bf16 false"):
+        COTSTrainingArguments("run", bf16=True)
+    assert COTSTrainingArguments("run", bf16=True, use_cpu=True).bf16
