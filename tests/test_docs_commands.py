@@ -33,7 +33,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 NOT_RUN = {
     r"^pip install [^&]*$|^npm install|^export ": "installs, or sets a variable",
     r"python -m pytest": "is what runs this",
-    r"^hf |push_to_hub\.py": "needs a hub: tests/test_docs_hub.py, tests/examples/test_push_to_hub.py",
+    r"^hf |push_to_hub\.py|--repo_id": "needs a hub: tests/test_docs_hub.py, tests/examples/test_push_to_hub.py",
     r"https://": "needs a server: tests/data/streaming/test_dataset.py, tests/search/test_milvus_store.py",
     r"--nnodes": "needs several machines: tests/training/test_distributed.py",
     r"run\w+\.py .*(pretrain_5m|coco|flickr30k|msrvtt)\.yaml|--protocol": "needs the data of the paper, whose counts "
@@ -60,23 +60,30 @@ SMALL = {
     "--model_config examples/configs/quickstart_model.json",
     r"run_all\.py --device cpu": "--quick --only memory",
     r"benchmarks/(encode|search)\.py": "--quick",
+    r"http\.server": "--bind 127.0.0.1 0",
 }
 # What is put in the place of a word.
 INSTEAD = {
     "--nproc_per_node 8": "--nproc_per_node 2",
     "checkpoint-900": "checkpoint-2",
+    "my.yaml --text_model": "--dataset PHOTOS/ --output_dir runs/mine --text_model",  # my.yaml has a tiny model
     "--images FOLDER": "--images MORE",
-    "benchmarks/results_cpu.json": "results_cpu.json",
+    "--json benchmarks/results_cpu.json": "--json results_cpu.json",
     "timm/vit_base_patch16_384.augreg_in21k_ft_in1k": "timm-vit",
 }
-# What a page takes for granted beside the quick start, by its folder.
+# What a page takes for granted beside the quick start.
 BEFORE = {
-    "demo": [
+    "docs/search.md": ["python examples/run_pretraining.py examples/configs/flickr8k_dinov2.yaml --dataset FLICKR8K/"],
+    "docs/reliability.md": [
+        "python examples/run_pretraining.py --dataset PHOTOS/ --model_config examples/configs/quickstart_model.json "
+        "--output_dir runs/mine --adaptive_filter true --filter_log runs/mine/filter_log"
+    ],
+    "demo/README.md": [
         "python examples/run_pretraining.py examples/configs/quickstart.yaml --output_dir runs/mine",
         "cots-search index PHOTOS/ --model runs/mine --index IDX",
-    ]
+    ],
 }
-SERVERS = r"demo/app\.py|cots-search serve"
+SERVERS = r"demo/app\.py|cots-search serve|http\.server"
 TIMEOUT = 1_200  # seconds of a command
 PROGRAMS = r"(OMP_NUM_THREADS=1 )?(python |torchrun |cots-\w+ )"
 
@@ -121,7 +128,7 @@ def test_what_a_page_shows_is_found():
 def prepared(tmp_path_factory) -> Path:
     """A folder with all that the commands of the pages name."""
     folder = tmp_path_factory.mktemp("pages")
-    for name in ("examples", "demo", "benchmarks", "docs"):
+    for name in ("examples", "demo", "benchmarks", "docs", "modeling_cots"):
         shutil.copytree(ROOT / name, folder / name)
     write_photos(folder)
     write_encoders(folder)
@@ -241,10 +248,12 @@ def test_the_commands_of_a_page_run(page, prepared, tmp_path):
     code = "\n".join(block for language, block in blocks_of(page) if language == "python" and is_whole(block))
     if not commands and not code:
         pytest.skip("the page has no command that runs here")
-    before = ["python examples/run_pretraining.py examples/configs/quickstart.yaml"] + BEFORE.get(page.parent.name, [])
+    before = ["python examples/run_pretraining.py examples/configs/quickstart.yaml"] + BEFORE.get(
+        str(page.relative_to(ROOT)), []
+    )
     for command in [*(command for command in before if command not in commands), *commands]:
         run(command, folder)
-    if code and page.name not in ("hub.md", "pipelines.md"):  # which have tests of their own
+    if code and page.name not in ("benchmarks.md", "hub.md", "pipelines.md"):  # which have tests of their own
         run_preloaded(["-c", code], folder, environment_in(folder), TIMEOUT)
 
 

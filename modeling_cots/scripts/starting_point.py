@@ -103,7 +103,7 @@ def describe_start(options, chosen: dict) -> str:
 
 
 def _format(value: float | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:.3g}"
+    return str(value).lower() if isinstance(value, bool | int) else f"{value:.3g}"
 
 
 def set_initializer_range(config: COTSConfig, given: dict) -> None:

@@ -20,7 +20,7 @@ DESCRIPTION = """Index photographs and videos once, then find them by words, by 
     cots-search delete IDX PHOTOS/blurred.jpg
     cots-search rebuild IDX --engine hnsw
 
-MODEL is a folder or a Hub id of a model that was trained on photographs, such as runs/cots-flickr8k-dinov2, which
+MODEL is a folder or a Hub id of a model that was trained on photographs, such as runs/flickr8k_dinov2, which
 examples/configs/flickr8k_dinov2.yaml trains. The model of the quick start is a toy: it knows drawn shapes alone.
 IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in
 MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
