@@ -34,7 +34,7 @@ def run(*words: str, cwd: Path) -> tuple[str, str, int]:
 @pytest.mark.parametrize(
     ("command", "said", "status"),
     [
-        ("--help", "cots-flickr8k-dinov2", 0),
+        ("--help", "flickr8k_dinov2", 0),
         ("query --help", "--image_weight", 0),
         ("serve --help", "127.0.0.1", 0),
         ("qurey IDX dog", "invalid choice: 'qurey'", 2),
