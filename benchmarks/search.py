@@ -35,7 +35,9 @@ from modeling_cots.scripts.error_boundary import run_script
 faiss = optional("faiss")
 if faiss is not None:
     from modeling_cots.search.faiss_vectors import FaissVectors
-    from modeling_cots.search.index_types import INDEX_TYPES
+    from modeling_cots.search.index_types import FAISS, INDEX_TYPES
+
+    IN_FAISS = [name for name, index_type in INDEX_TYPES.items() if FAISS in index_type.stores]
 
 TOP = 10
 QUICK_SIZES = 3_000, 32, 20  # vectors, their numbers, queries
@@ -189,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--engines", nargs="+", choices=[*INDEX_TYPES, REFINED], default=[*INDEX_TYPES, REFINED])
+    parser.add_argument("--engines", nargs="+", choices=[*IN_FAISS, REFINED], default=[*IN_FAISS, REFINED])
     parser.add_argument("--synthetic", action="store_true", help="random vectors in groups, not a model's")
     parser.add_argument("--plain", action="store_true", help="random vectors without structure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")

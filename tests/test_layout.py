@@ -46,6 +46,8 @@ THIRD_PARTY = {
 OPTIONAL = {
     "faiss": {"search/faiss_vectors.py", "scripts/kmeans_fitting.py"},
     "pymilvus": {"search/milvus_store.py"},
+    "psycopg": {"search/postgres_store.py"},
+    "pgvector": {"search/postgres_store.py"},
     "av": {"video_reading_cots.py", "data/scenes/moving.py"},
     "matplotlib": {"visualization/figures.py"},
     "onnx": {"hub/onnx_export.py", "hub/transformers_js.py"},

@@ -265,6 +265,51 @@ def mixed_kinds(column: str, present: Kind, new: Kind) -> ValueError:
     )
 
 
+def postgres_expression(conditions: Sequence[Condition], fields: Sequence[str]) -> tuple[str, list]:
+    """
+    The conditions, whose values are of their columns' kinds, as a WHERE clause of PostgreSQL with its values.
+
+    Names of columns and all values are parameters of the statement, so that none can end a string.
+
+    Args:
+        conditions: What `as_kind` returned.
+        fields: The columns of texts of the table; all others are keys of its column `metadata`, which is jsonb.
+
+    Returns the clause with %s for each value, empty without conditions, and the values.
+    """
+    parts, values = [], []
+    for condition in conditions:
+        part, bound = _postgres_comparison(condition, fields)
+        parts.append(part)
+        values.extend(bound)
+    return f"WHERE {' AND '.join(parts)}" if parts else "", values
+
+
+def _postgres_comparison(condition: Condition, fields: Sequence[str]) -> tuple[str, list]:
+    bound = [without_nul(value) if isinstance(value, str) else value for value in condition.values]
+    if condition.column in fields:
+        column, values = condition.column, []
+    else:
+        column, values = "(metadata ->> %s)", [without_nul(condition.column)]
+    operator = "=" if condition.operator == "==" else condition.operator
+    if isinstance(bound[0], str):  # ordered by their bytes, as Arrow orders texts, whatever the database's language
+        column += ' COLLATE "C"'
+        return (
+            (f"{column} = ANY(%s)", [*values, bound])
+            if operator == "in"
+            else (f"{column} {operator} %s", [*values, bound[0]])
+        )
+    column = column.replace("->>", "->")  # jsonb compares numbers exactly, integers with floats too
+    if operator == "in":
+        return f"{column} = ANY(%s::jsonb[])", [*values, [json.dumps(value) for value in bound]]
+    return f"{column} {operator} %s::jsonb", [*values, json.dumps(bound[0])]
+
+
+def without_nul(text: str) -> str:
+    """The text as PostgreSQL holds it: with the sign for an unknown character in place of NUL."""
+    return text.replace("\0", "\ufffd")
+
+
 def milvus_expression(conditions: Sequence[Condition], fields: Sequence[str] = ()) -> str:
     """
     The conditions, whose values are of their columns' kinds, as a Milvus filter.

@@ -14,11 +14,10 @@ import faiss
 import numpy as np
 
 from ..data.atomic_write import atomic_write
-from .index_types import FAISS, INDEX_TYPES, check_index_type
+from .index_types import FAISS, FEW_ROWS, INDEX_TYPES, check_index_type
 
 NUM_TRAINING = 250_000  # vectors that codes are trained on, at most
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
-FEW_ROWS = 20_000  # a filter that leaves no more than these has them compared directly
 
 
 class FaissVectors:

@@ -1,7 +1,8 @@
 """`SearchIndex`: embed images and videos once, then find them by text, by image or by both.
 
-An index is a folder (FAISS) or a collection of Milvus; `stores.py` chooses by its name. It stores the identity of the
-model that it was made with and refuses any other model, whose embeddings cannot be compared with the stored ones.
+An index is a folder (FAISS), a table of PostgreSQL or a collection of Milvus; `stores.py` chooses by its name. It
+stores the identity of the model that it was made with and refuses any other model, whose embeddings cannot be compared
+with the stored ones.
 """
 
 import os
@@ -41,7 +42,8 @@ class SearchIndex:
     An index of images, with the model that embeds queries.
 
     Args:
-        index: A folder, a Milvus Lite file (`photos.db`) or a Milvus server (`http://host:19530#photos`).
+        index: A folder, a table of PostgreSQL (`postgresql://user@host/database#photos`), a Milvus Lite file
+            (`photos.db`) or a Milvus server (`http://host:19530#photos`).
         model ([`COTSModel`]): The model that the index was made with.
         processor ([`COTSProcessor`]): Its processor.
 
@@ -65,8 +67,8 @@ class SearchIndex:
 
         Args:
             index, model, processor: See the class.
-            engine: The index type: "exact", "hnsw", "ivfpq", "int8", or (FAISS alone) "binary". docs/search.md says
-                when to use which.
+            engine: The index type: "exact", "hnsw", "ivfpq", "int8", (FAISS alone) "binary" or (PostgreSQL alone)
+                "halfvec". docs/search.md says when to use which.
             model_name: The folder or Hub id from which `cots-search` loads the model; by default the one from which
                 this model was loaded.
 

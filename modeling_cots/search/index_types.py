@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FAISS, MILVUS_SERVER, MILVUS_LITE = "FAISS", "a Milvus server", "a Milvus Lite file"
+POSTGRES = "PostgreSQL"
+FEW_ROWS = 20_000  # a filter that leaves no more than these has them compared directly
 
 
 class Candidates(NamedTuple):
@@ -25,6 +27,14 @@ class MilvusIndex(NamedTuple):
     search_params: dict
 
 
+class PostgresIndex(NamedTuple):
+    """The type of pgvector's column, the operators of the graph over it (`None` without a graph), its most numbers."""
+
+    column: str
+    operators: str | None
+    max_dim: int
+
+
 @dataclass(frozen=True)
 class IndexType:
     """
@@ -34,6 +44,8 @@ class IndexType:
         description: What is kept of the vectors, and what a search does with it.
         milvus: Its form in Milvus; `None` where Milvus has none.
         in_milvus_lite: Whether the embedded file has it, too.
+        postgres: Its form in PostgreSQL; `None` where pgvector has none.
+        in_faiss: Whether the local folder has it.
         min_vectors: Vectors that FAISS needs to train the codes.
         candidates: How many candidates FAISS finds, to be rescored from the stored embeddings; `None` where FAISS'
             own scores are exact.
@@ -42,6 +54,8 @@ class IndexType:
     description: str
     milvus: MilvusIndex | None
     in_milvus_lite: bool = True
+    postgres: PostgresIndex | None = None
+    in_faiss: bool = True
     min_vectors: int = 1
     candidates: Candidates | None = None
 
@@ -49,9 +63,10 @@ class IndexType:
     def stores(self) -> list[str]:
         """The vector stores that have this index type."""
         has_it = {
-            FAISS: True,
+            FAISS: self.in_faiss,
             MILVUS_SERVER: self.milvus is not None,
             MILVUS_LITE: self.milvus is not None and self.in_milvus_lite,
+            POSTGRES: self.postgres is not None,
         }
         return [store for store, has in has_it.items() if has]
 
@@ -60,10 +75,12 @@ INDEX_TYPES = {
     "exact": IndexType(
         "all vectors in memory, all compared",
         milvus=MilvusIndex("FLAT", {}, {}),
+        postgres=PostgresIndex("vector", None, 16_000),
     ),
     "hnsw": IndexType(
         "all vectors in memory, and a graph through them",
         milvus=MilvusIndex("HNSW", {"M": 32, "efConstruction": 100}, {"ef": 128}),
+        postgres=PostgresIndex("vector", "vector_ip_ops", 2_000),
     ),
     "ivfpq": IndexType(
         "half a byte for two numbers, in lists of which nprobe are compared; candidates rescored",
@@ -85,6 +102,12 @@ INDEX_TYPES = {
         min_vectors=100,
         candidates=Candidates(times=50, minimum=1_000),
     ),
+    "halfvec": IndexType(
+        "two bytes a number, and a graph through the vectors",
+        milvus=None,
+        postgres=PostgresIndex("halfvec", "halfvec_ip_ops", 4_000),
+        in_faiss=False,
+    ),
 }
 
 
@@ -94,7 +117,7 @@ def check_index_type(name: str, store: str) -> None:
 
     Args:
         name: What the user asked for.
-        store: FAISS, MILVUS_SERVER or MILVUS_LITE.
+        store: FAISS, MILVUS_SERVER, MILVUS_LITE or POSTGRES.
     """
     present = [index_type for index_type, what in INDEX_TYPES.items() if store in what.stores]
     if name in present:

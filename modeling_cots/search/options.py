@@ -7,6 +7,7 @@ a mistyped option or name need not wait for torch.
 import argparse
 import glob
 import os
+import re
 from typing import NoReturn
 
 DESCRIPTION = """Index photographs and videos once, then find them by words, by an image, or by both.
@@ -22,10 +23,11 @@ DESCRIPTION = """Index photographs and videos once, then find them by words, by 
 
 MODEL is a folder or a Hub id of a model that was trained on photographs, such as runs/flickr8k_dinov2, which
 examples/configs/flickr8k_dinov2.yaml trains. The model of the quick start is a toy: it knows drawn shapes alone.
-IDX is a folder, a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in
-MILVUS_TOKEN). Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
+IDX is a folder, a table of PostgreSQL (postgresql://user@host/database#photos, its password in PGPASSWORD or
+~/.pgpass), a Milvus Lite file (photos.db) or a Milvus server (http://host:19530#photos, its token in MILVUS_TOKEN).
+Several processes: `torchrun --nproc_per_node 8 -m modeling_cots.scripts.cots_search index ...`.
 """
-INDEX_TYPES = "exact, hnsw, ivfpq, int8, binary"  # those of index_types.py
+INDEX_TYPES = "exact, hnsw, ivfpq, int8, binary, halfvec"  # those of index_types.py
 BACKENDS = ("torch", "onnx", "openvino")
 TORCH_DTYPES, ONNX_DTYPES = "float32, bfloat16", "float32, float16, int8"  # those of backends.py
 THUMBNAIL_SIDE = 192
@@ -117,7 +119,8 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
 
 def refuse_early(args: argparse.Namespace) -> None:
     """Raise `ValueError` for names of files that are not there, before anything is imported."""
-    is_server = args.index.startswith(("http://", "https://"))
+    is_postgres_uri(args.index)  # refuses one with a password
+    is_server = args.index.startswith(("http://", "https://", "postgresql://", "postgres://"))
     place = args.index.partition("#")[0]
     if args.command != "index" and not is_server and not os.path.exists(place):
         raise ValueError(f"There is no index in {args.index!r}: make one with `cots-search index`.")
@@ -135,6 +138,21 @@ def refuse_early(args: argparse.Namespace) -> None:
         raise ValueError(f"No such file: {args.image!r}; --image takes the path of an image on this machine.")
     if args.command == "query" and args.html is not None and args.text is None and args.image is None:
         raise ValueError("--html takes one query: give a text or --image, or leave --html out.")
+
+
+def is_postgres_uri(index: str) -> bool:
+    """Whether the name of an index is the address of a PostgreSQL server. Raises `ValueError` if it has a password."""
+    scheme, separator, rest = index.partition("://")
+    if not separator or scheme not in ("postgresql", "postgres"):
+        return False
+    user, at, _ = rest.rpartition("@")
+    if (at and ":" in user) or re.search(r"[?&](ssl)?password=", rest):
+        # A password here would show in the shell's history, in process lists and in error messages.
+        raise ValueError(
+            "The address of a PostgreSQL server has no password (postgresql://user@host/database#table): put it into "
+            "PGPASSWORD or ~/.pgpass."
+        )
+    return True
 
 
 def _is_path(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`VectorStore`, the interface between a search index and FAISS or Milvus; the index's name chooses between them."""
+"""`VectorStore`: what a search index asks of FAISS, PostgreSQL or Milvus, between which its name chooses."""
 
 import importlib.util
 import os
@@ -11,6 +11,14 @@ import pyarrow as pa
 
 from .conditions import Condition
 from .milvus_store import MilvusStore, is_milvus_uri
+from .options import is_postgres_uri
+from .postgres_store import PostgresStore
+
+EXTRAS = {  # the packages of the extras that stores need, as pip takes them
+    "search": "faiss-cpu",
+    "milvus": "pymilvus milvus-lite",
+    "postgres": "'psycopg[binary]' pgvector",
+}
 
 
 class VectorStore(Protocol):
@@ -79,7 +87,7 @@ class VectorStore(Protocol):
 
 
 def create_store(index: str | os.PathLike, info: dict, index_type: str) -> VectorStore:
-    """Make an empty store: FAISS for a folder, Milvus for a file that ends in .db and for a server's address.
+    """Make an empty store: FAISS for a folder, PostgreSQL or Milvus for an address, Milvus Lite for a .db file.
 
     Raises `ValueError` for an index type that the store lacks and for a name in use.
     """
@@ -92,24 +100,34 @@ def check_can_create(index: str | os.PathLike, index_type: str) -> None:
 
 
 def open_store(index: str | os.PathLike) -> VectorStore:
-    """Open an existing store. Raises `ValueError` if there is none, or if FAISS or Milvus is not installed."""
+    """Open an existing store. Raises `ValueError` if there is none, or if what it needs is not installed."""
     return _kind_of(index)(os.fspath(index))
 
 
 def store_exists(index: str | os.PathLike) -> bool:
     """Whether the index exists. Raises `ValueError` where a server does not answer."""
-    if is_milvus_uri(os.fspath(index)):
-        return _kind_of(index).exists(os.fspath(index))
-    return os.path.isfile(os.path.join(index, "index.json"))
+    name = os.fspath(index)
+    if is_postgres_uri(name) or is_milvus_uri(name):
+        return _kind_of(index).exists(name)
+    return os.path.isfile(os.path.join(name, "index.json"))
 
 
 def _kind_of(index: str | os.PathLike) -> Any:
-    is_milvus = is_milvus_uri(os.fspath(index))
-    needed, packages = ("pymilvus", "pymilvus milvus-lite") if is_milvus else ("faiss", "faiss-cpu")
-    if importlib.util.find_spec(needed) is None:
-        raise ValueError(f"The index {os.fspath(index)!r} needs {needed}: pip install {packages}.")
-    if is_milvus:
+    name = os.fspath(index)
+    if is_postgres_uri(name):
+        _check_installed(name, "psycopg", "pgvector", extra="postgres")
+        return PostgresStore
+    if is_milvus_uri(name):
+        _check_installed(name, "pymilvus", extra="milvus")
         return MilvusStore
-    from .faiss_store import FaissStore  # a client of a cluster needs no FAISS
+    _check_installed(name, "faiss", extra="search")
+    from .faiss_store import FaissStore  # a client of a server needs no FAISS
 
     return FaissStore
+
+
+def _check_installed(index: str, *modules: str, extra: str) -> None:
+    """Raise `ValueError` unless the modules of an extra of this package are there."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"The index {index!r} needs {' and '.join(missing)}: pip install {EXTRAS[extra]}.")

@@ -7,7 +7,9 @@ from search_stores import DIM, make_vectors
 faiss = pytest.importorskip("faiss")
 
 from modeling_cots.search.faiss_vectors import FaissVectors  # noqa: E402
-from modeling_cots.search.index_types import INDEX_TYPES  # noqa: E402
+from modeling_cots.search.index_types import FAISS, INDEX_TYPES  # noqa: E402
+
+IN_FAISS = [name for name, index_type in INDEX_TYPES.items() if FAISS in index_type.stores]
 
 VECTORS = make_vectors(3000)
 
@@ -18,7 +20,7 @@ def make(index_type: str, num: int = 3000) -> FaissVectors:
     return vectors
 
 
-@pytest.mark.parametrize("index_type", INDEX_TYPES)
+@pytest.mark.parametrize("index_type", IN_FAISS)
 def test_finds_the_best_allowed_rows_with_their_exact_scores(index_type, tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_cots.search.faiss_vectors.FEW_ROWS", 50)  # so that filters reach FAISS
     vectors = make(index_type, 2000)
@@ -38,7 +40,7 @@ def test_finds_the_best_allowed_rows_with_their_exact_scores(index_type, tmp_pat
     np.testing.assert_array_equal(again.search(VECTORS[:30], 10, allowed)[1], positions)
 
 
-@pytest.mark.parametrize("index_type", INDEX_TYPES)
+@pytest.mark.parametrize("index_type", IN_FAISS)
 def test_few_allowed_rows_are_compared_directly(index_type):
     allowed = np.zeros(3000, dtype=bool)
     allowed[[5, 1700, 2999]] = True

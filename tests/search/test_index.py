@@ -178,17 +178,16 @@ def test_adds_what_is_new_and_deletes(index):
     assert len(index) == 34 and index.store.info["engine"] == "hnsw"
 
 
-@pytest.mark.parametrize("place", ["index", "index.db"])
-def test_a_stopped_run_is_searched_and_says_how_far_it_is(model, tiny_processor, tmp_path, monkeypatch, place):
-    if place.endswith(".db"):
-        pytest.importorskip("milvus_lite")
+@pytest.mark.parametrize("kind", ["faiss", "milvus", "postgres"])
+def test_a_stopped_run_is_searched_and_says_how_far_it_is(model, tiny_processor, new_place, monkeypatch, kind):
+    place = new_place(kind)
     monkeypatch.setattr("modeling_cots.search.index.ITEMS_PER_PART", 8)
     scenes, state = ScenesDataset("train", 20, 32), "{:,} of 20 are in; run the same command to go on (it adds more)."
-    index = SearchIndex.create(tmp_path / place, model, tiny_processor)
+    index = SearchIndex.create(place, model, tiny_processor)
     assert state_notes(index.store, "a b") == ["a b has no images: add some by `cots-search add 'a b' PHOTOS/`."]
     with pytest.raises(KeyboardInterrupt):
         index.add(Stopping("interrupted"), source="more", progress=False, batch_size=2)
-    for handle in (index, SearchIndex(tmp_path / place, model, tiny_processor)):
+    for handle in (index, SearchIndex(place, model, tiny_processor)):
         # A whole part of 8, and of the next one what was embedded before the interrupt at the eleventh.
         assert state_notes(handle.store, "IDX") == [state.format(10)] and len(handle) == 10
         assert handle.search(image=scenes[9]["image"], top=20)[0]["name"] == "more: row 9"
@@ -217,10 +216,8 @@ def test_a_first_run_of_any_index_type_is_searched_before_it_ends(
     assert found == [f"more: row {row}" for row in range(10)]
 
 
-@pytest.mark.parametrize("place", ["index", "index.db"])
-def test_copies_are_found_by_their_pixels_and_shown_once(model, tiny_processor, tmp_path, place, caplog):
-    if place.endswith(".db"):
-        pytest.importorskip("milvus_lite")
+@pytest.mark.parametrize("kind", ["faiss", "milvus", "postgres"])
+def test_copies_are_found_by_their_pixels_and_shown_once(model, tiny_processor, tmp_path, new_place, kind):
     (tmp_path / "photos").mkdir()
     scenes = ScenesDataset("train", 3, 32)
     for number in range(3):
@@ -228,7 +225,7 @@ def test_copies_are_found_by_their_pixels_and_shown_once(model, tiny_processor, 
     for name in ("1 again.png", "1.bmp", "z.png"):  # another name, another format
         scenes[1]["image"].save(tmp_path / "photos" / name)
     folder = ImageFolder(tmp_path / "photos")
-    index = SearchIndex.create(tmp_path / place, model, tiny_processor)
+    index = SearchIndex.create(new_place(kind), model, tiny_processor)
     assert index.add(folder, progress=False, batch_size=2) == 6 and len(index) == 6
     paths = {
         name: str(tmp_path / "photos" / name) for name in ("0.png", "1 again.png", "1.bmp", "1.png", "2.png", "z.png")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_cots.search.index_types import FAISS, INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
+from modeling_cots.search.index_types import FAISS, INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, POSTGRES, check_index_type
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,7 @@ from modeling_cots.search.index_types import FAISS, INDEX_TYPES, MILVUS_LITE, MI
         (FAISS, ["exact", "hnsw", "ivfpq", "int8", "binary"]),
         (MILVUS_SERVER, ["exact", "hnsw", "ivfpq", "int8"]),
         (MILVUS_LITE, ["exact", "hnsw", "int8"]),
+        (POSTGRES, ["exact", "hnsw", "halfvec"]),
     ],
 )
 def test_each_store_takes_its_own_index_types_alone(store, names):

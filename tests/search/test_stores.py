@@ -1,10 +1,12 @@
-"""One contract for all stores and index types: FAISS in a folder, Milvus Lite through the client that servers use."""
+"""One contract for all stores and index types: FAISS in a folder, PostgreSQL, Milvus Lite, and a server of Milvus,
+where COTS_TEST_MILVUS has its address.
+"""
 
 import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
 
@@ -15,15 +17,17 @@ from modeling_cots.search.stores import create_store, open_store, store_exists
 NUM = 1200
 CASES = [("faiss", name) for name in ("exact", "hnsw", "ivfpq", "int8", "binary")]
 CASES += [("milvus", name) for name in ("exact", "hnsw", "int8")]
+CASES += [("postgres", name) for name in ("exact", "hnsw", "halfvec")]
+CASES += [("server", name) for name in ("exact", "hnsw", "ivfpq", "int8") if os.environ.get("COTS_TEST_MILVUS")]
+KINDS = list(dict.fromkeys(kind for kind, _ in CASES))
 YEARS = [number % 7 if number % 3 else None for number in range(NUM)]
 PLACES = [("Oslo", "O'\"Hare")[number % 2] for number in range(NUM)]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
-def place_and_index_type(request, tmp_path):
+def place_and_index_type(request, new_place):
     kind, index_type = request.param
-    pytest.importorskip("faiss" if kind == "faiss" else "milvus_lite", reason=f"{kind} is not installed")
-    return str(tmp_path / ("index" if kind == "faiss" else "index.db")), index_type
+    return new_place(kind), index_type
 
 
 @pytest.fixture
@@ -89,11 +93,10 @@ ODD_NAMES = [
 ODD_NAMES += ["row_id_", "score", "distance", "id", "count(*)", "a == b", "like", "true", "null", "meta"]
 
 
-@pytest.fixture(params=["faiss", "milvus"])
-def small(request, tmp_path):
+@pytest.fixture(params=KINDS)
+def small(request, new_place):
     """A store of six entries, with a column of each kind, and numbers under odd names."""
-    pytest.importorskip("faiss" if request.param == "faiss" else "milvus_lite", reason="not installed")
-    store = create_store(str(tmp_path / ("index" if request.param == "faiss" else "index.db")), INFO, "exact")
+    store = create_store(new_place(request.param), INFO, "exact")
     columns = {
         "year": [2019, 2020, 2021, None, 2**53 + 1, -(2**63)],
         "share": [0.5, 1.0, -1.0, 2.5, None, 1e300],
@@ -236,7 +239,7 @@ def test_refusals_and_edges(filled):
     store, vectors, place = filled
     with pytest.raises(ValueError, match="no metadata 'color'"):
         store.search(vectors[:1], 3, as_conditions("color == red"))
-    with pytest.raises(ValueError, match="name a new folder|collection 'cots' at .* already"):
+    with pytest.raises(ValueError, match="name a new folder|(collection|table) '.*' at .* already"):
         create_store(place, INFO, "exact")
     assert store.search(vectors[:1], 3, as_conditions("year == 77")) == [[]]
     store.rebuild("exact")
@@ -244,17 +247,13 @@ def test_refusals_and_edges(filled):
     assert names(store.search(vectors[8:9], 1, [])[0]) == ["pic8"]
 
 
-def test_an_empty_index_finds_nothing(place_and_index_type):
+def test_an_empty_index_finds_nothing(place_and_index_type, new_place, request):
     store = create_store(place_and_index_type[0], INFO, place_and_index_type[1])
     assert len(store) == 0 and store.search(np.ones((2, DIM), np.float32), 3, []) == [[], []]
     assert store.delete(row_ids_of(["x"])) == 0
     store.close()
     with pytest.raises(ValueError, match="index type must be one of"):
-        create_store(
-            os.path.join(os.path.dirname(place_and_index_type[0]), "2" + os.path.basename(place_and_index_type[0])),
-            INFO,
-            "magic",
-        )
+        create_store(new_place(request.node.callspec.params["place_and_index_type"][0]), INFO, "magic")
 
 
 HANDLES = st.integers(0, 1)
@@ -329,18 +328,17 @@ def interleave(place: str, steps: list) -> None:
         store.close()
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(STEPS, min_size=2, max_size=12))
-def test_two_handles_of_a_folder_answer_as_one(tmp_path_factory, steps):
-    pytest.importorskip("faiss")
-    interleave(str(tmp_path_factory.mktemp("two") / "index"), steps)
+def test_two_handles_of_a_folder_answer_as_one(new_place, steps):
+    interleave(new_place("faiss"), steps)
 
 
-@settings(max_examples=4)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(STEPS, min_size=2, max_size=8))
-def test_two_handles_of_a_collection_answer_as_one(tmp_path_factory, steps):
-    pytest.importorskip("milvus_lite")
-    interleave(str(tmp_path_factory.mktemp("two") / "index.db"), steps)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faiss"])
+def test_two_handles_of_a_collection_or_a_table_answer_as_one(new_place, kind, steps):
+    interleave(new_place(kind), steps)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "nowhere.db"])
@@ -350,7 +348,14 @@ def test_there_is_no_index(tmp_path, place):
         open_store(tmp_path / place)
 
 
-@pytest.mark.parametrize(("place", "packages"), [("index", "faiss-cpu"), ("index.db", "pymilvus milvus-lite")])
+@pytest.mark.parametrize(
+    ("place", "packages"),
+    [
+        ("index", "faiss-cpu"),
+        ("index.db", "pymilvus milvus-lite"),
+        ("postgresql://host/db#t", "'psycopg.binary.' pgvector"),
+    ],
+)
 def test_says_what_to_install(place, packages, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install {packages}"):
