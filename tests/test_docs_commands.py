@@ -32,6 +32,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 # Why a command does not run here, by what stands in it.
 NOT_RUN = {
     r"^pip install [^&]*$|^npm install|^export ": "installs, or sets a variable",
+    r"^python -m venv sentences|sentences/bin/": "makes another environment: tests/hub/test_sentence_onnx.py",
     r"python -m pytest": "is what runs this",
     r"^hf |push_to_hub\.py|--repo_id": "needs a hub: tests/test_docs_hub.py, tests/examples/test_push_to_hub.py",
     r"https://": "needs a server: tests/data/streaming/test_dataset.py, tests/search/test_milvus_store.py",

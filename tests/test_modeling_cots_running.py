@@ -114,6 +114,23 @@ def test_eager_equals_sdpa(model, inputs, side, dtype, tolerance):
 
 
 @both_models
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@torch.no_grad()
+def test_flex_attention_equals_sdpa(model, inputs, side):
+    """Not compiled, for which a CPU takes minutes: the same masks and scores, computed without a fused kernel."""
+    if side == "left":
+        inputs = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
+    model.set_attn_implementation("sdpa")
+    sdpa = model(**inputs)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        flex = model(**inputs)
+    for name in {"image_embeds", "text_embeds", "image_token_logits", "text_token_logits"} & flex.keys():
+        torch.testing.assert_close(flex[name], sdpa[name], atol=1e-5, rtol=0)
+
+
+@both_models
 def test_attention_can_be_switched_as_a_whole_and_by_encoder(model):
     def implementations() -> tuple[str, str]:
         return model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation
@@ -128,7 +145,7 @@ def test_attention_can_be_switched_as_a_whole_and_by_encoder(model):
     assert attention.config is model.config.vision_config
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 def test_attention_is_chosen_at_loading(tiny_config, tmp_path, implementation):
     COTSModel(tiny_config).save_pretrained(tmp_path)
     model = COTSModel.from_pretrained(tmp_path, attn_implementation=implementation)

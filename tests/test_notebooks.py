@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def images_in(cell: dict) -> int:
     return sum("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
+def repository_of(pyproject: dict) -> str:
+    """The owner and name on GitHub that the project's links have, or with a placeholder where there are none yet."""
+    links = " ".join(pyproject["project"]["urls"].values())
+    found = re.search(r"github\.com/([\w.-]+/[\w.-]+)", links)
+    return found[1] if found else "OWNER/modeling_cots"
+
+
 def test_your_own_folder_becomes_a_model_that_finds_its_images(tmp_path):
     scenes = ScenesDataset("train", 80, 40)
     (tmp_path / "mine").mkdir()
@@ -76,7 +84,9 @@ def test_photographs_are_found_by_words_and_by_images(tmp_path):
 def test_each_opens_in_colab_and_is_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    link = f"https://colab.research.google.com/github/OWNER/modeling_cots/blob/main/notebooks/{path.name}"
+    repository = repository_of(tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")))
+    link = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}"
+    assert f'git+https://github.com/{repository}"' in notebook.cells[1].source
     assert f"(https://colab.research.google.com/assets/colab-badge.svg)]({link})" in notebook.cells[0].source
     for cell in notebook.cells:
         if cell.cell_type == "code":

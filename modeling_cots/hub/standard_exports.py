@@ -277,6 +277,8 @@ def save_tokenizer(model: PreTrainedModel, tokenizer, folder: Path) -> int:
     config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("processor_class", "auto_map"):
         config.pop(name, None)
+    if config["tokenizer_class"] == "TokenizersBackend":  # of no model in particular; by the name of all releases
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, {**config, "model_max_length": max_length})
     return max_length
 

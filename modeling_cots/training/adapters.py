@@ -62,7 +62,14 @@ def with_lora(model: nn.Module, args: COTSTrainingArguments, rank: int) -> "Peft
 
 
 def pretraining_model_of(model: nn.Module) -> nn.Module:
-    """The model itself, or the one that a `PeftModel` wraps."""
+    """
+    The model itself, or the one that a `PeftModel` wraps. Raises `ValueError` without one, as after a search, whose
+    trials leave none in the trainer.
+    """
+    if model is None:
+        raise ValueError(
+            "A search leaves no model in its trainer: set the best values in args and call train() first."
+        )
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -143,9 +150,10 @@ def export_adapters(model: nn.Module, folder: str | os.PathLike) -> None:
     name = next(iter(layers.values())).active_adapters[0]
     inside = f"{PREFIX}cots."
     weights = {
-        PREFIX + key.removeprefix(inside): tensor
+        PREFIX + key.removeprefix(inside) if key.startswith(inside) else key: tensor
         for key, tensor in _weights(model, name).items()
-        if key.startswith(inside)
+        # Of no layer are those that layers share, such as VeRA's.
+        if key.startswith(inside) or not key.startswith(PREFIX)
     }
     config = copy.deepcopy(model.peft_config[name])
     config.target_modules = set(layers)
@@ -160,7 +168,9 @@ def _weights(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    if pretraining_model_of(model) is model:  # not wrapped: peft's names have no prefix
+        return {PREFIX + name: tensor for name, tensor in weights.items()}
+    return weights
 
 
 def _folder_of(adapter: str, folder: str | os.PathLike) -> Path:

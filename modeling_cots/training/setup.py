@@ -1,6 +1,7 @@
 """Before `COTSTrainer` takes its first step: checks that fail early, where image tokens come from, frozen heads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from types import MappingProxyType
 
 from torch.utils.data import IterableDataset
@@ -69,11 +70,26 @@ def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
     check_measure(args, parts.get("eval_dataset"))
 
 
-def check_trial(trial) -> None:
-    """Raise `ValueError` for a trial of a search over arguments that training would ignore."""
-    for name in getattr(trial, "params", trial):
+def check_searched(names: Iterable[str]) -> None:
+    """Raise `ValueError` for names of a search space that training would ignore, or that are no arguments of it."""
+    arguments = {field.name for field in fields(COTSTrainingArguments)}
+    for name in names:
         if name in REFUSED:
             raise ValueError(f"There is nothing to search for in {name}: {REFUSED[name]}.")
+        if name not in arguments:
+            raise ValueError(
+                f"{name} is no argument of training: what changes the model is chosen in model_init(trial)."
+            )
+
+
+def check_measurable(dataset) -> None:
+    """Raise `ValueError` for what cannot be measured as one data set of pairs."""
+    if dataset is None or isinstance(dataset, (str, Mapping)) or not has_length(dataset):
+        raise ValueError(
+            f"Retrieval is measured in a data set of known length, as of open_pairs; got {type(dataset).__name__}."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The data set to measure is empty.")
 
 
 def search_measure(args: COTSTrainingArguments, eval_dataset) -> tuple[str, str]:

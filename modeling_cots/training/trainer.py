@@ -59,10 +59,11 @@ from .setup import (
     build_training_collator,
     check_batches,
     check_encoder_learning_rate,
+    check_measurable,
     check_model,
     check_parts,
+    check_searched,
     check_setup,
-    check_trial,
     choose_image_tokens,
     encoder_parameters,
     first_item,
@@ -229,14 +230,14 @@ class COTSTrainer(Trainer):
 
     def _hp_search_setup(self, trial) -> None:
         """At the start of every `train`: what `model_init` made is another model, and a trial has other arguments."""
+        if trial is not None:
+            check_searched(trial if isinstance(trial, dict) else self.hp_space(trial))
         super()._hp_search_setup(trial)
         if self.model_init is None:  # what was frozen when the trainer was made may train now
             self.momentum_state.encoder.separate_(pretraining_model_of(self.model).cots)
             return
-        if trial is not None:
-            check_trial(trial)
-            self.args.check()
-            self._check_model(self.model)
+        self.args.check()
+        self._check_model(self.model)
         self._build_method()
 
     def hyperparameter_search(
@@ -246,8 +247,8 @@ class COTSTrainer(Trainer):
         As the base class does, on models of `model_init`; the names of a search space are those of the arguments.
 
         Without `compute_objective`, trials are compared by `metric_for_best_model`, or by the sum of recalls, and the
-        direction follows from it. Raises `ValueError` without `model_init` or `eval_dataset`, for another direction,
-        and for values that no run could use.
+        direction follows from it. Trials run one after another, as they share this trainer. Raises `ValueError`
+        without `model_init` or `eval_dataset`, for another direction, and for names and values that no run could use.
         """
         if self.model_init is None:
             raise ValueError(
@@ -255,6 +256,8 @@ class COTSTrainer(Trainer):
             )
         if self.eval_dataset is None:
             raise ValueError("COTSTrainer needs an eval_dataset to compare trials by.")
+        if options.get("n_jobs", 1) != 1:
+            raise ValueError(f"The trials of one trainer run one after another: leave n_jobs={options['n_jobs']} out.")
         if compute_objective is None:
             measure, best = search_measure(self.args, self.eval_dataset)
             if direction not in (None, best):
@@ -509,8 +512,14 @@ class COTSTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval in both directions over the whole evaluation set; see `retrieval_metrics.py` for the measures."""
+        """
+        Retrieval in both directions over the whole evaluation set; see `retrieval_metrics.py` for the measures.
+
+        Of several in `eval_dataset`, a name takes one. Raises `ValueError` for what is no data set of pairs.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset:
+            dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("COTSTrainer needs an eval_dataset to evaluate.")
         if isinstance(dataset, dict):
@@ -575,6 +584,7 @@ class COTSTrainer(Trainer):
 
     def _embed(self, dataset, *, progress: bool = True) -> PairEmbeddings:
         """With the cached features that the data set has, where they are those of an encoder that does not train."""
+        check_measurable(dataset)
         return embed_pairs(
             pretraining_model_of(self.model).cots,
             dataset,
@@ -712,6 +722,7 @@ class COTSTrainer(Trainer):
 
         Adapters are merged into the weights; `export_adapters` writes them apart.
         """
+        pretraining_model_of(self.model)  # there is none after a search
         if self.args.should_save:
             with self.checkpoints.explaining_storage(output_dir):
                 keep_edited_card(output_dir)

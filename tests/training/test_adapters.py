@@ -23,6 +23,9 @@ def adapted(config, args, form: str = "get_peft_model", seed: int = 0, **options
     lora = lora_config(args, rank=2, **options)
     if form == "get_peft_model":
         return peft.get_peft_model(model, lora)
+    if form == "vera":  # it has matrices that all layers share
+        vera = peft.VeraConfig(r=2, target_modules=["query", "value"], modules_to_save=lora.modules_to_save)
+        return peft.get_peft_model(model, vera)
     if form == "inject_adapter_in_model":
         return peft.inject_adapter_in_model(lora, model)
     if peft.__version__ < MIN_PEFT_VERSION:
@@ -73,7 +76,7 @@ def test_adapters_train_alone_and_the_momentum_copy_follows_them_alone(make_adap
         assert torch.equal(tensor, slow_before[name]) == (name not in of_cots)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "vera"])
 def test_a_resumed_run_equals_the_whole_run(make_adapted, tmp_path, form):
     arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_adapted(form, output_dir=str(tmp_path / "whole"), **arguments)
@@ -89,7 +92,7 @@ def test_a_resumed_run_equals_the_whole_run(make_adapted, tmp_path, form):
     assert not (tmp_path / "whole" / "checkpoint-2" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "vera"])
 @torch.no_grad()
 def test_exports_merged_and_apart_embed_as_the_trained_model(make_adapted, tiny_inputs, tmp_path, form):
     trainer = make_adapted(form, eval_dataset=ScenesDataset("validation", 8, 32), learning_rate=0.05)

@@ -104,12 +104,33 @@ def test_a_trial_may_build_its_model_and_be_measured_by_a_rank(make_searching, t
         trainer.hyperparameter_search(lambda trial: {}, n_trials=1, direction="maximize")
 
 
+def test_after_a_search_the_best_arguments_are_trained_with(make_searching):
+    pytest.importorskip("optuna")
+    trainer = make_searching(max_steps=1)
+    best = trainer.hyperparameter_search(
+        lambda trial: {"queue_size": trial.suggest_int("queue_size", 11, 13)}, n_trials=1, backend="optuna"
+    )
+    for step in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset), lambda: trainer.export_model("no")):
+        with pytest.raises(ValueError, match="leaves no model in its trainer: set the best values in args"):
+            step()
+    trainer.args.queue_size = 9
+    for name, value in best.hyperparameters.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    assert trainer.queue.size == best.hyperparameters["queue_size"]
+    assert trainer.evaluate()["eval_recall_sum"] > 0
+    trainer.args.queue_size = 0
+    with pytest.raises(ValueError, match="queue_size must be at least 1"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
         ({"queue_size": 0}, "queue_size must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must not be negative"),
         ({"label_smoothing_factor": 0.1}, "nothing to search for in label_smoothing_factor"),
+        ({"lerning_rate": 0.1}, "lerning_rate is no argument of training"),
     ],
 )
 def test_a_trial_of_values_that_no_run_could_use_is_refused(make_searching, space, message):
@@ -130,6 +151,8 @@ def test_what_cannot_be_searched_is_refused(make_searching, make_trainer, tiny_c
     with pytest.raises(ValueError, match="metric_for_best_model"):
         two = {"a": ScenesDataset("validation", 8, 32), "b": ScenesDataset("validation", 8, 32)}
         make_searching(eval_dataset=two).hyperparameter_search()
+    with pytest.raises(ValueError, match="one after another: leave n_jobs=2 out"):
+        make_searching().hyperparameter_search(n_jobs=2)
     with pytest.raises(ValueError, match="got COTSModel"):
         make_searching(lambda: COTSModel(tiny_config))
 

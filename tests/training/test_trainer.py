@@ -391,6 +391,19 @@ def test_predicts_the_embeddings_that_it_evaluates(make_trainer):
     }
 
 
+def test_one_of_several_data_sets_is_evaluated_by_its_name(make_trainer):
+    scenes = {"small": ScenesDataset("validation", 4, 32), "large": ScenesDataset("validation", 6, 32)}
+    trainer = make_trainer(eval_dataset=scenes, metric_for_best_model="small_recall_sum")
+    assert trainer.evaluate("large")["eval_t2i_mean_rank"] == trainer.evaluate(scenes["large"])["eval_t2i_mean_rank"]
+    for measure in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="in a data set of known length.* got str"):
+            measure("huge")
+        with pytest.raises(ValueError, match="The data set to measure is empty"):
+            measure([])
+    with pytest.raises(ValueError, match="got dict"):
+        trainer.predict(scenes)
+
+
 def test_learns_fixed_pairs(make_trainer):
     """16 pairs, seen 80 times, everything switched on: the pairs are found again and the tokens are predicted."""
     scenes = ScenesDataset("train", 16, 32)
