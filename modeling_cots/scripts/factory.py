@@ -46,6 +46,8 @@ DEFAULT_VOCAB_SIZE = 30_522  # BERT's
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MAX_ALPHABET = 1000
 RANDOM_IMAGE_TOKENIZER = "random"
+OF_ENCODER = "image_size", "patch_size"  # what a COTSConfig has of its vision encoder
+OF_FILE = "attn_implementation", "auto_map", "custom_pipelines", "use_cache"  # that are written, and no attributes
 OF_WEIGHTS = "projection_hidden_size", "standardize_features", "image_pooling"  # what a checkpoint has once for all
 CONFIG_OPTIONS = "image_size", "temperature", *OF_WEIGHTS  # what options of a script may set of it
 MAIN = "main"  # the branch that a Hub id without a revision means
@@ -77,7 +79,8 @@ def build_config(
         config = COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
     else:
         given = read_fields(model_config)
-        config = _config_of(given, model_config)
+        pre_trained = {"text_config": text_model, "vision_config": vision_model}
+        config = _config_of({name: value for name, value in given.items() if not pre_trained.get(name)}, model_config)
     if text_model is not None:
         config.text_config = AutoConfig.from_pretrained(text_model, revision=revisions.get("text_model", MAIN))
         check_file(given.get("text_config"), config.text_config, f"text_model {text_model}")
@@ -118,6 +121,8 @@ def check_file(given: dict | None, encoder_config: PreTrainedConfig, source: str
     """
     Raise `ValueError` where a file's part for an encoder, if any, differs from the pre-trained one, with both values.
     """
+    if not isinstance(given, dict | None):
+        raise ValueError(f"The model_config has {given!r} beside {source}: write fields in braces, or leave it out.")
     for name, value in (given or {}).items():
         actual = getattr(encoder_config, name, None)
         if name == "image_size" and value == 2 * [actual]:
@@ -130,10 +135,29 @@ def check_file(given: dict | None, encoder_config: PreTrainedConfig, source: str
 def _config_of(given: dict, path: str | None) -> COTSConfig:
     """The paper's configuration with the fields of a file."""
     try:
-        return COTSConfig(**copy.deepcopy(given))
+        config = COTSConfig(**{name: value for name, value in copy.deepcopy(given).items() if name not in OF_ENCODER})
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no JSON file of COTSConfig fields: {reason}") from error
+    _check_fields(given, config, path)
+    return config
+
+
+def _check_fields(given: dict, config: COTSConfig, path: str | None) -> None:
+    """Raise `ValueError` for fields of a file that a configuration would carry along without any use."""
+    for name in OF_ENCODER:
+        if name in given:
+            raise ValueError(f"{path}: {name}={given[name]} is that of the vision encoder: put it into vision_config.")
+    if given.get("model_type", COTSConfig.model_type) != COTSConfig.model_type:
+        raise ValueError(f"{path} is no JSON file of COTSConfig fields: its model_type is {given['model_type']!r}.")
+    if given.get("dtype") not in (None, "float32"):
+        raise ValueError(f"{path}: dtype is {given['dtype']}, and weights are trained in float32: set bf16 or fp16.")
+    parts = {name: getattr(config, name) for name in ("text_config", "vision_config") if given.get(name)}
+    for prefix, fields, known in [("", given, config), *((f"{name}.", given[name], parts[name]) for name in parts)]:
+        blank = type(known)()
+        for name in fields:
+            if not hasattr(blank, name) and name not in OF_FILE:
+                raise ValueError(f"{path}: there is no {prefix}{name} in a `{known.model_type}` configuration.")
 
 
 def _is_timm(vision_model: str) -> bool:

@@ -12,6 +12,7 @@ from ..data.image_collators import RAW_PIXELS
 from ..data.sources import KMEANS
 from ..image_processing_cots import COTSImageProcessor
 from ..image_reading_cots import UnreadableImageError, read_image
+from ..method.image_tokenizer import digest_weights
 from ..method.kmeans_tokenizer import KMeansImageTokenizer
 
 VOCAB_SIZE = 1_024  # unless a configuration says otherwise; the dVAE's 8,192 would need far more patches
@@ -45,24 +46,24 @@ def find_or_fit(
     Raises `ValueError` for a stream and for data with too few patches.
     """
     folder = Path(output_dir) / FOLDER_NAME
-    encoder = name.removeprefix(KMEANS)
+    encoder, normalization = name.removeprefix(KMEANS), (image_mean, image_std)
+    tokenizer = KMeansImageTokenizer.from_encoder(encoder, vocab_size, *normalization, revision=revision)
     wanted = {
         "encoder": encoder,
         "revision": revision,
+        "weights": digest_weights(tokenizer.encoder.state_dict()),  # a folder may hold others by now
         "vocab_size": vocab_size,
         "image_size": list(config.image_size),
         "patch_size": list(config.patch_size),
         "data": getattr(dataset, "name", type(dataset).__name__),
     }
     if (folder / FITTED_NAME).is_file() and json.loads((folder / FITTED_NAME).read_text()) == wanted:
-        return KMeansImageTokenizer.from_pretrained(str(folder), image_mean, image_std)
+        return KMeansImageTokenizer.from_pretrained(str(folder), *normalization)
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"{name} is fitted to the first images of the data, and a stream is read only once: make the tokens "
             "before with examples/tokenize_images.py."
         )
-    normalization = image_mean, image_std
-    tokenizer = KMeansImageTokenizer.from_encoder(encoder, vocab_size, *normalization, revision=revision)
     features = patch_features(tokenizer.to(device), dataset, config)
     tokenizer.centers.copy_(cluster(features, vocab_size))
     tokenizer.save_pretrained(str(folder))

@@ -1,8 +1,10 @@
 """Model, tokenizers and processor made to agree, or refused with both numbers."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoTokenizer, BertModel, FlavaImageCodebook, FlavaImageCodebookConfig, ViTModel
+from transformers import AutoTokenizer, BertModel, Dinov2Config, FlavaImageCodebook, FlavaImageCodebookConfig, ViTModel
 
 from modeling_cots.scripts.factory import (
     build_config,
@@ -128,6 +130,45 @@ def test_the_image_tokenizer_is_loaded_or_random_and_says_so(tiny_config, tokeni
     finally:
         factory.logger.warning = original
     assert "random codebook of 50 tokens" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 48}, "image_size=48 is that of the vision encoder: put it into vision_config."),
+        ({"patch_size": 4}, "patch_size=4 is that of the vision encoder: put it into vision_config."),
+        ({"projection_dims": 8}, "there is no projection_dims in a `cots` configuration."),
+        ({"vision_config": {"hiden_size": 96}}, "there is no vision_config.hiden_size in a `vit` configuration."),
+        ({"text_config": {"layers": 2}}, "there is no text_config.layers in a `bert` configuration."),
+        ({"model_type": "bert"}, "its model_type is 'bert'."),
+        ({"dtype": "float16"}, "dtype is float16, and weights are trained in float32: set bf16 or fp16."),
+    ],
+)
+def test_fields_of_a_file_that_nothing_would_use_are_refused(tmp_path, fields, message):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError) as refused:
+        build_config(None, str(path), None, None)
+    assert str(refused.value).endswith(message) and str(refused.value).startswith(str(path))
+
+
+def test_the_configuration_of_an_exported_model_is_a_file_of_fields(tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "modeling_cots.COTSModel"}}))
+    assert build_config(None, str(path), None, None).vision_config.hidden_size == tiny_config.vision_config.hidden_size
+
+
+def test_what_a_file_says_of_a_given_encoder_is_compared_with_it_alone(tmp_path):
+    """Sides that the paper's patches of 16 do not divide are those of the encoder all the same."""
+    path = tmp_path / "model.json"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Config(**sizes).save_pretrained(tmp_path / "vision")
+    path.write_text('{"vision_config": {"image_size": 28}}')
+    assert build_config(None, str(path), None, str(tmp_path / "vision")).image_size == (28, 28)
+    path.write_text('{"vision_config": "dinov2"}')
+    with pytest.raises(ValueError, match="has 'dinov2' beside vision_model .*: write fields in braces"):
+        build_config(None, str(path), None, str(tmp_path / "vision"))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def test_it_is_fitted_once_and_found_again(encoder, tiny_config, tmp_path, monke
     assert by_folder.fingerprint(patches) == fitted.fingerprint(patches)
     with pytest.raises(TypeError):  # other tokens are wanted
         find_or_fit(name, dataset, tiny_config, 9, *RAW, str(tmp_path / "run"))
+    trained_on = Dinov2Model.from_pretrained(encoder)
+    trained_on.layernorm.weight.data += 0.1
+    trained_on.save_pretrained(encoder)
+    with pytest.raises(TypeError):  # the folder holds another encoder by now
+        find_or_fit(name, dataset, tiny_config, 8, *RAW, str(tmp_path / "run"))
 
 
 def test_features_are_of_the_first_images_that_can_be_read(encoder, tiny_config):
