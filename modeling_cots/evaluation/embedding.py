@@ -1,14 +1,16 @@
 """Embedding a data set of pairs, every image once with all of its captions, and measuring retrieval among them.
 
-The metrics are computed in `retrieval_metrics.py`. Each process embeds the images at its own positions. So no image is
-padded or counted twice, and the result does not depend on the number of processes.
+The metrics are computed in `retrieval_metrics.py`. Images, captions and ranks are computed in batches that do not
+depend on the number of processes, and each process takes whole ones of them. So no image is padded or counted twice,
+and embeddings and metrics are those of one process, bit for bit on devices of one kind.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.feature_cache import FeatureSource
@@ -16,7 +18,7 @@ from ..data.image_collators import COTSEvaluationCollator
 from ..data.items import modality_of
 from ..data.pixel_normalization import PixelNormalizer
 from ..data.video_collators import COTSVideoEvaluationCollator
-from .retrieval_metrics import retrieval_metrics
+from .retrieval_metrics import best_positive_ranks, retrieval_metrics
 from .text_encoding import encode_texts
 
 
@@ -65,37 +67,52 @@ def embed_pairs(
         collator = COTSVideoEvaluationCollator(processor, max_text_length=max_text_length)
     else:
         collator = COTSEvaluationCollator(processor, max_text_length=max_text_length, features=features or {})
-    share = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    starts = range(0, len(dataset), batch_size)[accelerator.process_index :: accelerator.num_processes]
     loader = DataLoader(
-        share,
-        batch_size=batch_size,
+        dataset,
+        batch_sampler=[list(range(start, min(start + batch_size, len(dataset)))) for start in starts],
         num_workers=num_workers,
         collate_fn=collator,
     )
     normalize_pixels = PixelNormalizer(processor).to(model.device)
     was_training = model.training
     model.eval()
-    parts = []
+    progress = progress and accelerator.is_main_process
     # A data loader draws a seed, and evaluation must not shift the random numbers of training.
     with torch.random.fork_rng(devices=[]), accelerator.autocast():
-        for batch in tqdm(loader, desc="Embedding", disable=not (progress and accelerator.is_main_process)):
-            parts.append(_embed_images(model, batch, normalize_pixels))
+        parts = [
+            _embed_batch(model, batch, normalize_pixels)
+            for batch in tqdm(loader, desc="Embedding", disable=not progress)
+        ]
+        image_embeds, image_ids = _gather_images(parts, model, accelerator)
         # Captions last, when all of them can be batched by length.
-        texts = [text for _, _, texts, _ in parts for text in texts]
-        if features is not None and "text" in features:
-            rows = torch.stack(texts) if texts else torch.empty(0, features["text"].size)
-            text_embeds = model.embed_text_features(rows.to(model.device)).cpu()
-        else:
-            text_embeds = encode_texts(model, texts)
+        has_text_features = features is not None and "text" in features
+        text_embeds, text_ids = _gather_texts(parts, model, accelerator, has_text_features, progress)
     model.train(was_training)
-    image_embeds, text_embeds, image_ids, text_ids = _collect(parts, text_embeds)
     if len(image_embeds) == 0:
         raise ValueError(f"None of the {len(dataset)} images or videos of the evaluation set could be read.")
     return PairEmbeddings(image_embeds, text_embeds, image_ids, text_ids, len(dataset) - len(image_embeds))
 
 
-def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tuple:
-    """Embeddings and ids of the readable images of a batch; token ids or features of their captions, and pair ids."""
+@dataclass
+class _EmbeddedBatch:
+    """
+    The readable images of a batch, embedded, and their captions.
+
+    Args:
+        image_embeds: (B, d) float32.
+        image_ids: (B,) int64.
+        texts: Token ids (L,) of each caption; its embedding (d,) where it came with cached features.
+        text_ids: (C,) int64.
+    """
+
+    image_embeds: torch.Tensor
+    image_ids: torch.Tensor
+    texts: list[torch.Tensor]
+    text_ids: torch.Tensor
+
+
+def _embed_batch(model, batch: dict, normalize_pixels: PixelNormalizer) -> _EmbeddedBatch:
     readable = batch["valid"]
     described = torch.isin(batch["caption_pair_ids"], batch["pair_ids"][readable])
     if not readable.any():
@@ -110,41 +127,92 @@ def _embed_images(model, batch: dict, normalize_pixels: PixelNormalizer) -> tupl
         pixels = normalize_pixels({name: batch[name][readable].to(model.device)})[name]
         image_embeds = encode[name](pixels)
     if "text_features" in batch:
-        texts = list(batch["text_features"][described])
+        texts = list(model.embed_text_features(batch["text_features"][described].to(model.device)).cpu())
     else:
         captions = zip(batch["input_ids"][described], batch["attention_mask"][described].bool(), strict=True)
         texts = [input_ids[real] for input_ids, real in captions]
-    return image_embeds.cpu(), batch["pair_ids"][readable], texts, batch["caption_pair_ids"][described]
+    return _EmbeddedBatch(image_embeds.cpu(), batch["pair_ids"][readable], texts, batch["caption_pair_ids"][described])
 
 
-def _collect(parts: list[tuple], text_embeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Embeddings and ids from all processes, in the order of the data set."""
-    columns = zip(*((images, image_ids, text_ids) for images, image_ids, _, text_ids in parts), strict=True)
-    local = [torch.cat(column) for column in columns]
-    gathered = gather_object([(*local, text_embeds)])
-    image_embeds, image_ids, text_ids, text_embeds = (torch.cat(column) for column in zip(*gathered, strict=True))
-    images, texts = image_ids.argsort(stable=True), text_ids.argsort(stable=True)
-    return image_embeds[images], text_embeds[texts], image_ids[images], text_ids[texts]
+def _gather_images(parts: list[_EmbeddedBatch], model, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, d) and ids (N,) of the images of all processes, in the order of the ids."""
+    none = torch.empty(0, model.config.projection_dim)  # a process may have no batch
+    embeds = _gather_rows(torch.cat([none, *(part.image_embeds for part in parts)]), accelerator)
+    ids = _gather_rows(_joined([part.image_ids for part in parts]), accelerator)
+    order = ids.argsort(stable=True)
+    return embeds[order], ids[order]
 
 
-def measure_retrieval(embeds: PairEmbeddings, protocol: str | None = None) -> dict[str, float]:
+def _gather_texts(
+    parts: list[_EmbeddedBatch], model, accelerator: Accelerator, has_features: bool, progress: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (C, d) and ids (C,) of the captions of all processes, in the order of the ids."""
+    ids = _gather_rows(_joined([part.text_ids for part in parts]), accelerator)
+    order = ids.argsort(stable=True)
+    texts = [text for part in parts for text in part.texts]
+    if has_features:
+        embeds = torch.stack(texts) if texts else torch.empty(0, model.config.projection_dim)
+        return _gather_rows(embeds, accelerator)[order], ids[order]
+    lengths = _gather_rows(torch.tensor([len(text) for text in texts], dtype=torch.int64), accelerator)
+    texts = _gather_rows(_joined(texts), accelerator).split(lengths.tolist())
+    shares = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    embeds = encode_texts(model, [texts[row] for row in order.tolist()], **shares, progress=progress)
+    return accelerator.reduce(embeds.to(accelerator.device)).cpu(), ids[order]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+
+def _gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Rows (n, ...) on the CPU, of which each process has its own number n -> those of all, in their order."""
+    if accelerator.num_processes == 1:
+        return rows
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = rows.new_zeros(max(1, *counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = accelerator.gather(padded.to(accelerator.device)).cpu().split(len(padded))
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def measure_retrieval(
+    embeds: PairEmbeddings,
+    protocol: str | None = None,
+    accelerator: Accelerator | None = None,
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent, median and mean rank in both directions.
 
     Args:
         embeds: Of the whole test set.
         protocol: One of `PROTOCOLS` or `None`. It is ignored if some images could not be read, whose number is then
             the metric `skipped_images`.
+        accelerator: Its processes, which all have `embeds`, share the queries, each on its device; without it this
+            process ranks all of them, on the CPU. The metrics are the same.
+        progress: Whether the first process shows a progress bar, if it takes more than a few seconds.
     """
+    tensors = embeds.image_embeds, embeds.text_embeds, embeds.image_ids, embeds.text_ids
+    find_ranks = functools.partial(best_positive_ranks, progress=progress)
+    if accelerator is not None:
+        tensors = tuple(tensor.to(accelerator.device) for tensor in tensors)
+        find_ranks = functools.partial(_find_ranks_together, accelerator, progress)
     metrics = retrieval_metrics(
-        embeds.image_embeds,
-        embeds.text_embeds,
-        embeds.image_ids,
-        embeds.text_ids,
-        protocol=protocol if embeds.num_skipped_images == 0 else None,
+        *tensors, protocol=protocol if embeds.num_skipped_images == 0 else None, find_ranks=find_ranks
     )
     if embeds.num_skipped_images > 0:
         metrics["skipped_images"] = embeds.num_skipped_images
     return metrics
+
+
+def _find_ranks_together(accelerator: Accelerator, progress: bool, *tensors: torch.Tensor) -> torch.Tensor:
+    ranks = best_positive_ranks(
+        *tensors,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        progress=progress and accelerator.is_main_process,
+    )
+    return accelerator.reduce(ranks)
 
 
 @dataclass

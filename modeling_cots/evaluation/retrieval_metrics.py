@@ -5,12 +5,14 @@ of its best-placed relevant candidate among the irrelevant ones, as is usual for
 is the same as an `evaluate.Metric`, loaded from this very file: `evaluate.load("path/to/retrieval_metrics.py")`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import datasets
 import evaluate
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 RECALL_AT = (1, 5, 10)
 
@@ -30,13 +32,22 @@ COCO_NUM_FOLDS = 5
 TIE_TOLERANCE = 1e-6
 
 
+# Queries of a chunk, and candidates for each of them. A chunk of scores fits the cache of a CPU, and there are enough
+# chunks to share: 5,000 queries make 10.
+CHUNK_SIZE, CANDIDATES_PER_QUERY = 512, 8
+BAR_DELAY = 5  # seconds after which a progress bar is worth a line
+
+
 def best_positive_ranks(
     query_embeds: torch.Tensor,
     candidate_embeds: torch.Tensor,
     query_ids: torch.Tensor,
     candidate_ids: torch.Tensor,
     *,
-    chunk_size: int = 4096,
+    chunk_size: int = CHUNK_SIZE,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: bool = False,
 ) -> torch.Tensor:
     """
     Rank of the best relevant candidate of every query: 1 + the irrelevant candidates that score at least as high
@@ -47,9 +58,14 @@ def best_positive_ranks(
         candidate_embeds: (C, d), on the same device.
         query_ids: (Q,) int64.
         candidate_ids: (C,) int64; a candidate is relevant to the queries with its id.
-        chunk_size: Scores of `chunk_size` queries and as many candidates are held at a time, so that the peak is
-            5 * `chunk_size`^2 bytes (84 MB by default) beside the embeddings, the ranks and, of embeddings that are
-            not float32, float32 copies of two chunks. It does not grow with C, nor otherwise with Q.
+        chunk_size: Scores of `chunk_size` queries and 8 times as many candidates are held at a time, so that the peak
+            is 40 * `chunk_size`^2 bytes (10 MB by default) beside the embeddings, the ranks, float32 copies of the
+            embeddings of two chunks, and 26 bytes a candidate to find the relevant ones. It grows with C by these
+            alone, and not otherwise with Q.
+        process_index, num_processes: Of several processes with the same embeddings each ranks whole chunks of queries,
+            every `num_processes`-th; the ranks of the other queries are 0. So each product has the shape that it has
+            in one process, and the sum over the processes is what one process returns.
+        progress: Whether to show a progress bar, if it takes more than a few seconds.
 
     Returns (Q,) int64 ranks from 1, on that device. Raises `ValueError` for no queries, for embeddings without an id
     each, for embeddings that are not finite, which compare with nothing, and for a query without a relevant candidate.
@@ -58,13 +74,21 @@ def best_positive_ranks(
     _check_embeds("candidate", candidate_embeds, candidate_ids, chunk_size)
     if len(query_embeds) == 0:
         raise ValueError("There are no queries, so there is nothing to rank.")
-    # Autocast would compute products with too few digits to tell ties from differences.
-    with torch.autocast(query_embeds.device.type, enabled=False):
-        ranks = [
-            _ranks_of_chunk(query_embeds[rows].float(), candidate_embeds, query_ids[rows], candidate_ids, chunk_size)
-            for rows in _chunks(len(query_embeds), chunk_size)
-        ]
-    return torch.cat(ranks)
+    if not torch.isin(query_ids, candidate_ids).all():
+        raise ValueError("A query has no relevant candidate: its id is not among the candidates' ids.")
+    ranks = torch.zeros(len(query_embeds), dtype=torch.int64, device=query_embeds.device)
+    chunks = list(_chunks(len(query_embeds), chunk_size))[process_index::num_processes]
+    # Autocast would compute products with too few digits to tell ties from differences, and so would TF32.
+    with torch.autocast(query_embeds.device.type, enabled=False), full_float32():
+        for rows in tqdm(chunks, desc="Ranking", disable=not progress, delay=BAR_DELAY, leave=False):
+            ranks[rows] = _ranks_of_chunk(
+                query_embeds[rows].float(),
+                candidate_embeds,
+                query_ids[rows],
+                candidate_ids,
+                CANDIDATES_PER_QUERY * chunk_size,
+            )
+    return ranks
 
 
 def _ranks_of_chunk(
@@ -72,18 +96,18 @@ def _ranks_of_chunk(
     candidate_embeds: torch.Tensor,
     query_ids: torch.Tensor,
     candidate_ids: torch.Tensor,
-    chunk_size: int,
+    num_candidates: int,
 ) -> torch.Tensor:
+    """Ranks (q,) of a few queries, with the scores of `num_candidates` candidates at a time."""
+    relevant = torch.isin(candidate_ids, query_ids).nonzero().squeeze(1)  # to any of these queries
     query_ids = query_ids.unsqueeze(1)
     best = torch.full((len(queries), 1), -torch.inf, device=queries.device)
-    for columns in _chunks(len(candidate_embeds), chunk_size):
+    for columns in relevant.split(num_candidates):
         scores = _scores_without(query_ids != candidate_ids[columns], queries, candidate_embeds[columns])
         best = torch.maximum(best, scores.amax(dim=1, keepdim=True))
         del scores  # otherwise two chunks of scores would be in memory at once
-    if torch.isinf(best).any():
-        raise ValueError("A query has no relevant candidate: its id is not among the candidates' ids.")
     ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
-    for columns in _chunks(len(candidate_embeds), chunk_size):
+    for columns in _chunks(len(candidate_embeds), num_candidates):
         scores = _scores_without(query_ids == candidate_ids[columns], queries, candidate_embeds[columns])
         # In place to zeros and ones: summing booleans would copy them to int64 first.
         ranks += scores.ge_(best - TIE_TOLERANCE).sum(dim=1).long()
@@ -94,6 +118,28 @@ def _ranks_of_chunk(
 def _scores_without(left_out: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """(q, c) float32 dot products, -inf where `left_out` (q, c) says so."""
     return (queries @ candidates.float().t()).masked_fill_(left_out, -torch.inf)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 matrices in the block keep all digits, whatever the process has chosen for speed."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        chosen = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(chosen)
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, setting in zip(backends, settings, strict=True):
+            backend.fp32_precision = setting
 
 
 def _check_embeds(name: str, embeds: torch.Tensor, ids: torch.Tensor, chunk_size: int) -> None:
@@ -121,7 +167,7 @@ def retrieval_metrics(
     text_ids: torch.Tensor,
     *,
     protocol: str | None = None,
-    chunk_size: int = 4096,
+    find_ranks: Callable[..., torch.Tensor] = best_positive_ranks,
 ) -> dict[str, float]:
     """
     Image-to-text (`i2t_...`) and text-to-image (`t2i_...`) retrieval; videos take the place of images unchanged.
@@ -132,7 +178,8 @@ def retrieval_metrics(
         image_ids: (N,) int64.
         text_ids: (C,) int64, the id of the image that a caption describes.
         protocol: One of `PROTOCOLS`, or None for a data set without a name.
-        chunk_size: See `best_positive_ranks`.
+        find_ranks: Gives the ranks of all queries as `best_positive_ranks` does, of the same four arguments: several
+            processes may find them together.
 
     Returns `{i2t,t2i}_recall_at_{1,5,10}` in percent, `{i2t,t2i}_{median,mean}_rank`, and `recall_sum`, the sum of the
     six recalls. Raises `ValueError` where the counts are not those of the protocol.
@@ -142,12 +189,12 @@ def retrieval_metrics(
     if protocol == "coco-1k":
         folds = _coco_folds(image_ids, text_ids)
         results = [
-            retrieval_metrics(image_embeds[i], text_embeds[t], image_ids[i], text_ids[t], chunk_size=chunk_size)
+            retrieval_metrics(image_embeds[i], text_embeds[t], image_ids[i], text_ids[t], find_ranks=find_ranks)
             for i, t in folds
         ]
         return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
-    i2t = best_positive_ranks(image_embeds, text_embeds, image_ids, text_ids, chunk_size=chunk_size)
-    t2i = best_positive_ranks(text_embeds, image_embeds, text_ids, image_ids, chunk_size=chunk_size)
+    i2t = find_ranks(image_embeds, text_embeds, image_ids, text_ids)
+    t2i = find_ranks(text_embeds, image_embeds, text_ids, image_ids)
     metrics = {f"i2t_{name}": value for name, value in rank_statistics(i2t).items()}
     metrics |= {f"t2i_{name}": value for name, value in rank_statistics(t2i).items()}
     metrics["recall_sum"] = sum(metrics[f"{side}_recall_at_{k}"] for side in ("i2t", "t2i") for k in RECALL_AT)

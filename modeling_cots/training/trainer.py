@@ -528,7 +528,7 @@ class COTSTrainer(Trainer):
                 results.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return results
         embeds = self._embed(dataset)
-        metrics = measure_retrieval(embeds, self.eval_protocol)
+        metrics = self._measure(embeds, self.eval_protocol)
         self._warn_of_recall(metrics, embeds)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.example_retrievals = find_examples(embeds)
@@ -544,7 +544,7 @@ class COTSTrainer(Trainer):
         if dataset is None or state.max_steps < EARLY_MIN_STEPS or state.global_step != state.max_steps // 10:
             return
         embeds = self._embed(Subset(dataset, range(min(EARLY_NUM_IMAGES, len(dataset)))), progress=False)
-        metrics = measure_retrieval(embeds)
+        metrics = self._measure(embeds)
         self._warn_of_recall(metrics, embeds, is_early=True)
         self.log({f"early_{name}": value for name, value in metrics.items()})
 
@@ -573,7 +573,7 @@ class COTSTrainer(Trainer):
         given = self.eval_dataset.dataset if isinstance(self.eval_dataset, FeatureDataset) else self.eval_dataset
         is_own = test_dataset is self.eval_dataset or test_dataset is given
         protocol = self.eval_protocol if is_own else None
-        measured = measure_retrieval(embeds, protocol)
+        measured = self._measure(embeds, protocol)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(
@@ -596,6 +596,9 @@ class COTSTrainer(Trainer):
             progress=progress and not self.args.disable_tqdm,
             features=self.measured_features.of(first_item(dataset)),
         )
+
+    def _measure(self, embeds: PairEmbeddings, protocol: str | None = None) -> dict[str, float]:
+        return measure_retrieval(embeds, protocol, self.accelerator, progress=not self.args.disable_tqdm)
 
     # ------------------------------------------------------------------------------------------- schedule and state
 

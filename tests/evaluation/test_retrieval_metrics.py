@@ -17,6 +17,7 @@ from modeling_cots.evaluation.retrieval_metrics import (
     TIE_TOLERANCE,
     best_positive_ranks,
     chance_recall,
+    full_float32,
     rank_statistics,
     retrieval_metrics,
 )
@@ -117,15 +118,53 @@ def peak_bytes(num_queries: int, num_candidates: int, chunk_size: int, dtype=tor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_of_memory_is_what_the_docstring_says(dtype):
-    """5 bytes a score of one chunk, whatever the number of candidates; of queries only their ranks are kept."""
-    chunk_size, num_queries = 256, 300
+    """5 bytes a score of one chunk; with more candidates only what finds the relevant ones grows."""
+    chunk_size, num_queries = 64, 300
     small = peak_bytes(num_queries, 600, chunk_size, dtype)
-    large = peak_bytes(num_queries, 2400, chunk_size, dtype)
-    copies = 2 * 4 * chunk_size * 8
+    large = peak_bytes(num_queries, 9600, chunk_size, dtype)
+    copies = 4 * 8 * 9 * chunk_size
     rows_of_statistics = 64 * chunk_size + 8 * num_queries
-    assert 4 * chunk_size**2 < small <= 5 * chunk_size**2 + copies + rows_of_statistics
-    assert large == small
-    assert large < 4 * num_queries * 2400 / 2  # the full matrix would be this, twice over
+    for num_candidates, peak in ((600, small), (9600, large)):
+        assert peak <= 40 * chunk_size**2 + copies + rows_of_statistics + 26 * (num_candidates + num_queries)
+    assert small > 4 * 8 * chunk_size**2
+    assert large < 4 * num_queries * 9600 / 20  # the full matrix would be twenty times this
+
+
+@settings(deadline=None, max_examples=30)
+@given(num_queries=st.integers(1, 30), num_processes=st.integers(1, 4), chunk_size=st.integers(1, 9))
+def test_processes_that_share_the_queries_find_the_ranks_of_one(num_queries, num_processes, chunk_size):
+    """Random directions, whose products have last bits: the chunks are those of one process, and so are the bits."""
+    generator = torch.Generator().manual_seed(num_queries)
+    query_ids, candidate_ids = ids_for(num_queries, 20, generator)
+    queries, candidates = (
+        F.normalize(torch.randn(len(ids), 5, generator=generator), dim=1) for ids in (query_ids, candidate_ids)
+    )
+    given = queries, candidates, query_ids, candidate_ids
+    expected = best_positive_ranks(*given, chunk_size=chunk_size)
+    parts = [
+        best_positive_ranks(*given, chunk_size=chunk_size, process_index=index, num_processes=num_processes)
+        for index in range(num_processes)
+    ]
+    assert torch.equal(sum(parts), expected)
+    assert ((torch.stack(parts) > 0).sum(dim=0) == 1).all(), "each query is ranked by one process alone"
+
+
+@pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
+def test_scores_keep_their_digits_where_a_run_has_chosen_faster_products(chosen):
+    """TF32 would round scores to 10 bits, and ties are told apart at 1e-6; what was chosen holds again afterwards."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(chosen)
+        with full_float32():
+            if hasattr(torch.backends, "fp32_precision"):
+                assert (
+                    torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+                )
+            else:
+                assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_statistics_of_known_ranks():
