@@ -145,13 +145,12 @@ def prepared(tmp_path_factory) -> Path:
 def write_photos(folder: Path) -> None:
     """PHOTOS/ with a caption an image, and single images that are named."""
     (folder / "PHOTOS").mkdir()
+    names = [f"{number}.jpg" for number in range(23)] + ["blurred.jpg"]
     with (folder / "PHOTOS" / "metadata.jsonl").open("w") as metadata:
-        for number, item in enumerate(ScenesDataset("train", 24, 64)):
-            item["image"].save(folder / "PHOTOS" / f"{number}.jpg")
-            metadata.write(
-                json.dumps({"file_name": f"{number}.jpg", "text": item["captions"][0], "year": 2021}) + "\n"
-            )
-    for name in ("dog.jpg", "like_this.jpg", "image.jpg", "PHOTOS/blurred.jpg"):
+        for name, item in zip(names, ScenesDataset("train", 24, 64), strict=True):
+            item["image"].save(folder / "PHOTOS" / name)
+            metadata.write(json.dumps({"file_name": name, "text": item["captions"][0], "year": 2021}) + "\n")
+    for name in ("dog.jpg", "like_this.jpg", "image.jpg"):
         ScenesDataset("train", 1, 64)[0]["image"].save(folder / name)
     shutil.copytree(folder / "PHOTOS", folder / "PAIRS")
     (folder / "MORE").mkdir()
