@@ -54,7 +54,7 @@ SMALL = {
     r"run_pretraining\.py .*quickstart\.yaml": STEPS,
     r"run_\w+\.py .*(FLICKR8K|runs/noisy |PHOTOS/|PAIRS/|photos_tokenized)": f"{TRAINING} --save_steps 2",
     r"run_pretraining\.py --dataset PAIRS/|--lora_rank": "--cmvm_weight 0",  # else with the dVAE, which is on the Hub
-    r"run_\w+\.py my\.yaml": "--use_cpu true",
+    r"(run_\w+\.py|cots_train) my\.yaml": "--use_cpu true",
     r"run_video_retrieval\.py": TRAINING,
     r"--train_split none": "--use_cpu true",
     r"tokenize_images\.py": "--device cpu --num_workers 0 --image_tokenizer random "

@@ -163,13 +163,11 @@ class PairDataset(Dataset):
             yield from self._captions[row]["captions"]
 
     def names(self) -> list[str]:
-        """The `name` of every item, without reading an image."""
+        """The path of every image, or its row where it has none, without reading an image."""
         paths = self._images.select_columns(["path"]).with_format("arrow")[:]["path"].to_pylist()
         rows = (int(row) for row in self._rows[self._starts[:-1]])
-        return [
-            printable(os.path.join(self._root or "", os.fsdecode(paths[row]))) if paths[row] else f"row {row}"
-            for row in rows
-        ]
+        root = "" if self._root is None else os.path.abspath(self._root)
+        return [printable(os.path.join(root, os.fsdecode(paths[row]))) if paths[row] else f"row {row}" for row in rows]
 
     def hold_out(self, share: float, most: int) -> tuple["PairDataset", "PairDataset"]:
         """

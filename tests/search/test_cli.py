@@ -152,6 +152,17 @@ def test_deletes_by_a_path_whose_file_is_gone_and_names_what_is_not_there(folder
     assert "Deleted 1 images; 4 are left." in capsys.readouterr().out
 
 
+def test_an_image_of_a_captioned_folder_goes_by_its_path_however_the_folder_is_named(folder, capsys):
+    names = sorted(path.name for path in (folder / "photos").iterdir())
+    rows = [json.dumps({"file_name": name, "text": "a drawing"}) for name in names]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(rows))
+    main("index photos --model model --index IDX".split())
+    main(["add", "IDX", str(folder / "photos")])
+    assert "6 of 6 images are in the index already" in capsys.readouterr().out
+    main(f"delete IDX photos/{names[0]} {folder}/photos/{names[1]}".split())
+    assert "Deleted 2 images; 4 are left." in capsys.readouterr().out
+
+
 def test_refuses_another_model_and_index_type(folder, tiny_config, tiny_processor):
     main("index photos --model model --index IDX".split())
     torch.manual_seed(5)
