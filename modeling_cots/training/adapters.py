@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .arguments import COTSTrainingArguments
+from .frozen_layers import ALL
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -54,7 +55,16 @@ def lora_config(args: COTSTrainingArguments, rank: int = 16, **options) -> "Lora
 
 
 def with_lora(model: nn.Module, args: COTSTrainingArguments, rank: int) -> "PeftModel":
-    """A [`COTSForPreTraining`] with LoRA, by `lora_config`; raises `ValueError` as that does."""
+    """
+    A [`COTSForPreTraining`] with LoRA, by `lora_config`.
+
+    Raises `ValueError` as that does, and for an encoder that is frozen whole, whose LoRA would not train either.
+    """
+    for name in ("freeze_vision", "freeze_text"):
+        if getattr(args, name) == ALL:
+            raise ValueError(
+                f"LoRA of rank {rank} trains in both encoders, and {name} is {ALL}: leave one of them out."
+            )
     config = lora_config(args, rank)
     from peft import get_peft_model
 

@@ -4,12 +4,13 @@ Defaults are those of image-text pre-training in the paper (Lu et al., CVPR 2022
 need (temperature, embedding size) is in `COTSConfig`; paths and columns belong to the scripts.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
 from .base_arguments import check_base_arguments, check_numbers, check_precision, choose_measure, refuse_unused
-from .frozen_layers import NONE, check_freeze
+from .frozen_layers import ALL, NONE, check_freeze
 
 MAX_KEY_DRIFT = 0.08
 FILTER_RULES = "deviation", "mixture"
@@ -83,11 +84,12 @@ class COTSTrainingArguments(TrainingArguments):
             "by later runs. Of images that needs min_crop_scale 1."
         },
     )
-    max_key_drift: float = field(
-        default=MAX_KEY_DRIFT,
+    max_key_drift: float | None = field(
+        default=None,
         metadata={
             "help": "With batch_candidates: keys of the queue are candidates while logits with them are lower than "
-            "with fresh keys by less than this, on average. Without (the paper) every key of the queue is one."
+            "with fresh keys by less than this, on average. By default 0.08, and any drift where both encoders are "
+            "frozen whole. Without batch_candidates (the paper) every key of the queue is one."
         },
     )
     mask_equal_captions: bool = field(
@@ -191,6 +193,13 @@ class COTSTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn in every epoch that there is nothing to pin it for
 
+    @property
+    def key_drift_limit(self) -> float:
+        """The drift from which keys of the queue are no candidates; projections alone cannot run from their keys."""
+        if self.max_key_drift is not None:
+            return self.max_key_drift
+        return math.inf if self.freeze_vision == self.freeze_text == ALL else MAX_KEY_DRIFT
+
     def check(self) -> None:
         """Raise `ValueError` for values that no run can use; they may have been set since the arguments were made."""
         check_numbers(self)
@@ -199,9 +208,9 @@ class COTSTrainingArguments(TrainingArguments):
         self._check_base_arguments()
 
     def _check_ranges(self) -> None:
-        if not self.max_key_drift > 0:
+        if self.max_key_drift is not None and not self.max_key_drift > 0:
             raise ValueError(f"max_key_drift must be above 0, got {self.max_key_drift}.")
-        if self.max_key_drift != MAX_KEY_DRIFT and not self.batch_candidates:
+        if self.max_key_drift is not None and not self.batch_candidates:
             raise ValueError(
                 "max_key_drift compares queued keys with those of the batch: leave it out, or set batch_candidates."
             )

@@ -306,7 +306,7 @@ class COTSObjective:
         rows = result.batch.valid.nonzero().squeeze(1)
         pairs, scores = result.batch[rows], result.scores[rows]
         self.queue.push(pairs.image_embeds, pairs.text_embeds, scores, pairs.pair_ids, pairs.caption_ids)
-        self.queue.fresh_keys.update_(result.key_drift, self.args.max_key_drift, len(rows), self.queue.size)
+        self.queue.fresh_keys.update_(result.key_drift, self.args.key_drift_limit, len(rows), self.queue.size)
 
 
 def _leave_out(logits: torch.Tensor, is_stale: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """`training_record.json`: what a run was made of and what it measured, from which its card can be written again."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def build_record(
         "num_parameters": model.num_parameters(),
         "num_steps": num_steps,
         "unit": "video" if "video" in map(modality_of, (train_dataset, eval_dataset)) else "image",
-        "settings": {name: getattr(args, name) for name in REPORTED_SETTINGS},
+        "settings": {**{name: getattr(args, name) for name in REPORTED_SETTINGS}, "max_key_drift": _drift_limit(args)},
         "training_data": _describe_data(train_dataset, "a data set of pairs"),
         "evaluation_data": None if metrics is None else _describe_evaluation(eval_dataset),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
@@ -81,6 +82,10 @@ def build_record(
         "zero_shot_protocol": _zero_shot_protocol(train_dataset, eval_dataset),
         "widget": [],
     }
+
+
+def _drift_limit(args: COTSTrainingArguments) -> float | str:
+    return args.key_drift_limit if math.isfinite(args.key_drift_limit) else "any"
 
 
 def _describe_data(dataset, otherwise: str) -> dict:

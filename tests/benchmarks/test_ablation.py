@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ablation
 import ablation_table
+import ablation_upper_layers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -142,6 +143,47 @@ def test_captions_are_drawn_anew_in_each_epoch(folder, toy):
     first = [item["seed"] for item in pairs]
     pairs.set_epoch(1)
     assert not set(first) & {item["seed"] for item in pairs}
+
+
+def test_upper_layers_train_from_the_projections_of_the_same_seed_with_masked_losses_and_without(
+    folder, toy, monkeypatch
+):
+    pytest.importorskip("faiss")
+    vision = Dinov2Config(**{**SIZES, "num_hidden_layers": 2}, image_size=28, patch_size=7)
+    Dinov2Model(vision).save_pretrained(folder / "vision")
+    second = {"freeze_vision": "1", "freeze_text": "all", "max_steps": 2, "logging_steps": 1}
+    for name, value in {"FIRST_STAGE": {"image_size": 14}, "SECOND_STAGE": second, "VOCAB_SIZE": 8}.items():
+        monkeypatch.setattr(ablation_upper_layers, name, value)
+    monkeypatch.setattr(ablation_upper_layers, "SEEDS", (0, 1))
+    trained = []
+    original = ablation_upper_layers.COTSTrainer.train
+    monkeypatch.setattr(
+        ablation_upper_layers.COTSTrainer, "train", lambda self: (trained.append(self), original(self))[1]
+    )
+    path, given = folder / "out.json", ("--features", folder / "features", "--tokens", folder / "tokens")
+    start(monkeypatch, ablation_upper_layers, folder / "data", "--json", path, *given)
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [
+        ("contrast", 0),
+        ("masked", 0),
+        ("contrast", 1),
+        ("masked", 1),
+    ]
+    assert runs[0]["metrics"]["before"] == runs[1]["metrics"]["before"]
+    assert [trainer.args.cmvm_weight for trainer in trained] == [0, 0, 1, 0, 0, 1], "first stages are run once a seed"
+    for stages in (trained[:3], trained[3:]):
+        first, *both = [trainer.model.cots.vision_model.encoder.layer for trainer in stages]
+        for layers in both:
+            assert torch.equal(layers[0].norm1.weight, first[0].norm1.weight)
+            assert not torch.equal(layers[1].norm1.weight, first[1].norm1.weight)
+        assert stages[2].model.config.image_vocab_size == 8
+    page = folder / "page.md"
+    page.write_text(f"{ablation_table.BEGIN_UPPER}\n{ablation_table.END_UPPER}\n")
+    start(monkeypatch, ablation_table, path, page, "--upper_layers")
+    assert page.read_text().count("| 2 |") == 2
+    with pytest.raises(ValueError, match="another recipe or other arms"):
+        monkeypatch.setattr(ablation_upper_layers, "FIRST_STAGE", {"image_size": 28})
+        start(monkeypatch, ablation_upper_layers, folder / "data", "--json", path, *given)
 
 
 def test_tables_are_written_between_the_marks(tmp_path):

@@ -12,6 +12,7 @@ from transformers import AlbertConfig
 from modeling_cots import COTSForPreTraining
 from modeling_cots.encoders_cots import build_text_encoder
 from modeling_cots.method.momentum import MomentumEncoder
+from modeling_cots.training.adapters import with_lora
 from modeling_cots.training.frozen_layers import FrozenEncoders, FrozenLayers
 
 VISION_LAYER, TEXT_LAYER = "cots.vision_model.layers.{}.", "cots.text_model.encoder.layer.{}."
@@ -141,7 +142,7 @@ def dropout_config(tiny_config):
     ],
 )
 def test_training_equals_that_of_weights_without_a_gradient(make_trainer, dropout_config, options, modules, masked):
-    arguments = {"cmvm_weight": masked, "cmlm_weight": masked, "max_steps": 3, "logging_steps": 1}
+    arguments = {"cmvm_weight": masked, "cmlm_weight": masked, "max_steps": 3, "logging_steps": 1, "max_key_drift": 1}
     by_hand = make_trainer(dropout_config, **arguments)
     frozen_by_hand(by_hand, modules)
     frozen = make_trainer(dropout_config, **arguments, **options)
@@ -209,8 +210,50 @@ def test_the_log_and_the_record_say_what_is_frozen(make_trainer, monkeypatch):
         trainer.model.cots, trainer.args, num_steps=0, train_dataset=None, eval_dataset=None, metrics=None
     )
     assert (record["settings"]["freeze_vision"], record["settings"]["freeze_text"]) == ("1", "all")
+    assert record["settings"]["max_key_drift"] == 0.08
     make_trainer()
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        ({"freeze_vision": "all", "freeze_text": "all"}, "any"),
+        ({"freeze_vision": "all", "freeze_text": "all", "max_key_drift": 0.5}, 0.5),
+        ({"freeze_vision": "all", "freeze_text": "1"}, 0.08),
+        ({}, 0.08),
+    ],
+)
+def test_every_queued_key_counts_where_projections_alone_train(make_trainer, arguments, limit):
+    """With encoders that move, keys of a drift of 1 count for nothing."""
+    from modeling_cots.training.record import build_record
+
+    trainer = make_trainer(**arguments, cmvm_weight=0, cmlm_weight=0)
+    queue = trainer.queue
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for _ in range(4):
+        result = trainer.cots_objective(trainer.model, inputs, 0)
+        result.key_drift = torch.tensor(float("nan") if queue.num_pushed == 0 else 1.0)
+        trainer.cots_objective.push(result)
+    assert queue.fresh_keys.num_fresh == (min(3 * len(inputs["valid"]), queue.size) if limit == "any" else 0)
+    record = build_record(
+        trainer.model.cots, trainer.args, num_steps=0, train_dataset=None, eval_dataset=None, metrics=None
+    )
+    assert record["settings"]["max_key_drift"] == limit
+
+
+def test_a_drift_limit_without_candidates_of_the_batch_is_refused(make_trainer):
+    make_trainer(freeze_vision="all", freeze_text="all", cmvm_weight=0, cmlm_weight=0, batch_candidates=False)
+    with pytest.raises(ValueError, match="max_key_drift compares queued keys with those of the batch: leave it out"):
+        make_trainer(max_key_drift=0.08, batch_candidates=False)
+    with pytest.raises(ValueError, match="max_key_drift must be above 0, got 0.0"):
+        make_trainer(max_key_drift=0.0)
+
+
+def test_lora_in_an_encoder_that_is_frozen_whole_is_refused(make_trainer):
+    trainer = make_trainer(freeze_text="all")
+    with pytest.raises(ValueError, match="LoRA of rank 2 trains in both encoders, and freeze_text is all: leave one"):
+        with_lora(trainer.model, trainer.args, 2)
 
 
 @pytest.mark.parametrize("freeze", ["0", "-1", "some", "1.5", "", True])
