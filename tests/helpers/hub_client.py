@@ -60,7 +60,7 @@ class HubForTests:
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "PYTHONPATH": os.pathsep.join([*IMPORTABLE, kept.get("PYTHONPATH", "")]),
-            **({} if self.server is None else {"NO_PROXY": "127.0.0.1"}),
+            **({} if self.server is None else {"NO_PROXY": "127.0.0.1,localhost"}),
             **({} if token is None else {"HF_TOKEN": token}),
         }
 

@@ -97,7 +97,8 @@ class HubServer:
         self.network = Network()
         self._signed: dict[str, tuple[Repository, str]] = {}  # signature -> the large object it opens
         self.url = Server(self.network, self.answer).url
-        self.storage_url = Server(self.network, self.answer_storage).url
+        # By another name of the loopback: huggingface_hub 1.31 takes a redirect to the same host for one to the Hub.
+        self.storage_url = Server(self.network, self.answer_storage).url.replace("127.0.0.1", "localhost")
 
     def __enter__(self) -> "HubServer":
         for server in self.network.servers:
