@@ -12,7 +12,7 @@ from .feature_queue import PairQueue
 
 MOMENTUM_STATE_NAME = "momentum_state.safetensors"
 # What states saved by 0.1 lack; without it no two captions count as equal, and no key as fresh.
-NEW_IN_0_2 = {"queue.caption_ids", "queue.fresh_keys.drift", "queue.fresh_keys.num_fresh"}
+NEW_IN_0_2 = {"encoder._extra_state", "queue.caption_ids", "queue.fresh_keys.drift", "queue.fresh_keys.num_fresh"}
 
 
 class MomentumEncoder(nn.Module):
@@ -27,6 +27,10 @@ class MomentumEncoder(nn.Module):
 
     Args:
         model (`nn.Module`): The online model; it is copied, not kept.
+
+    Attributes:
+        is_copy (`bool`): Whether all weights are those of the online model: at the start, and after an update with
+            momentum 0.
     """
 
     def __init__(self, model: nn.Module):
@@ -37,6 +41,8 @@ class MomentumEncoder(nn.Module):
         self.model = copy.deepcopy(model, memo).float().requires_grad_(False).eval()
         self._paired_with: weakref.ref | None = None
         self._pairs: _Pairs | None = None
+        self.is_copy = True
+        self.check_copy_(model)
 
     def train(self, mode: bool = True) -> "MomentumEncoder":
         return super().train(False)
@@ -77,13 +83,32 @@ class MomentumEncoder(nn.Module):
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"The momentum must be between 0 and 1, got {momentum}.")
-        if self._paired_with is None or self._paired_with() is not model:
-            self._pairs, self._paired_with = _Pairs(self.model, model), weakref.ref(model)
-        parameters, online_parameters = self._pairs.parameters()
+        parameters, online_parameters = self._pairs_with(model).parameters()
         if parameters:  # `float` copies nothing that is float32 already
             torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
-        for buffer, online_buffer in self._pairs.buffers():
+        for buffer, online_buffer in self._pairs_with(model).buffers():
             buffer.copy_(online_buffer)
+        self.is_copy = momentum == 0 and all(parameter.dtype == torch.float32 for parameter in online_parameters)
+
+    @torch.no_grad()
+    def check_copy_(self, model: nn.Module) -> None:
+        """Take `is_copy` back where weights of `model` differ: they may have been loaded since."""
+        pairs = self._pairs_with(model)
+        together = [*zip(*pairs.parameters(), strict=True), *pairs.buffers()]
+        self.is_copy = self.is_copy and all(
+            mine.dtype == other.dtype and torch.equal(mine, other) for mine, other in together
+        )
+
+    def _pairs_with(self, model: nn.Module) -> "_Pairs":
+        if self._pairs is None or self._paired_with is None or self._paired_with() is not model:
+            self._pairs, self._paired_with = _Pairs(self.model, model), weakref.ref(model)
+        return self._pairs
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.is_copy)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.is_copy = bool(state)
 
 
 class _Pairs:

@@ -26,6 +26,7 @@ from ..method.image_tokenizer import PIXELS_PER_TOKEN
 from ..method.losses import masked_token_loss
 from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
+from ..training.copied_passes import CopiedPasses
 from ..training.frozen_layers import FrozenEncoders
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
@@ -162,7 +163,8 @@ class _FakeStep:
         # Momentum encoders are counted apart, by the online model, which is as large.
         self.frozen = FrozenEncoders(model.cots, args.freeze_vision, args.freeze_text)
         self.frozen.eval_()
-        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup(), self.frozen)
+        copied = CopiedPasses(model.cots, lambda: False, self.frozen)  # later in training none are
+        self.objective = COTSObjective(model, model.cots, queue, None, args, ProcessGroup(), self.frozen, copied)
         self._images: dict[int, torch.Tensor] = {}
         height, width = model.config.image_size
         patch_height, patch_width = model.config.patch_size

@@ -120,10 +120,10 @@ class FrozenLayers:
                 yield
                 return
             for name in self.replayed:
-                stack.enter_context(_replaced(encoder.get_submodule(name), _Replay(self._outputs[name])))
+                stack.enter_context(replaced(encoder.get_submodule(name), Replay(self._outputs[name])))
             gives_tuple = isinstance(self._outputs[self.replayed[-1]], tuple)
             for name in self.skipped:
-                stack.enter_context(_replaced(encoder.get_submodule(name), _Identity(gives_tuple)))
+                stack.enter_context(replaced(encoder.get_submodule(name), _Identity(gives_tuple)))
             try:
                 yield
             finally:
@@ -145,7 +145,7 @@ def _find_layers(encoder: PreTrainedModel, kind: str) -> tuple[str, nn.ModuleLis
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Inside, `module` runs `forward`, and not what it may have been compiled to."""
     compiled, module._compiled_call_impl = module._compiled_call_impl, None
     module.forward = forward
@@ -156,7 +156,7 @@ def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
         module._compiled_call_impl = compiled
 
 
-class _Replay:
+class Replay:
     """Gives what was recorded, for as many rows as it is called with: those after the rows of the calls before."""
 
     def __init__(self, output):

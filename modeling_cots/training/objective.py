@@ -25,6 +25,7 @@ from ..method.losses import (
 from ..modeling_cots import COTSModel
 from ..modeling_cots_pretraining import COTSForPreTraining, COTSForPreTrainingOutput
 from .arguments import COTSTrainingArguments
+from .copied_passes import CopiedPasses
 from .frozen_layers import FrozenEncoders
 from .processes import ProcessGroup
 
@@ -77,6 +78,7 @@ class COTSObjective:
         args ([`COTSTrainingArguments`]): Loss weights, filter, candidates.
         processes ([`ProcessGroup`]): Gathers and sums over the processes.
         frozen ([`FrozenEncoders`]): Layers of the online model that never train.
+        copied ([`CopiedPasses`]): Passes of the momentum encoders that equal the online ones.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class COTSObjective:
         args: COTSTrainingArguments,
         processes: ProcessGroup,
         frozen: FrozenEncoders,
+        copied: CopiedPasses,
     ):
         self.config = model.config
         self.momentum_model, self.queue = momentum_model, queue
         self.image_tokenizer = image_tokenizer
         self.args = args
         self.processes = processes
-        self.frozen = frozen
+        self.frozen, self.copied = frozen, copied
 
     def __call__(self, model, inputs: dict[str, torch.Tensor], step: int) -> ObjectiveOutput:
         """
@@ -105,7 +108,7 @@ class COTSObjective:
         """
         # Encode. Image tokens come first: the dVAE's activations then do not add to those that the model keeps.
         inputs = self.with_image_tokens(inputs)
-        with self.frozen.record():
+        with self.frozen.record(), self.copied.record():
             output = model(**self.model_inputs(inputs))
         momentum_image_embeds, momentum_text_embeds = self.momentum_encode(inputs)
         batch, local = self.gather(momentum_image_embeds, momentum_text_embeds, inputs)
@@ -169,18 +172,19 @@ class COTSObjective:
 
     @torch.no_grad()
     def momentum_encode(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Momentum embeddings g^v and g^l of the local pairs, (B, d) each, from what frozen layers have just given."""
-        with self.processes.autocast(), self.frozen.replay(self.momentum_model):
+        """Momentum embeddings g^v and g^l of the local pairs, (B, d) each, without what is known already."""
+        model = self.momentum_model
+        with self.processes.autocast(), self.frozen.replay(model), self.copied.replay(model):
             if "image_features" in inputs:
-                image_embeds = self.momentum_model.embed_image_features(inputs["image_features"])
+                image_embeds = model.embed_image_features(inputs["image_features"])
             elif "pixel_values_videos" in inputs:
-                image_embeds = self.momentum_model.encode_video(inputs["pixel_values_videos"])
+                image_embeds = model.encode_video(inputs["pixel_values_videos"])
             else:
-                image_embeds = self.momentum_model.encode_image(inputs["pixel_values"])
+                image_embeds = model.encode_image(inputs["pixel_values"])
             if "text_features" in inputs:
-                text_embeds = self.momentum_model.embed_text_features(inputs["text_features"])
+                text_embeds = model.embed_text_features(inputs["text_features"])
             else:
-                text_embeds = self.momentum_model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+                text_embeds = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
         return image_embeds, text_embeds
 
     def gather(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, inputs: dict) -> tuple[GlobalBatch, slice]:

@@ -37,6 +37,7 @@ from .adapters import (
 )
 from .arguments import ADAM, COTSTrainingArguments
 from .cached_features import MeasuredFeatures, choose_features, with_cached_features
+from .copied_passes import CopiedPasses
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .frozen_layers import FrozenEncoders
@@ -198,6 +199,7 @@ class COTSTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
+        self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
         self.cots_objective = COTSObjective(
             model,
             self.momentum_state.encoder.model,
@@ -206,11 +208,16 @@ class COTSTrainer(Trainer):
             args,
             ProcessGroup.of(self.accelerator),
             self.frozen,
+            self.copied_passes,
         )
         self.training_log = TrainingLog()
         self.queue_freshness = QueueFreshness(self.cots_objective)
         self.finite_check = FiniteCheck(args.max_skipped_fraction)
         self.step_snapshot = StepSnapshot(self.queue, args.device)
+
+    def _has_copy(self) -> bool:
+        """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""
+        return self.momentum_state.encoder.is_copy and not self.args.torch_compile
 
     def _find_features(self, model: COTSForPreTraining) -> None:
         """Cached features of encoders that are frozen whole: in `feature_cache`, or columns of the data already."""
@@ -418,6 +425,7 @@ class COTSTrainer(Trainer):
         skip_trained_batches(self.stream_loader, state.global_step, args)
         self.checkpoints.saved_step = None
         self._warned_of = set()
+        self.momentum_state.encoder.check_copy_(pretraining_model_of(self.model).cots)
         if self.checkpoints.resumed_from is not None:
             self._resume_averages()
             self.checkpoints.saved_step = state.global_step

@@ -26,6 +26,8 @@ def arguments(tmp_path):
 
 
 def real_batch(trainer) -> dict:
+    """A batch for a step whose momentum copy lags behind, as the estimate counts it."""
+    trainer.momentum_state.encoder.is_copy = False
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
