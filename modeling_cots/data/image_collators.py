@@ -19,7 +19,7 @@ from ..image_reading_cots import UnreadableImageError, read_image
 from ..processing_cots import TOKENIZER_LOCK
 from .feature_cache import FeatureSource
 from .image_token_cache import TokenSource
-from .items import caption_ids, encode_names, sample_randomness
+from .items import SampleRandomness, caption_ids, encode_names
 from .skip_report import SkipReport
 
 logger = logging.get_logger(__name__)
@@ -87,8 +87,9 @@ class COTSDataCollator:
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         images, image_tokens, captions, text_features, bool_masked_pos = [], [], [], [], []
-        for item in items:
-            with sample_randomness(item.get("seed")):
+        with SampleRandomness() as seed_for:
+            for item in items:
+                seed_for(item.get("seed"))
                 number = random.choice(range(len(item["captions"])))
                 captions.append(item["captions"][number])
                 if "text" in self.features:
@@ -164,13 +165,14 @@ class COTSDataCollator:
         masked_input_ids = tokens["input_ids"].clone()
         text_targets = torch.full_like(masked_input_ids, -100)
         real = tokens["attention_mask"].bool()
-        for row, seed in enumerate(seeds):
-            with sample_randomness(seed):
+        with SampleRandomness() as seed_for:
+            for row, seed in enumerate(seeds):
+                seed_for(seed)
                 masked, targets = self._mask_caption(
                     masked_input_ids[row, real[row]], tokens["special_tokens_mask"][row, real[row]]
                 )
-            masked_input_ids[row, real[row]] = masked
-            text_targets[row, real[row]] = targets
+                masked_input_ids[row, real[row]] = masked
+                text_targets[row, real[row]] = targets
         return {"masked_input_ids": masked_input_ids, "text_targets": text_targets}
 
     def _mask_caption(self, input_ids: torch.Tensor, is_special: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

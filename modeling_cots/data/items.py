@@ -3,10 +3,10 @@
 The random draws for an item depend only on the data set's seed, the epoch and the item's index.
 """
 
+import functools
 import hashlib
 import random
 import unicodedata
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ def caption_ids(captions: list[str]) -> torch.Tensor:
     return torch.tensor([_caption_id(caption) for caption in captions], dtype=torch.int64)
 
 
+@functools.lru_cache(maxsize=2**16)  # captions come back in every epoch
 def _caption_id(caption: str) -> int:
     words = unicodedata.normalize("NFKC", caption).casefold().split()
     text = " ".join(words)
@@ -108,22 +109,39 @@ def _is_content(letter: str) -> bool:
     return not letter.isspace() and not unicodedata.category(letter).startswith("P")
 
 
-@contextmanager
-def sample_randomness(seed: int | None):
-    """Seed `random`, numpy and torch inside the block, and restore their states after it; `None` changes nothing.
+class SampleRandomness:
+    """
+    Seeds `random`, numpy and torch for one sample after the other, and restores their states at the end of the block.
 
     Draws for a sample then depend neither on its batch nor on workers, processes or the step where a run was resumed.
+    A sample without a seed draws from the states that are restored, and moves them on.
+
+        with SampleRandomness() as seed_for:
+            for item in items:
+                seed_for(item.get("seed"))
     """
-    if seed is None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+
+    def __enter__(self) -> "SampleRandomness":
+        self._states: tuple | None = None  # while nothing is seeded, they are those of the generators
+        return self
+
+    def __call__(self, seed: int | None) -> None:
+        """What is drawn from here on is drawn for the sample with this seed."""
+        if seed is None:
+            self._restore()
+            return
+        if self._states is None:
+            self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+
+    def __exit__(self, *error) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._states is not None:
+            random.setstate(self._states[0])
+            np.random.set_state(self._states[1])
+            torch.set_rng_state(self._states[2])
+            self._states = None

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..video_reading_cots import UnreadableVideoError, read_video
 from .image_collators import RAW_PIXELS, caption_batch, tokenize
-from .items import caption_ids, sample_randomness
+from .items import SampleRandomness, caption_ids
 from .skip_report import SkipReport
 
 
@@ -53,8 +53,9 @@ class COTSVideoDataCollator:
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         videos, captions = [], []
-        for item in items:
-            with sample_randomness(item.get("seed")):
+        with SampleRandomness() as seed_for:
+            for item in items:
+                seed_for(item.get("seed"))
                 captions.append(random.choice(item["captions"]))
                 videos.append(_load(self._read, item, self.report))
         tokens = tokenize(self.tokenizer, captions, self.max_text_length)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..items import EpochSeeds
@@ -17,6 +18,7 @@ from .drawing import BACKGROUND_COLORS, COLORS, SHAPES, Scene, SceneObject, draw
 
 SPLIT_SIZES = {"train": 4000, "validation": 200}
 GRID = 3  # objects stand in different cells of a 3 x 3 grid
+MAX_KEPT_BYTES = 64 * 2**20  # a split whose images take no more is drawn once
 MIN_IMAGE_SIZE = 32  # below this a small object has fewer than five pixels a side
 # Share of a cell's side that an object takes.
 SIZES = {"small": (0.50, 0.62), "large": (0.85, 1.00)}
@@ -70,6 +72,8 @@ class ScenesDataset(Dataset):
     """
     Map-style data set of drawn scenes. Scene i of a split depends on (seed, split, i) alone.
 
+    Scenes of up to 64 MiB in all are drawn once and kept, larger ones are drawn whenever they are read.
+
     An item is {"image": PIL image, "captions": five different strings, "pair_id": int, "name": str, "seed": int}.
 
     Args:
@@ -96,20 +100,32 @@ class ScenesDataset(Dataset):
         self.image_size = image_size
         self.seed = seed
         self._seeds = EpochSeeds(seed)
+        self._keeps = 3 * image_size**2 * self.num_scenes <= MAX_KEPT_BYTES
+        self._drawn: dict[int, tuple[Image.Image, tuple[str, ...]]] = {}
 
     def __len__(self) -> int:
         return self.num_scenes
 
     def __getitem__(self, index: int) -> dict:
         index = self._check(index)
-        scene = self.scene(index)
+        image, captions = self._drawn.get(index) or self._draw(index)
         return {
-            "image": draw_scene(scene, self.image_size),
-            "captions": list(scene.captions),
+            "image": image.copy(),
+            "captions": list(captions),
             "pair_id": index,
             "name": f"{self.split}-{index:05d}",
             "seed": self._seeds(index),
         }
+
+    def _draw(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        scene = self.scene(index)
+        drawn = draw_scene(scene, self.image_size), scene.captions
+        if self._keeps:
+            self._drawn[index] = drawn
+        return drawn
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_drawn": {}}  # a worker draws its own scenes faster than it would be sent them
 
     def iter_captions(self) -> Iterator[str]:
         """All captions, without drawing an image."""

@@ -1,5 +1,6 @@
 """`scenes`: true and telling captions, tight boxes, held-out combinations, and independence of order and process."""
 
+import pickle
 import re
 import zlib
 from dataclasses import replace
@@ -10,6 +11,7 @@ from PIL import ImageChops
 from torch.utils.data import DataLoader
 
 from modeling_cots.data.items import EpochSeeds
+from modeling_cots.data.scenes import still
 from modeling_cots.data.scenes.drawing import BACKGROUND_COLORS, COLORS, Scene, SceneObject, draw_scene
 from modeling_cots.data.scenes.still import (
     BACKGROUND_WORDS,
@@ -86,6 +88,26 @@ def test_an_item_has_the_agreed_format():
     assert (item["pair_id"], item["name"]) == (3, "validation-00003")
     assert 0 <= item["seed"] < 2**63
     assert len(dataset) == 10 and len(list(dataset)) == 10
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_a_scene_is_drawn_once_where_there_is_room_and_is_the_same(monkeypatch, limit):
+    drawn = []
+
+    def draw(scene, image_size):
+        drawn.append(scene)
+        return draw_scene(scene, image_size)
+
+    monkeypatch.setattr(still, "MAX_KEPT_BYTES", limit)
+    monkeypatch.setattr(still, "draw_scene", draw)
+    dataset = ScenesDataset("train", 3, 48)
+    first, again = dataset[1], dataset[1]
+    assert len(drawn) == (2 if limit == 0 else 1)
+    assert first["image"].tobytes() == again["image"].tobytes() and first["captions"] == again["captions"]
+    first["image"].paste((0, 0, 0), (0, 0, 48, 48))  # a caller's own copy
+    first["captions"].clear()
+    assert dataset[1]["image"].tobytes() == again["image"].tobytes() and dataset[1]["captions"] == again["captions"]
+    assert len(pickle.dumps(dataset)) < 2_000  # workers draw their own
 
 
 def test_sizes_of_the_splits_by_default():
