@@ -8,6 +8,7 @@ Flickr8k's captions (see `caption_lengths`). Printed are ratios of medians: abov
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -114,7 +115,7 @@ def _wide(sizes: Sizes) -> dict:
     return {} if sizes.encoder else {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 
 
-def image_rows(device: str, sizes: Sizes, model: COTSModel) -> list[dict]:
+def image_rows(device: str, sizes: Sizes, model: COTSModel) -> Iterator[dict]:
     """1a against timm, and the peers' image encoders, each on images of its own size."""
     timm = optional("timm")
     quick = bool(sizes.encoder)
@@ -124,18 +125,17 @@ def image_rows(device: str, sizes: Sizes, model: COTSModel) -> list[dict]:
     vit = vit.eval().to(device, sizes.dtype)
     ratio = speed(lambda: model.encode_image(pixels), lambda: vit.forward_features(pixels), device, sizes.rounds)
     title = "image encoding, ours / timm vit_base_patch16_384.forward_features, eager"
-    rows = [row("1a", title, ratio, ">= 0.99", f"timm {timm.__version__}; {sizes.note}")]
+    yield row("1a", title, ratio, ">= 0.99", f"timm {timm.__version__}; {sizes.note}")
     for name, (peer, encode, size) in build_image_peers(sizes).items():
         peer.eval().to(device, sizes.dtype)
         own = pixels[:, :, :size, :size].contiguous()
         interpolate = {} if size == sizes.image_size else {"interpolate_pos_encoding": True}
         ratio = speed(lambda: model.encode_image(own, **interpolate), lambda: encode(own), device, sizes.rounds)  # noqa: B023
         note = f"both on {size} px; {sizes.note}"
-        rows.append(row("1p", f"image encoding, ours / {name}", ratio, "peer", note))
+        yield row("1p", f"image encoding, ours / {name}", ratio, "peer", note)
         free(device)
     if not quick and optional("open_clip") is None:
-        rows.append(row("1p", "image encoding, ours / open_clip", None, "peer", "open_clip_torch is not installed"))
-    return rows
+        yield row("1p", "image encoding, ours / open_clip", None, "peer", "open_clip_torch is not installed")
 
 
 def compiled_row(device: str, sizes: Sizes, model: COTSModel) -> dict:
@@ -198,7 +198,7 @@ def end_to_end_row(device: str, sizes: Sizes, model: COTSModel, num_workers: int
     return row("1c", "images/s from JPEG files / from tensors on the device", ratio, ">= 0.95", note)
 
 
-def text_rows(device: str, sizes: Sizes) -> list[dict]:
+def text_rows(device: str, sizes: Sizes) -> Iterator[dict]:
     """2: captions of real lengths, bucketed by ours, padded to one length by BertModel."""
     config = COTSConfig(text_config=sizes.text_encoder, vision_config={**QUICK_ENCODER, "image_size": 32})
     model = COTSModel(config).eval().to(device, sizes.dtype)
@@ -215,12 +215,11 @@ def text_rows(device: str, sizes: Sizes) -> list[dict]:
     note = (
         f"{sizes.texts} captions, mean {lengths.mean():.1f}, theirs in batches of {sizes.text_batch}, {layers} layers"
     )
-    rows = []
     for length, goal in ((77, ">= 4.8"), (32, ">= 2.0")):
         title = f"text encoding of real captions, ours / BertModel padded to {length}"
         most = length / lengths.mean()
-        rows.append(row("2", title, times[length] / times["ours"], goal, f"{note}; {most:.2f} tokens to one"))
-    return [*rows, sentence_transformers_row(device, sizes, model)]
+        yield row("2", title, times[length] / times["ours"], goal, f"{note}; {most:.2f} tokens to one")
+    yield sentence_transformers_row(device, sizes, model)
 
 
 def sentence_transformers_row(device: str, sizes: Sizes, model: COTSModel) -> dict:
@@ -256,19 +255,36 @@ def sentence_transformers_row(device: str, sizes: Sizes, model: COTSModel) -> di
     return row("2p", title, ratio, "peer", f"{sizes.texts} texts, {library.__version__}, which sorts by length too")
 
 
-@torch.no_grad()  # weights made in inference mode would be another kind of tensor to what compiles them
-def measure(device: str, quick: bool) -> list[dict]:
-    """Rows 1a, 1b, 1c, 2 and the peers'."""
+def build_image_model(device: str, sizes: Sizes) -> COTSModel:
+    """With the vision encoder that is timed, and next to no text encoder."""
     torch.manual_seed(0)
-    sizes = choose_sizes(device, quick)
     vision = {**sizes.encoder, "image_size": sizes.image_size, "patch_size": 16}
-    model = COTSModel(COTSConfig(text_config=QUICK_ENCODER, vision_config=vision)).eval().to(device, sizes.dtype)
-    rows = image_rows(device, sizes, model)
-    rows.append(end_to_end_row(device, sizes, model, num_workers=0 if device == "cpu" else 14))
-    rows.append(compiled_row(device, sizes, model))  # last, as it changes the model
+    return COTSModel(COTSConfig(text_config=QUICK_ENCODER, vision_config=vision)).eval().to(device, sizes.dtype)
+
+
+@torch.no_grad()  # weights made in inference mode would be another kind of tensor to what compiles them
+def measure_first(device: str, quick: bool) -> Iterator[dict]:
+    """Row 1b, which a GPU is needed for; compiling changes its model for good."""
+    sizes = choose_sizes(device, quick)
+    yield compiled_row(device, sizes, build_image_model(device, sizes))
+
+
+@torch.no_grad()
+def measure_rest(device: str, quick: bool) -> Iterator[dict]:
+    """Rows 1a, 1c, 2 and the peers'."""
+    sizes = choose_sizes(device, quick)
+    model = build_image_model(device, sizes)
+    yield from image_rows(device, sizes, model)
+    yield end_to_end_row(device, sizes, model, num_workers=0 if device == "cpu" else 14)
     del model
     free(device)
-    return rows + text_rows(device, sizes)
+    yield from text_rows(device, sizes)
+
+
+def measure(device: str, quick: bool) -> Iterator[dict]:
+    """All of them."""
+    yield from measure_first(device, quick)
+    yield from measure_rest(device, quick)
 
 
 if __name__ == "__main__":

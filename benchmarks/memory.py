@@ -9,6 +9,7 @@ estimate is held against what autograd keeps of its real step. Captions of real 
 """
 
 import tempfile
+from collections.abc import Iterator
 
 import torch
 from side_by_side import free, row, run_alone
@@ -135,17 +136,15 @@ def measured_on_gpu(options: dict, quick: bool) -> tuple[float, str]:
     return slope / MEGABYTE, f"slope from batch {few} to {many} on {device}; the estimate is {share:.2f} of it"
 
 
-def measure(device: str, quick: bool) -> list[dict]:
+def measure(device: str, quick: bool) -> Iterator[dict]:
     """Rows 5, in megabytes a pair."""
-    rows = []
     for name, megabytes in GOALS.items():
         options = {"gradient_checkpointing": True} if name == "checkpointed" else {}
         method = measured_on_cpu if device == "cpu" else measured_on_gpu
         pair, how = method(options, quick)
         title = f"peak memory of a pair in MB, {name}"
         size = "a toy model" if quick else f"base model, bf16, {TEXT_LENGTH} tokens, N_Q {QUEUE_SIZE:,}"
-        rows.append(row("5", title, pair, f"<= {megabytes} MB", f"{size}; {how}"))
-    return rows
+        yield row("5", title, pair, f"<= {megabytes} MB", f"{size}; {how}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -142,19 +142,22 @@ def format_ratio(ratio: float | None) -> str:
     return f"{ratio:,.3f}" if ratio < 10 else f"{ratio:,.2f}"
 
 
-def print_rows(rows: list[dict]) -> None:
+def print_rows(rows: Iterable[dict]) -> None:
     """Print each row in one line, with its note below."""
     for entry in rows:
         value = format_ratio(entry["ratio"])
-        print(f"{entry['id']:4s} {entry['title']:78s} {value:>12s}   goal {entry['goal']}\n     {entry['note']}")
+        print(
+            f"{entry['id']:4s} {entry['title']:78s} {value:>12s}   goal {entry['goal']}\n     {entry['note']}",
+            flush=True,
+        )
 
 
-def run_alone(measure: Callable[[str, bool], list[dict]], description: str) -> None:
+def run_alone(measure: Callable[[str, bool], Iterable[dict]], description: str) -> None:
     """The command line of a topic's script, whose errors end in one sentence."""
     run_script(lambda: _print_measured(measure, description))
 
 
-def _print_measured(measure: Callable[[str, bool], list[dict]], description: str) -> None:
+def _print_measured(measure: Callable[[str, bool], Iterable[dict]], description: str) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")

@@ -3,6 +3,8 @@
 import importlib
 import importlib.metadata
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def write(path: Path, **changes) -> Path:
     ],
 )
 def test_a_topic_gives_its_rows(topic, ids):
-    rows = importlib.import_module(topic).measure("cpu", True)
+    rows = list(importlib.import_module(topic).measure("cpu", True))
     assert ids <= {entry["id"] for entry in rows}
     missing = {entry["id"] for entry in rows if entry["ratio"] is None}
     assert missing <= {"1b", "1p", "1q", "2p"}  # a GPU's, and peers that are not installed
@@ -43,8 +45,101 @@ def test_a_topic_gives_its_rows(topic, ids):
 
 
 def test_a_topic_runs_in_its_own_process():
-    rows = run_all.run_topic("search", "cpu", quick=True)
+    rows = list(run_all.run_topic("search", "measure", "cpu", quick=True))
     assert {entry["topic"] for entry in rows} == {"search"}
+    assert all(entry["versions"]["torch"] and entry["date"] for entry in rows)
+
+
+@pytest.fixture
+def topic_of(tmp_path, monkeypatch):
+    """A function that writes the script of the topic "memory"; its rows are numbered, and it may wait at a pipe."""
+
+    def write_topic(body: str) -> Path:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        row = "{'id': str(number), 'title': 't', 'ratio': 1.0, 'goal': 'g', 'note': 'n'}"
+        lines = f"def measure(device, quick):\n    pipe = {str(pipe)!r}\n    row = lambda number: {row}\n"
+        (tmp_path / "memory.py").write_text(lines + body)
+        monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+        return pipe
+
+    return write_topic
+
+
+def test_a_row_is_written_while_the_next_one_is_measured(tmp_path, monkeypatch, topic_of):
+    pipe = topic_of("    yield row(1)\n    open(pipe).read()\n    yield row(2)\n")
+    path, written = tmp_path / "out.json", []
+    add = run_all.Results.add
+
+    def look(results, entry):
+        add(results, entry)
+        written.append([each["id"] for each in json.loads(path.read_text())["rows"]])
+        if entry["id"] == "1":
+            pipe.write_text("go on")
+
+    monkeypatch.setattr(run_all.Results, "add", look)
+    assert run_all.measure_all("cpu", ["memory"], True, path) == 0
+    assert written == [["1"], ["1", "2"]]
+
+
+def test_a_topic_that_would_not_end_is_ended_at_the_deadline(topic_of):
+    topic_of("    open(pipe).read()\n    yield row(1)\n")
+    with pytest.raises(TimeoutError):
+        list(run_all.run_topic("memory", "measure", "cpu", True, deadline=time.monotonic()))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("    yield row(1)\n    raise RuntimeError('broken')\n", "broken"),
+        ("    yield from ()\n", "it gave no rows"),
+        ("    yield {'id': '1'}\n", "a row without exactly"),
+    ],
+)
+def test_a_broken_topic_says_why(topic_of, body, why):
+    topic_of(body)
+    with pytest.raises(ValueError, match=why):
+        list(run_all.run_topic("memory", "measure", "cpu", True))
+
+
+def test_what_only_a_gpu_can_tell_comes_first():
+    order = run_all.plan("cuda", list(run_all.TOPICS))
+    assert order[:3] == [("encode", "measure_first"), ("step", "measure_first"), ("memory", "measure")]
+    assert order[3:5] == [("encode", "measure_rest"), ("encode_cpu", "measure")]
+    assert sorted(topic for topic, _ in order) == sorted([*run_all.TOPICS, "encode", "step"])
+    assert run_all.plan("cuda", ["search", "step"]) == [
+        ("step", "measure_first"),
+        ("search", "measure"),
+        ("step", "measure_rest"),
+    ]
+    assert run_all.plan("cpu", ["step", "memory"]) == [("step", "measure"), ("memory", "measure")]
+
+
+def test_the_first_rows_are_those_that_need_a_gpu():
+    first = [
+        entry["id"]
+        for topic, function in run_all.FIRST_ON_GPU
+        for entry in getattr(importlib.import_module(topic), function)("cpu", True)
+    ]
+    assert first == ["1b", "3b", "3b", "compile", "5", "5"]
+
+
+def test_where_time_ends_old_rows_stay_and_the_rest_is_named(tmp_path, monkeypatch, capsys):
+    old = [{**ENTRY, "title": title} for title in ("again", "not reached")]
+    path = write(tmp_path / "out.json", **{**run_all.describe("cpu", True), "date": "2026-01-01"}, rows=old)
+
+    def run(topic, *_):
+        yield {**ENTRY, "title": "again", "date": "2026-02-02"}
+        raise TimeoutError
+
+    monkeypatch.setattr(run_all, "run_topic", run)
+    assert run_all.measure_all("cpu", ["encode"], True, path) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(entry["title"], entry["date"]) for entry in rows] == [
+        ("again", "2026-02-02"),
+        ("not reached", "2026-01-01"),
+    ]
+    assert "go on with --only encode" in capsys.readouterr().err
 
 
 def test_search_without_faiss_says_so(monkeypatch):
@@ -116,6 +211,14 @@ def test_rows_of_a_peer_that_is_missing_now_keep_its_version(tmp_path, monkeypat
     run_all.measure_all("cpu", ["memory"], True, path)
     versions = json.loads(path.read_text())["versions"]
     assert (versions["timm"], versions["torch"]) == ("1", "3")
+
+
+def test_the_table_names_every_version_that_a_row_was_measured_with(tmp_path):
+    rows = [ENTRY, {**ENTRY, "versions": {"torch": "3"}}]
+    path = write(tmp_path / "out.json", **{**run_all.describe("cpu", True), "versions": {"torch": "2"}}, rows=rows)
+    assert "torch 2 and 3." in run_all.format_table(json.loads(path.read_text()))
+    kept = run_all.Results(path, "cpu", True).old  # the file will name those of today
+    assert [entry["versions"]["torch"] for entry in kept] == ["2", "3"]
 
 
 def test_a_topic_that_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):

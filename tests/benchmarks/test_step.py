@@ -21,7 +21,7 @@ def step(monkeypatch):
 
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
-    rows = step.measure("cpu", quick=True)
+    rows = list(step.measure("cpu", quick=True))
     optimizations = {"views", "optim", "update", "texts", "dvae", "compile"}
     assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", *optimizations}
     for entry in rows:
@@ -42,24 +42,19 @@ def test_pairs_a_second_are_the_batch_over_the_time_of_a_step(step, monkeypatch)
 def test_too_little_memory_halves_the_batch_until_it_fits(step, monkeypatch):
     tried = []
 
-    def rows_of_a_batch(device, sizes):
+    def rows_of(device, sizes):
         tried.append(sizes.batch)
         if sizes.batch > limit:
             raise torch.cuda.OutOfMemoryError("too little")
         return [sizes.describe()]
 
-    monkeypatch.setattr(step, "rows_of_a_batch", rows_of_a_batch)
-    monkeypatch.setattr(step, "update_row", lambda *_: "update")
-    monkeypatch.setattr(step, "text_row", lambda *_: "texts")
-    monkeypatch.setattr(step, "layout_row", lambda *_: "layout")
     monkeypatch.setattr(step, "choose_sizes", lambda *_: step.Sizes(batch=256))
     limit = 64
-    update, texts, _, described = step.measure("cpu", quick=True)
-    assert (tried, update, texts) == ([256, 128, 64], "update", "texts")
-    assert described.endswith("64 pairs, as 128 did not fit")
+    (described,) = step.of_largest_batch(rows_of, "cpu", quick=True)
+    assert tried == [256, 128, 64] and described.endswith("64 pairs, as 128 did not fit")
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        step.measure("cpu", quick=True)
+        step.of_largest_batch(rows_of, "cpu", quick=True)
 
 
 def test_passes_that_do_not_fit_leave_the_package_as_it_was(step, monkeypatch):
