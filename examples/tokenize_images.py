@@ -6,8 +6,9 @@
 PHOTOS/ is anything that run_pretraining.py opens without --streaming, `scenes` included. The script writes parquet
 files with the unchanged images, their captions, and their tokens, 2 bytes for each patch. Pre-training uses the tokens
 if they fit, and refuses them otherwise: they are those of the whole image, so that images must not be cropped, and
-belong to one image tokenizer, image size and patch size. After an interruption, run the same command again: it writes
-what is missing.
+belong to one image tokenizer, image size and patch size. With --without_images it writes the ids of the images and
+their tokens alone, and a stream of the same images takes them by `--streaming --image_tokens photos_tokenized`. After
+an interruption, run the same command again: it writes what is missing.
 
 Without the dVAE's weights take `--image_tokenizer kmeans:MODEL`: k-means over the patch features of a vision encoder,
 whose centers are saved in photos_tokenized/image_tokenizer.
@@ -54,6 +55,9 @@ def main() -> None:
     )
     parser.add_argument("--image_tokenizer_revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--mirrored", action="store_true", help="also of flipped images, for horizontal_flip")
+    parser.add_argument(
+        "--without_images", action="store_true", help="write ids and tokens alone, for --streaming --image_tokens"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -86,12 +90,14 @@ def main() -> None:
         flipped=args.mirrored,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        with_images=not args.without_images,
     )
     paths = writer.write(dataset, args.output_dir, args.split.split("[")[0])
 
     # 3. What to do with them.
     print(f"{len(dataset):,} images with their tokens are in {len(paths)} files of {args.output_dir}.")
-    print(f"Train with `--dataset {args.output_dir} --min_crop_scale 1`.")
+    data = f"--dataset {args.dataset} --streaming --image_tokens" if args.without_images else "--dataset"
+    print(f"Train with `{data} {args.output_dir} --min_crop_scale 1`.")
 
 
 def build(args: argparse.Namespace, config: COTSConfig, dataset: Dataset) -> ImageTokenizer | KMeansImageTokenizer:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from preloaded_programs import run_preloaded
 from programs import describe
-from scene_files import png
+from scene_files import png, write_shards
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_cots import ScenesDataset
@@ -57,7 +57,8 @@ SMALL = {
     r"run_pretraining\.py --dataset PAIRS/|--lora_rank": "--cmvm_weight 0",  # else with the dVAE, which is on the Hub
     r"(run_\w+\.py|cots_train) my\.yaml": "--use_cpu true",
     r"run_video_retrieval\.py": TRAINING,
-    r"--train_split none": "--use_cpu true",
+    r"--train_split none|scripts\.cots_evaluate": "--use_cpu true",
+    r"--streaming": "--max_steps 2 --use_cpu true",
     r"tokenize_images\.py": "--device cpu --num_workers 0 --image_tokenizer random "
     "--model_config examples/configs/quickstart_model.json",
     r"run_all\.py --device cpu": "--quick --only memory",
@@ -182,6 +183,10 @@ def write_data(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    write_shards(folder / "shards", list(ScenesDataset("train", 8, 64)))
+    (folder / "mix.yaml").write_text(
+        "whole: {dataset: shards, weight: 3}\nfirst: {dataset: shards/pairs-000.tar, weight: 1}"
+    )
     (folder / "FLICKR8K").mkdir()
     for split in ("train", "validation", "test"):
         scenes = list(ScenesDataset("train", 24, 96))

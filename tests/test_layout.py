@@ -55,6 +55,7 @@ OPTIONAL = {
     "openvino": {"onnx_cots.py"},
     "peft": {"training/adapters.py"},
     "pillow_heif": {"image_reading_cots.py"},
+    "torchdata": {"data/streaming/mixture.py"},
 }
 
 

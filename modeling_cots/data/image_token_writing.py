@@ -23,6 +23,8 @@ from .image_augmentation import ImageTransform
 from .image_token_cache import TokenSource
 from .rows import IMAGE_TOKENS, TOKEN_SOURCE
 from .skip_report import SkipReport
+from .streaming.dataset import pair_id_of
+from .streaming.token_table import PAIR_ID
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +40,9 @@ SCHEMA = pa.schema(
         TOKEN_SOURCE: pa.string(),
     }
 )
+IDS_SCHEMA = pa.schema(
+    {PAIR_ID: pa.int64(), **{name: SCHEMA.field(name).type for name in (IMAGE_TOKENS, TOKEN_SOURCE)}}
+)
 
 
 class TokenWriter:
@@ -51,6 +56,8 @@ class TokenWriter:
         batch_size: Images of a forward pass.
         num_workers: Processes that decode images beside this one.
         shard_rows: Images a file.
+        with_images: Whether to write images and captions, too; otherwise the ids of the images (`pair_id_of`) stand
+            beside their tokens, for a stream of the same images (`open_stream(..., image_tokens=...)`).
 
     Raises `ValueError` for a vocabulary beyond uint16.
     """
@@ -65,10 +72,12 @@ class TokenWriter:
         batch_size: int = 64,
         num_workers: int = 0,
         shard_rows: int = SHARD_ROWS,
+        with_images: bool = True,
     ):
         self.image_tokenizer, self.patch_size, self.flipped = image_tokenizer, tuple(patch_size), flipped
         self.source = TokenSource.of(image_tokenizer, image_size, patch_size)
         self.batch_size, self.num_workers, self.shard_rows = batch_size, num_workers, shard_rows
+        self.with_images = with_images
         self.collate = _Collator(ImageTransform(image_size, [0.5] * 3, min_crop_scale=1.0))
 
     def write(self, dataset, output_dir: str, split: str, *, progress: bool = True) -> list[Path]:
@@ -100,11 +109,12 @@ class TokenWriter:
         name = getattr(dataset, "name", "")
         # These words are a file format: with others a run would refuse the files that an earlier version wrote.
         what = f"{name}, {len(dataset)} images, {self.shard_rows} a file, {num_tokenized} views"
+        what += "" if self.with_images else ", ids alone"
         return {b"cots": f"{what}, {self.source.to_json()}".encode()}
 
     @torch.no_grad()
     def _write_shard(self, path: Path, items: Subset, metadata: dict, bar) -> None:
-        schema = SCHEMA.with_metadata(metadata)
+        schema = (SCHEMA if self.with_images else IDS_SCHEMA).with_metadata(metadata)
         loader = DataLoader(items, self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
         with pq.ParquetWriter(path, schema) as writer:
             waiting = []
@@ -126,9 +136,11 @@ class TokenWriter:
         for image, captions, row, valid in zip(
             batch["images"], batch["captions"], tokens, batch["valid"], strict=True
         ):
+            what = (
+                {"image": image, "captions": captions} if self.with_images else {PAIR_ID: pair_id_of(image["bytes"])}
+            )
             yield {
-                "image": image,
-                "captions": captions,
+                **what,
                 IMAGE_TOKENS: row if valid else None,
                 TOKEN_SOURCE: source,
             }

@@ -96,8 +96,20 @@ class StreamReport:
         """Report a sample, or a file in a shard, that is left out."""
         self._add(SAMPLES, f"Skipped {shorten(name)}: {shorten(reason)}", name)
 
+    def own(self) -> list[int]:
+        """What this data loader worker has counted: shards and samples."""
+        return self._counts[:, _column()].tolist()
+
+    def put_own(self, counts: list[int]) -> None:
+        """Go on from what this worker had counted."""
+        self._counts[:, _column()] = torch.tensor(counts)
+
     def _add(self, kind: int, message: str, name: str) -> None:
-        worker = torch.utils.data.get_worker_info()
-        self._counts[kind, 0 if worker is None else worker.id % MAX_WORKERS] += 1
+        self._counts[kind, _column()] += 1
         self.last = message
         self._named.warn(name, f"{message}.")
+
+
+def _column() -> int:
+    worker = torch.utils.data.get_worker_info()
+    return 0 if worker is None else worker.id % MAX_WORKERS

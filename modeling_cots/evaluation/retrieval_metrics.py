@@ -131,7 +131,8 @@ def full_float32() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(chosen)
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    # torch makes the second attribute when it is imported, which no type checker sees.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     settings = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

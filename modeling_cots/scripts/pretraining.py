@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from transformers import set_seed
 
+from ..data.streaming.mixture import is_mixture
 from ..evaluation.report import format_report
 from ..training.trainer import COTSTrainer
 from .held_out import hold_out_if_missing
@@ -53,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset = open_train_stream(script_args, args)
     elif script_args.shuffle_buffer is not None:
         raise ValueError("shuffle_buffer belongs to --streaming; without it everything is shuffled.")
+    elif script_args.image_tokens is not None:
+        raise ValueError("image_tokens belongs to --streaming; without it open the data with its tokens as dataset.")
+    elif is_mixture(script_args.dataset):
+        raise ValueError(f"{script_args.dataset} is a mixture, which is streamed: add --streaming.")
     else:
         train_dataset = open_split(script_args, script_args.train_split, **opening)
     eval_options = held_out_options(script_args)

@@ -12,7 +12,8 @@ from ..data.image_reading import check_readable
 from ..data.opening import open_dataset
 from ..data.revisions import check_revision
 from ..data.splits import MissingSplitError
-from ..data.streaming.dataset import StreamingPairs, open_stream
+from ..data.streaming.dataset import PairStream, open_stream
+from ..data.streaming.mixture import is_mixture, open_mixture
 from ..evaluation.recall_table import rename_metrics
 from ..evaluation.report import format_report
 from ..evaluation.results import stated_zero_shot_protocol, write_results
@@ -91,12 +92,20 @@ class StreamArguments:
         default=False,
         metadata={
             "help": "Read .tar or .parquet shards (paths, https:// or s3:// addresses, with {000..009}) or a Hub id "
-            "as they come; needs max_steps. Evaluation data is always opened whole."
+            "as they come, or several by weights (dataset is a .yaml of sources); needs max_steps. Evaluation data is "
+            "always opened whole."
         },
     )
     shuffle_buffer: int | None = field(
         default=None,
         metadata={"help": "With streaming: samples of each worker that wait to be drawn from, 1000 if not given."},
+    )
+    image_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "With streaming: a folder of image tokens beside the shards, as `tokenize_images.py "
+            "--without_images` writes it."
+        },
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Where eval_split is, if not in the data set that is trained on."}
@@ -381,7 +390,7 @@ def held_out_options(options):
     return options
 
 
-def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
+def open_train_stream(options, args: COTSTrainingArguments) -> PairStream:
     """
     The training split as a stream; `options` is a dataclass of data, stream and model arguments.
 
@@ -398,6 +407,10 @@ def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
             "With --streaming give --tokenizer, --text_model or --model: the captions of a stream cannot all be read "
             "to train a tokenizer, and every process and every resumed run needs the same one."
         )
+    buffer = {} if options.shuffle_buffer is None else {"shuffle_buffer": options.shuffle_buffer}
+    if is_mixture(options.dataset):
+        _check_mixture(options)
+        return open_mixture(options.dataset, options.train_split, seed=args.data_seed, **buffer)
     return open_stream(
         options.dataset,
         options.train_split,
@@ -406,8 +419,18 @@ def open_train_stream(options, args: COTSTrainingArguments) -> StreamingPairs:
         seed=args.data_seed,
         dataset_config=options.dataset_config,
         revision=options.dataset_revision,
-        **({} if options.shuffle_buffer is None else {"shuffle_buffer": options.shuffle_buffer}),
+        image_tokens=options.image_tokens,
+        **buffer,
     )
+
+
+def _check_mixture(options) -> None:
+    """Raise `ValueError` for options of one data set, and where a mixture would have to be measured on itself."""
+    for name in ("image_column", "caption_column", "dataset_config", "dataset_revision", "image_tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} belongs to one data set: write it below each source of {options.dataset}.")
+    if options.eval_dataset is None and options.eval_split not in (None, "none"):
+        raise ValueError(f"{options.dataset} has no split to measure on: give eval_dataset, or --eval_split none.")
 
 
 def build_parts(

@@ -106,12 +106,17 @@ class RunCheckpoints:
             self._lock.release()
             self._acquire_lock()
 
-    def choose(self, wanted: str | bool | None) -> str | None:
+    def choose(self, wanted: str | bool | None, *, of_stream: bool = False) -> str | None:
         """
         What to resume from, as `choose_checkpoint` finds it; process 0 looks, and all processes agree.
 
-        Checkpoints of other runs in `output_dir` are moved aside. Raises `ValueError`, on every process, for a folder
-        that is not a whole checkpoint.
+        Checkpoints of other runs in `output_dir` are moved aside.
+
+        Args:
+            wanted: See `choose_checkpoint`.
+            of_stream: Whether the run trains on a stream: `StreamPlace` says what another number of processes means.
+
+        Raises `ValueError`, on every process, for a folder that is not a whole checkpoint.
         """
         found, num_processes, error = self._agree(wanted)
         if error is not None:
@@ -120,7 +125,7 @@ class RunCheckpoints:
             logger.warning(
                 f"Going on from {found}." if found else f"No checkpoint in {self.args.output_dir}: a new run."
             )
-        if num_processes not in (None, self.args.world_size):
+        if num_processes not in (None, self.args.world_size) and not of_stream:
             logger.warning(
                 f"{found} was saved by {num_processes} processes, and now there are {self.args.world_size}: the "
                 "run goes on, but its random numbers, and with other batches the order of the data, are not those "

@@ -13,7 +13,7 @@ from ..data.image_collators import COTSDataCollator
 from ..data.image_token_cache import TokenSource
 from ..data.items import modality_of
 from ..data.rows import IMAGE_TOKENS, TOKEN_SOURCE
-from ..data.streaming.dataset import StreamingPairs
+from ..data.streaming.dataset import PairStream
 from ..data.video_collators import COTSVideoDataCollator
 from ..encoders_cots import check_vocabulary
 from ..method.image_tokenizer import ImageTokenizer
@@ -62,7 +62,7 @@ def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if parts.get(name) not in (None, (None, None)):
                 raise ValueError(f"encoder_learning_rate would be ignored beside {name}: leave one of them out.")
-    if isinstance(parts.get("train_dataset"), StreamingPairs) and args.train_sampling_strategy != "random":
+    if isinstance(parts.get("train_dataset"), PairStream) and args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy} does not apply to a stream, which is shuffled by "
             "its own buffer: leave it out, or open the stream with shuffle_buffer=0."
@@ -147,7 +147,7 @@ def choose_image_tokens(
 
 def first_item(dataset) -> dict:
     """The first item of a data set, or an empty one where there is none to look at."""
-    if isinstance(dataset, StreamingPairs):
+    if isinstance(dataset, PairStream):
         return dataset.first_item()
     is_empty = dataset is None or isinstance(dataset, IterableDataset) or len(dataset) == 0
     return {} if is_empty else dataset[0]

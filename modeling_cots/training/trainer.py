@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.feature_writing import FeatureDataset
 from ..data.pixel_normalization import PixelNormalizer
-from ..data.streaming.dataset import StreamingPairs
+from ..data.streaming.dataset import PairStream
 from ..evaluation.embedding import ExampleRetrievals, PairEmbeddings, embed_pairs, find_examples, measure_retrieval
 from ..evaluation.retrieval_metrics import COCO_NUM_FOLDS
 from ..hub_export import cots_model_of, export_repository, mark_generated
@@ -72,7 +72,7 @@ from .setup import (
     search_measure,
 )
 from .standardization import fit_standardization_, needs_fitting
-from .stream_loading import build_stream_loader, skip_trained_batches, stream_counts
+from .stream_loading import StreamPlace, build_stream_loader, stream_counts
 
 logger = logging.get_logger(__name__)
 
@@ -155,6 +155,7 @@ class COTSTrainer(Trainer):
         self._warned_of: set[str] = set()
         self.recall_is_chance: bool | None = None  # of the last evaluation; None where that cannot be told
         self.stream_loader = None
+        self.stream_place: StreamPlace | None = None  # within `train`
         self.filter_log = None if args.filter_log is None else FilterLog(args.filter_log, args.process_index)
         self.checkpoints = RunCheckpoints(args, self.accelerator)
         self._scale_before_step: float | None = None
@@ -226,7 +227,7 @@ class COTSTrainer(Trainer):
             raise ValueError("A custom data_collator knows of no cached features: leave it out, or feature_cache.")
         parts = model.cots, args, self.processing_class, self.max_text_length
         self.train_dataset, self.eval_dataset = with_cached_features(*parts, self.train_dataset, self.eval_dataset)
-        is_looked_at = not has_own_collator and not isinstance(self.train_dataset, StreamingPairs)
+        is_looked_at = not has_own_collator and not isinstance(self.train_dataset, PairStream)
         self.features = choose_features(first_item(self.train_dataset) if is_looked_at else {}, *parts)
         self.measured_features = MeasuredFeatures(*parts)
 
@@ -325,7 +326,9 @@ class COTSTrainer(Trainer):
         Raises `ValueError` for a folder that is no whole checkpoint, and while another run trains into `output_dir`.
         """
         with self.checkpoints.lock():
-            checkpoint = self.checkpoints.choose(resume_from_checkpoint)
+            is_stream = isinstance(self.train_dataset, PairStream)
+            checkpoint = self.checkpoints.choose(resume_from_checkpoint, of_stream=is_stream)
+            self._find_stream_place(checkpoint)
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
             except KeyboardInterrupt:
@@ -338,6 +341,13 @@ class COTSTrainer(Trainer):
                 if self.filter_log is not None:
                     self.filter_log.write()
 
+    def _find_stream_place(self, checkpoint: str | None) -> None:
+        self.stream_place = None
+        if isinstance(self.train_dataset, PairStream):
+            self.stream_place = StreamPlace(self.train_dataset, self.args)
+            if checkpoint is not None and not self.args.ignore_data_skip:
+                self.stream_place.load(checkpoint)
+
     def end(self) -> None:
         """
         Destroy the process group. Every process calls it last: afterwards the trainer cannot train, evaluate or save.
@@ -349,7 +359,7 @@ class COTSTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Batches of this process; those of a stream never end."""
-        if not isinstance(self.train_dataset, StreamingPairs):
+        if not isinstance(self.train_dataset, PairStream):
             if has_length(self.train_dataset) and len(self.train_dataset) == 0:
                 raise ValueError("There are no images to make a batch of: the training data is empty.")
             loader = super().get_train_dataloader()
@@ -365,6 +375,8 @@ class COTSTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.stream_place is not None:
+            self.stream_place.add(batches)
         if self.args.world_size > 1 and batches and self.accelerator.gradient_state.end_of_dataloader:
             global_batch_size = len(batches[-1]["valid"]) * self.args.world_size
             if has_length(self.train_dataset) and not self.args.dataloader_drop_last:
@@ -416,13 +428,17 @@ class COTSTrainer(Trainer):
         extras = self.step_snapshot.put_back()
         self._load_averages(extras["averages"])
         self.current_flos = extras["flos"]
+        if self.stream_place is not None:
+            self.stream_place.undo()
         if self.filter_log is not None:
             self.filter_log.discard_step(step)
 
     # ------------------------------------------------------------------------------------------- events of the loop
 
     def _begin_training(self, args, state, control, **kwargs) -> None:
-        skip_trained_batches(self.stream_loader, state.global_step, args)
+        if self.stream_place is not None and not args.ignore_data_skip:
+            # So many batches the Trainer reads and throws away; these are empty, and cost nothing.
+            self.stream_place.go_on(self.stream_loader, state.global_step * args.gradient_accumulation_steps)
         self.checkpoints.saved_step = None
         self._warned_of = set()
         self.momentum_state.encoder.check_copy_(pretraining_model_of(self.model).cots)
@@ -657,7 +673,7 @@ class COTSTrainer(Trainer):
     def _num_epochs(self, num_training_steps: int) -> float:
         """Epochs of the run; of a stream, all steps together stand for `num_train_epochs`."""
         args = self.args
-        if args.max_steps <= 0 or isinstance(self.train_dataset, StreamingPairs):
+        if args.max_steps <= 0 or isinstance(self.train_dataset, PairStream):
             return args.num_train_epochs
         steps_per_epoch = -(-len(self.get_train_dataloader()) // args.gradient_accumulation_steps)
         return num_training_steps / max(1, steps_per_epoch)
@@ -691,6 +707,8 @@ class COTSTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.checkpoints.save_averages(output_dir, self._averages())
+        if self.stream_place is not None:
+            self.stream_place.save(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

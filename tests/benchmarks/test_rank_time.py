@@ -1,14 +1,14 @@
-"""The benchmark of ranking runs as its command says."""
+"""The benchmark of ranking prints the time of each number of processes."""
 
-from pathlib import Path
+import sys
 
-from programs import run_python
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import rank_time
 
 
-def test_prints_a_line_for_each_number_of_processes():
+def test_prints_a_line_for_each_number_of_processes(monkeypatch, capsys):
     options = ["--images", "30", "--captions", "90", "--processes", "1", "3"]
-    printed = run_python(BENCHMARKS / "rank_time.py", *options).stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["rank_time.py", *options])
+    rank_time.main()
+    printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("30 images x 90 captions")
     assert [line.split(",")[0] for line in printed[1:]] == ["processes: 1", "processes: 3"]

@@ -159,11 +159,13 @@ def trained(make_trainer, tmp_path):
     """A function that trains on the scenes of a folder, with cached tokens or without: losses and weights."""
     scenes = ScenesDataset("train", 24, 32)
 
-    def train(folder: str, streaming: bool = False, **options) -> tuple[list[dict], dict]:
+    def train(folder: str, streaming: bool = False, beside: str | None = None, **options) -> tuple[list[dict], dict]:
         place = tmp_path / "data"  # the same for both: what a stream draws depends on the names of its samples
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(tmp_path / folder, place)
-        dataset = open_stream(str(place), "train", shuffle_buffer=4) if streaming else open_pairs(str(place), "train")
+        tokens = {} if beside is None else {"image_tokens": str(tmp_path / beside)}
+        streamed = {"shuffle_buffer": 4, **tokens}
+        dataset = open_stream(str(place), "train", **streamed) if streaming else open_pairs(str(place), "train")
         set_seed(0)
         trainer = make_trainer(train_dataset=dataset, min_crop_scale=1.0, **options)
         trainer.train()
@@ -172,6 +174,7 @@ def trained(make_trainer, tmp_path):
 
     tokenizer = make_trainer().image_tokenizer
     write(scenes, tmp_path / "cached", tokenizer, flipped=True, shard_rows=10, batch_size=7)
+    write(scenes, tmp_path / "ids", tokenizer, flipped=True, shard_rows=10, batch_size=7, with_images=False)
     plain = tmp_path / "plain"
     plain.mkdir()
     for path in sorted((tmp_path / "cached").iterdir()):
@@ -195,6 +198,20 @@ def test_a_stream_brings_its_tokens_along(trained):
     cached_logs, cached_weights = trained("cached", streaming=True, horizontal_flip=0.5, image_tokenizer=None)
     assert cached_logs == logs
     assert all(torch.equal(weights[name], cached_weights[name]) for name in weights)
+
+
+def test_a_stream_joins_tokens_that_are_beside_its_shards(trained, tmp_path):
+    """Ids and tokens alone: losses and weights are those of tokens in the shards, bit for bit."""
+    logs, weights = trained("plain", streaming=True, horizontal_flip=0.5)
+    beside = {"streaming": True, "beside": "ids", "horizontal_flip": 0.5, "image_tokenizer": None}
+    joined_logs, joined_weights = trained("plain", **beside)
+    assert joined_logs == logs
+    assert all(torch.equal(weights[name], joined_weights[name]) for name in weights)
+    assert pq.read_schema(next((tmp_path / "ids").iterdir())).names == [
+        "pair_id",
+        "image_tokens",
+        "image_tokens_source",
+    ]
 
 
 # The script

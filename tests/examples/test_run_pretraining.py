@@ -252,6 +252,26 @@ def test_quick_start_and_everything_that_the_readme_does_with_it(hub, tmp_path):
     assert Image.open(tmp_path / "retrieval.png").size[0] > 500
 
 
+def test_a_mixture_is_trained_on_with_the_command_of_the_documentation(run, tmp_path, scenes, tiny_tokenizer):
+    pytest.importorskip("torchdata.nodes", reason="needs torchdata: pip install 'modeling-cots[mixtures]'")
+    write_shards(tmp_path / "shards", scenes)
+    write_shards(tmp_path / "more", scenes)
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    listed = [
+        f"{name}: {{dataset: {tmp_path / name}, weight: {weight}}}" for name, weight in (("shards", 3), ("more", 1))
+    ]
+    (tmp_path / "mix.yaml").write_text("\n".join(listed))
+    options = {
+        "streaming": "true",
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "shuffle_buffer": 4,
+        "eval_split": "none",
+    }
+    folder = run(tmp_path / "mix.yaml", **options)
+    COTSModel.from_pretrained(folder)
+    assert "shards + more" in (Path(folder) / "README.md").read_text()
+
+
 def test_a_stream_is_trained_on_and_evaluated_beside(run, tmp_path, scenes, tiny_tokenizer, capsys):
     shards = write_shards(tmp_path / "shards", scenes)
     (shards / "pairs-002.tar").write_bytes(b"no archive")
@@ -265,8 +285,17 @@ def test_a_stream_is_trained_on_and_evaluated_beside(run, tmp_path, scenes, tiny
         ({**stream, "max_steps": -1}, "give --max_steps"),
         ({**stream, "tokenizer": None}, "give --tokenizer, --text_model or --model"),
         ({"shuffle_buffer": 4}, "belongs to --streaming"),
+        ({"image_tokens": "tokens"}, "belongs to --streaming"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(shards, **options)
+    (tmp_path / "mix.yaml").write_text(f"shards: {{dataset: {shards}, weight: 1}}")
+    for options, message in [
+        ({}, "is a mixture, which is streamed: add --streaming"),
+        ({**stream, "image_column": "png"}, "image_column belongs to one data set: write it below each source"),
+        (stream, "has no split to measure on: give eval_dataset, or --eval_split none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "mix.yaml", **options)
     with pytest.raises(ValueError, match="leave out --streaming"):
         run("scenes", **stream)

@@ -1,17 +1,19 @@
 """Streams pairs from shards, split among processes and workers, shuffled, pass after pass without an end.
 
-Nothing is downloaded, unpacked or indexed first. names.py, shards.py and tar.py find and read shards, and rows.py
-reads rows. The streams of `datasets` do not suffice: their iterator ends for good at the first bad file, and some
-workers idle where there are fewer shards than workers.
+Nothing is downloaded, unpacked or indexed first. names.py, shards.py and tar.py find and read shards, rows.py reads
+rows, reading.py shuffles and goes on where a run was, and mixture.py mixes several streams. The streams of `datasets`
+do not suffice: their iterator ends for good at the first bad file, some workers idle where there are fewer shards than
+workers, and what waits in their shuffle buffer is lost when a run goes on.
 """
 
 import copy
 import hashlib
 import itertools
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -19,10 +21,12 @@ from ..items import EpochSeeds
 from ..rows import BadRowError, Columns, cached_tokens, image_columns, read_row
 from ..skip_report import StreamReport
 from .names import public_name
+from .reading import Consumer, EndlessReader, PassReader, Reader
 from .shards import FileShards, RowShards, open_shards
+from .token_table import TokenTable
 
-MAX_EMPTY_PASSES = 20
 MAX_TRIED_ROWS = 200
+READER_STATE = "reader_state"  # in a batch: where the worker was behind it, as JSON
 
 
 class Sample(NamedTuple):
@@ -32,9 +36,51 @@ class Sample(NamedTuple):
     image: bytes
     captions: list[str]
     tokens: dict
+    pair_id: int
 
 
-class StreamingPairs(IterableDataset):
+class PairStream(IterableDataset):
+    """
+    What training needs of a stream of pairs, [`StreamingPairs`] or `MixedPairs`.
+
+    Attributes:
+        name: For the model card.
+        report: What had to be left out.
+    """
+
+    modality = "image"
+    name = ""
+    report: StreamReport
+    process_index, num_processes = 0, 1
+
+    def split_by_process(self, process_index: int, num_processes: int) -> "PairStream":
+        """The part of one of several processes. The parts do not overlap, and together are the whole stream."""
+        part = copy.copy(self)
+        part.process_index, part.num_processes = process_index, num_processes
+        part.report = StreamReport()
+        return part
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order and the items' seeds of a single pass anew."""
+
+    def first_item(self) -> dict:
+        """An item of the stream, to look at. Raises `ValueError` if there is none."""
+        raise NotImplementedError
+
+    def iter_captions(self) -> Iterator[str]:
+        """All captions, to train a tokenizer on."""
+        raise NotImplementedError
+
+    def read_endless(self, consumer: Consumer, state: dict[str, Any] | None = None) -> Reader:
+        """The items of a consumer without an end, from where `state` says."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on where it was, in plain values; see docs/data.md."""
+        raise NotImplementedError
+
+
+class StreamingPairs(PairStream):
     """
     One pass over the pairs of a stream: the part that this process and data loader worker reads.
 
@@ -47,9 +93,8 @@ class StreamingPairs(IterableDataset):
         shuffle_buffer: Number of encoded samples that each worker keeps in memory, from which it draws the next one.
             The order of shards is also drawn anew in every pass. With 0 all samples come in the order of the files.
         seed: Seed of the order, and of the random draws for each item in training.
+        tokens: Image tokens that are not in the shards. A pair without any is left out and counted.
     """
-
-    modality = "image"
 
     def __init__(
         self,
@@ -58,12 +103,12 @@ class StreamingPairs(IterableDataset):
         *,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        tokens: TokenTable | None = None,
     ):
         if shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be 0 or more samples, got {shuffle_buffer}.")
-        self._shards, self._columns = shards, columns
-        self._shuffle_buffer, self._seed = shuffle_buffer, seed
-        self._process_index, self._num_processes = 0, 1
+        self._shards, self._columns, self._tokens = shards, columns, tokens
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self._epoch = EpochSeeds(seed)
         self.report = StreamReport()
 
@@ -71,62 +116,55 @@ class StreamingPairs(IterableDataset):
     def num_shards(self) -> int:
         return len(self._shards)
 
-    def split_by_process(self, process_index: int, num_processes: int) -> "StreamingPairs":
-        """The part of one of several processes. The parts do not overlap, and together are the whole stream."""
-        part = copy.copy(self)
-        part._process_index, part._num_processes = process_index, num_processes
-        part.report = StreamReport()
-        return part
-
     def set_epoch(self, epoch: int) -> None:
         """Draw the order and the items' seeds anew from the next iteration on, in running workers, too."""
         self._epoch.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
         epoch = self._epoch.epoch
-        seeds = self.item_seeds(epoch)
-        for sample in self.read_pass(epoch):
-            yield to_item(sample, seeds)
+        return map(self.item_maker(epoch), PassReader(self, epoch, consumer_of(self)))
 
-    def item_seeds(self, epoch: int) -> EpochSeeds:
-        """The seeds of the items in pass number `epoch`."""
-        seeds = EpochSeeds(self._seed)
-        seeds.set_epoch(epoch)
-        return seeds
+    def read_endless(self, consumer: Consumer, state: dict[str, Any] | None = None) -> EndlessReader:
+        return EndlessReader(self, consumer, state)
 
-    def read_pass(self, epoch: int) -> Iterator[Sample]:
-        """The samples of this process and worker in pass number `epoch`, shuffled."""
-        worker_id, num_workers = _worker()
-        consumer = self._process_index + self._num_processes * worker_id
+    def identity(self) -> dict[str, Any]:
+        names = "\n".join(self._shards.name(shard) for shard in range(self.num_shards))
+        return {
+            "shards": hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest(),
+            "data_seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+        }
+
+    def shard_order(self, epoch: int) -> list[int]:
+        """The numbers of the shards, in the order of pass number `epoch`."""
         shards = list(range(self.num_shards))
-        if self._shuffle_buffer > 0:
-            random.Random(f"{self._seed}/{epoch}").shuffle(shards)
-        samples = self._read_parts(split_shards(shards, consumer, self._num_processes * num_workers))
-        return shuffled(samples, self._shuffle_buffer, random.Random(f"{self._seed}/{epoch}/{consumer}"))
+        if self.shuffle_buffer > 0:
+            random.Random(f"{self.seed}/{epoch}").shuffle(shards)
+        return shards
+
+    def item_maker(self, epoch: int) -> Callable[[Sample], dict]:
+        """Makes items of samples in pass number `epoch`."""
+        seeds = EpochSeeds(self.seed)
+        seeds.set_epoch(epoch)
+        return lambda sample: to_item(sample, seeds)
 
     def iter_captions(self) -> Iterator[str]:
         """All captions of all shards, in their order. This reads all shards to their end."""
         for shard in range(self.num_shards):
-            for sample in self._read_shard(shard):
+            for sample in self.read_shard(shard):
                 if sample is not None:
                     yield from sample.captions
 
     def first_item(self) -> dict:
         """The first pair in the order of the files. Raises `ValueError` if no shard has one among its first rows."""
         for shard in range(self.num_shards):
-            for sample in itertools.islice(self._read_shard(shard), MAX_TRIED_ROWS):
+            for sample in itertools.islice(self.read_shard(shard), MAX_TRIED_ROWS):
                 if sample is not None:
-                    return to_item(sample, self.item_seeds(0))
+                    return self.item_maker(0)(sample)
         raise ValueError(f"None of the {self.num_shards} shards gives a pair. {self.report.last}.")
 
-    def _read_parts(self, parts: list[tuple[int, int, int]]) -> Iterator[Sample]:
-        for shard, part, num_parts in parts:
-            for sample in itertools.islice(self._read_shard(shard), part, None, num_parts):
-                if sample is not None:
-                    yield sample
-
-    def _read_shard(self, shard: int) -> Iterator[Sample | None]:
-        """The samples of a shard, up to its end or to where it breaks. A refused sample is `None`."""
+    def read_shard(self, shard: int, is_wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | None]:
+        """The samples of a shard, up to its end or to where it breaks. One refused, or not wanted, is `None`."""
         rows = self._shards.read(shard)
         num_read = 0
         while True:
@@ -140,18 +178,23 @@ class StreamingPairs(IterableDataset):
                 self.report.add_shard(self._shards.name(shard), error, num_read)
                 return
             num_read += 1
-            name = f"{self._shards.name(shard)}/{key}"
-            try:
-                if isinstance(row, BadRowError):
-                    raise row
-                media, captions = read_row(row, self._columns)
-                image = media["bytes"]
-                if image is None:
-                    image = self._shards.read_file(shard, media["path"])
-                yield Sample(name, image, captions, cached_tokens(row))
-            except BadRowError as error:
-                self.report.add_sample(name, str(error))
-                yield None
+            yield self._read_sample(shard, key, row) if is_wanted(num_read - 1) else None
+
+    def _read_sample(self, shard: int, key: str, row: dict | BadRowError) -> Sample | None:
+        name = f"{self._shards.name(shard)}/{key}"
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            media, captions = read_row(row, self._columns)
+            image = media["bytes"]
+            if image is None:
+                image = self._shards.read_file(shard, media["path"])
+            pair_id = pair_id_of(image)
+            tokens = cached_tokens(row) if self._tokens is None else self._tokens.find(name, pair_id)
+            return Sample(name, image, captions, tokens, pair_id)
+        except BadRowError as error:
+            self.report.add_sample(name, str(error))
+            return None
 
 
 class EndlessPairs(IterableDataset):
@@ -159,51 +202,60 @@ class EndlessPairs(IterableDataset):
     Repeats the passes over a stream without an end, each in a new order, for training by steps.
 
     Each process and worker begins its next pass on its own: none waits at the end of a pass for others that have more
-    to read.
+    to read. The last item of each batch brings along where its worker is (`READER_STATE`).
 
     Args:
         pairs: The part of the stream that this process reads.
         batch_size: Items that the data loader puts into a batch.
     """
 
-    def __init__(self, pairs: StreamingPairs, batch_size: int):
+    def __init__(self, pairs: PairStream, batch_size: int):
         self.pairs, self.batch_size = pairs, batch_size
-        self._num_skipped_batches = 0
+        self._num_skipped, self._num_given, self._states = 0, 0, {}
 
-    def skip(self, num_batches: int) -> None:
-        """Make the next iteration give `None` for the items of the first `num_batches` batches of this process."""
-        self._num_skipped_batches = num_batches
+    def go_on(self, num_skipped: int, num_given: int, states: dict[int, dict]) -> None:
+        """
+        Make the next iteration go on behind the batches that this process was given before.
+
+        Args:
+            num_skipped: Batches of `None` that come first, for a loop that throws so many away.
+            num_given: Batches that were given.
+            states: By the number of a worker, where it was behind the last one that was its own; one that is missing
+                gave none.
+        """
+        self._num_skipped, self._num_given, self._states = num_skipped, num_given, states
 
     def __iter__(self) -> Iterator[dict | None]:
         worker_id, num_workers = _worker()
         # Batch b is made by worker b modulo their number.
-        to_skip = len(range(worker_id, self._num_skipped_batches, num_workers)) * self.batch_size
-        num_empty = 0
-        for epoch in itertools.count():
-            num_empty += 1
-            seeds = self.pairs.item_seeds(epoch)
-            for sample in self.pairs.read_pass(epoch):
-                num_empty = 0
-                if to_skip > 0:
-                    to_skip -= 1
-                    yield None
-                else:
-                    yield to_item(sample, seeds)
-            if num_empty == MAX_EMPTY_PASSES:
-                raise ValueError(
-                    f"Data loader worker {worker_id} found no pair in {num_empty} passes over its part of the data: "
-                    f"there are fewer pairs than workers, or the shards cannot be read. {self.pairs.report.last}"
-                )
+        for _ in range(len(range(worker_id, self._num_skipped, num_workers)) * self.batch_size):
+            yield None
+        role = (worker_id + self._num_given - self._num_skipped) % num_workers
+        state = self._states.get(role, {})
+        consumer = consumer_of(self.pairs, role)
+        reader = self.pairs.read_endless(consumer, state.get("reader"))
+        if state:
+            self.pairs.report.put_own(
+                state["skipped"]
+            )  # what was counted while places were found again does not count
+        for number, item in enumerate(reader, start=1):
+            if number % self.batch_size == 0:
+                state = {"worker": role, "skipped": self.pairs.report.own(), "reader": reader.state_dict()}
+                item[READER_STATE] = json.dumps(state, separators=(",", ":"))
+            yield item
 
 
 class SkippingCollator:
-    """Calls `collate` for a batch. A batch of skipped items becomes an empty dict."""
+    """Calls `collate` for a batch, and keeps its `READER_STATE`. A batch of skipped items becomes an empty dict."""
 
     def __init__(self, collate: Callable[[list[dict]], dict]):
         self.collate = collate
 
     def __call__(self, items: list[dict | None]) -> dict:
-        return {} if items[0] is None else self.collate(items)  # type: ignore[arg-type]
+        if items[0] is None:
+            return {}
+        state = items[-1].pop(READER_STATE)
+        return {**self.collate(items), READER_STATE: state}  # type: ignore[arg-type]
 
 
 def open_stream(
@@ -216,6 +268,7 @@ def open_stream(
     seed: int = 0,
     dataset_config: str | None = None,
     revision: str | None = None,
+    image_tokens: str | None = None,
 ) -> StreamingPairs:
     """
     Open a stream of pairs, which has no length.
@@ -229,6 +282,7 @@ def open_stream(
         image_column, caption_column: See `open_pairs`.
         shuffle_buffer, seed: See [`StreamingPairs`].
         dataset_config, revision: Configuration and version of a Hub id, see `load_rows`.
+        image_tokens: A folder of image tokens beside the shards, see [`TokenTable`].
 
     Raises `ValueError` for data that does not exist, cannot be streamed, or gives no pair.
     """
@@ -236,41 +290,11 @@ def open_stream(
         raise ValueError(f"A stream has no length to cut {split!r} from; give the name of the split alone.")
     columns = image_columns(image_column, caption_column)
     shards = open_shards(dataset, split, columns, dataset_config, revision)
-    pairs = StreamingPairs(shards, columns, shuffle_buffer=shuffle_buffer, seed=seed)
+    tokens = None if image_tokens is None else TokenTable(image_tokens)
+    pairs = StreamingPairs(shards, columns, shuffle_buffer=shuffle_buffer, seed=seed, tokens=tokens)
     pairs.first_item()
     pairs.name = os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else public_name(dataset)
     return pairs
-
-
-def split_shards(shards: list[int], consumer: int, num_consumers: int) -> list[tuple[int, int, int]]:
-    """
-    The part of one of several consumers, as triples (shard, k, n): every n-th sample of the shard, from the k-th on.
-
-    Each consumer gets equally many whole shards. All consumers share the remaining shards, which are fewer than they.
-    """
-    num_whole = len(shards) // num_consumers * num_consumers
-    parts = [(shard, 0, 1) for shard in shards[consumer:num_whole:num_consumers]]
-    if shared := shards[num_whole:]:
-        place, part = consumer % len(shared), consumer // len(shared)
-        parts.append((shared[place], part, len(range(place, num_consumers, len(shared)))))
-    return parts
-
-
-def shuffled(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
-    """Shuffle samples: each is drawn from a buffer of `buffer_size`. With 0 or 1 the order stays."""
-    waiting = []
-    for sample in samples:
-        if len(waiting) < buffer_size:
-            waiting.append(sample)
-            continue
-        place = rng.randrange(buffer_size) if buffer_size else None
-        if place is None:
-            yield sample
-        else:
-            yield waiting[place]
-            waiting[place] = sample
-    rng.shuffle(waiting)
-    yield from waiting
 
 
 def pair_id_of(image: bytes) -> int:
@@ -283,11 +307,18 @@ def to_item(sample: Sample, seeds: EpochSeeds) -> dict:
     return {
         "image": {"bytes": sample.image, "path": None},
         "captions": sample.captions,
-        "pair_id": pair_id_of(sample.image),
+        "pair_id": sample.pair_id,
         "name": sample.name,
         "seed": seeds(sample.name),
         **sample.tokens,
     }
+
+
+def consumer_of(pairs: PairStream, worker_id: int | None = None) -> Consumer:
+    """This process and this worker, or the one with the given number, among all of them."""
+    own, num_workers = _worker()
+    number = pairs.process_index + pairs.num_processes * (own if worker_id is None else worker_id)
+    return Consumer(number, pairs.num_processes * num_workers)
 
 
 def _worker() -> tuple[int, int]:

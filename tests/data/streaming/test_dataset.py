@@ -1,27 +1,24 @@
 """Streams over shards: each pass gives every sample once, and damage costs only what is damaged."""
 
 import itertools
-from collections import Counter
+import json
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from programs import run_python
 from stream_files import http_server, number_of, png, sample_members, shard_bytes, tar_bytes, write_shards
 from torch.utils.data import DataLoader
 
 from modeling_cots.data import skip_report
 from modeling_cots.data.streaming.dataset import (
+    READER_STATE,
     EndlessPairs,
     SkippingCollator,
     open_stream,
     pair_id_of,
-    shuffled,
-    split_shards,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -44,33 +41,7 @@ def read_by(pairs, num_processes: int, num_workers: int) -> list[list[int]]:
     return [numbers(itertools.chain(*DataLoader(part, 4, num_workers=num_workers, collate_fn=list))) for part in parts]
 
 
-# Splitting and shuffling
-
-
-@given(
-    num_shards=st.integers(1, 12),
-    samples=st.integers(0, 7),
-    num_consumers=st.integers(1, 9),
-)
-@settings(deadline=None)
-def test_consumers_share_everything_and_nothing_twice(num_shards, samples, num_consumers):
-    taken = [
-        (shard, sample)
-        for consumer in range(num_consumers)
-        for shard, part, num_parts in split_shards(list(range(num_shards)), consumer, num_consumers)
-        for sample in range(part, samples, num_parts)
-    ]
-    assert Counter(taken) == Counter(itertools.product(range(num_shards), range(samples)))
-
-
-@given(st.integers(0, 40), st.integers(0, 12), st.randoms(use_true_random=False))
-def test_a_shuffled_stream_has_the_same_samples(length, buffer_size, rng):
-    got = list(shuffled(iter(range(length)), buffer_size, rng))
-    assert sorted(got) == list(range(length))
-    if buffer_size <= 1:
-        assert got == list(range(length))
-    for place, sample in enumerate(got):
-        assert place >= sample - max(0, buffer_size - 1), "a sample cannot come before it entered the buffer"
+# Splitting
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
@@ -233,26 +204,34 @@ def test_an_endless_stream_is_pass_after_pass(tmp_path):
     write_shards(tmp_path, [7, 5])
     pairs = open_stream(str(tmp_path), "train", shuffle_buffer=4)
     got = list(itertools.islice(EndlessPairs(pairs, 4), 36))
+    assert [READER_STATE in item for item in got] == [False, False, False, True] * 9, (
+        "with the last item of each batch"
+    )
+    got = [{name: value for name, value in item.items() if name != READER_STATE} for item in got]
     for epoch in range(3):
         pairs.set_epoch(epoch)
         assert got[12 * epoch : 12 * epoch + 12] == list(pairs)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-@pytest.mark.parametrize("num_batches", [1, 5, 17])
-def test_after_skipping_comes_what_would_have_come(tmp_path, num_workers, num_batches):
+@pytest.mark.parametrize(("num_given", "num_skipped"), [(1, 1), (5, 5), (17, 17), (5, 3)])
+def test_behind_the_given_batches_come_those_that_would_have_come(tmp_path, num_workers, num_given, num_skipped):
+    """The states come with the batches. A loop that throws away another number, as after another accumulation, too."""
     write_shards(tmp_path, [9, 6, 8])
     pairs = open_stream(str(tmp_path), "train", shuffle_buffer=6)
 
-    def batches(skip: int) -> list:
-        endless = EndlessPairs(pairs, 4)
-        endless.skip(skip)
-        loader = DataLoader(endless, 4, num_workers=num_workers, collate_fn=SkippingCollator(lambda items: items))
-        return list(itertools.islice(loader, 20))
+    def batches(endless: EndlessPairs) -> list:
+        collate = SkippingCollator(lambda items: {"items": items})
+        return list(itertools.islice(DataLoader(endless, 4, num_workers=num_workers, collate_fn=collate), 20))
 
-    whole, resumed = batches(0), batches(num_batches)
-    assert resumed[:num_batches] == [{}] * num_batches
-    assert resumed[num_batches:] == whole[num_batches:]
+    whole = batches(EndlessPairs(pairs, 4))
+    states = [json.loads(batch.pop(READER_STATE)) for batch in whole[:num_given]]
+    resumed = EndlessPairs(pairs, 4)
+    resumed.go_on(num_skipped, num_given, {state["worker"]: state for state in states})
+    got = batches(resumed)
+    assert got[:num_skipped] == [{}] * num_skipped
+    length = min(len(whole) - num_given, len(got) - num_skipped)
+    assert got[num_skipped:][:length] == whole[num_given:][:length]
 
 
 def test_more_workers_than_pairs_is_an_error_and_not_a_hang(tmp_path):
