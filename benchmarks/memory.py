@@ -30,7 +30,12 @@ from modeling_cots.scripts.factory import train_tokenizer
 
 SMALL_ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 TEXT_LENGTH, QUEUE_SIZE, MEGABYTE = 64, 12_800, 1e6  # of examples/configs/pretrain_5m.yaml
-GOALS = {"plain": 350, "checkpointed": 85}  # megabytes
+GOALS = {"plain": 350, "bfloat16 weights": 350, "checkpointed": 85}  # megabytes
+OPTIONS: dict[str, dict] = {
+    "plain": {"bf16": True},
+    "bfloat16 weights": {"param_dtype": "bfloat16"},
+    "checkpointed": {"bf16": True, "gradient_checkpointing": True},
+}
 
 
 class LongCaptions(ScenesDataset):
@@ -73,7 +78,7 @@ def build_trainer(config: COTSConfig, folder: str, batch_size: int, **options) -
 def peak_bytes(config: COTSConfig, batch_size: int, **options) -> int:
     """`max_memory_allocated` over three real steps on the GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, folder, batch_size, bf16=True, queue_size=QUEUE_SIZE, **options)
+        trainer = build_trainer(config, folder, batch_size, queue_size=QUEUE_SIZE, **options)
         torch.cuda.reset_peak_memory_stats()
         trainer.train()
         peak = torch.cuda.max_memory_allocated()
@@ -82,10 +87,10 @@ def peak_bytes(config: COTSConfig, batch_size: int, **options) -> int:
     return peak
 
 
-def kept_by_real_step(config: COTSConfig, batch_size: int) -> float:
+def kept_by_real_step(config: COTSConfig, batch_size: int, **options) -> float:
     """Bytes a pair that autograd keeps of a real step on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64)
+        trainer = build_trainer(config, folder, batch_size, use_cpu=True, queue_size=64, **options)
         batch = trainer.pixel_normalizer(next(iter(trainer.get_train_dataloader())))
         half = {name: tensor[: batch_size // 2] for name, tensor in batch.items()}
         sizes = [
@@ -115,12 +120,13 @@ def measured_on_cpu(options: dict, quick: bool) -> tuple[float, str]:
     """Megabytes of a pair of the base model by the estimate, and how the estimate did on a real step."""
     config = small_config(quick)
     base = config if quick else COTSConfig()
-    megabytes = estimate(base, bf16=True, **options).bytes_per_pair / MEGABYTE
-    if options:  # what is computed again is held during the backward pass, where nothing counts it
+    megabytes = estimate(base, **options).bytes_per_pair / MEGABYTE
+    if "gradient_checkpointing" in options:  # what is computed again is held in the backward pass, uncounted
         return megabytes, "counted, the layer that is being computed again included; a peak needs a GPU"
-    real = kept_by_real_step(config, 8 if quick else 32)
+    own = {name: value for name, value in options.items() if name != "bf16"}  # a CPU's step, in float32
+    real = kept_by_real_step(config, 8 if quick else 32, **own)
     with tempfile.TemporaryDirectory() as folder:
-        args = COTSTrainingArguments(output_dir=folder, use_cpu=True, queue_size=64)
+        args = COTSTrainingArguments(output_dir=folder, use_cpu=True, queue_size=64, **own)
         small = estimate_training_cost(config, args, text_length=TEXT_LENGTH)
     share = small.bytes_per_pair / real
     return megabytes, f"counted; {share:.2f} of what a smaller model's real step keeps, counted alike"
@@ -131,7 +137,7 @@ def measured_on_gpu(options: dict, quick: bool) -> tuple[float, str]:
     config = small_config(quick) if quick else COTSConfig()
     few, many = (8, 16) if quick else (32, 64)
     slope = (peak_bytes(config, many, **options) - peak_bytes(config, few, **options)) / (many - few)
-    share = estimate(config, bf16=True, **options).bytes_per_pair / slope
+    share = estimate(config, **options).bytes_per_pair / slope
     device = torch.cuda.get_device_name()
     return slope / MEGABYTE, f"slope from batch {few} to {many} on {device}; the estimate is {share:.2f} of it"
 
@@ -139,11 +145,10 @@ def measured_on_gpu(options: dict, quick: bool) -> tuple[float, str]:
 def measure(device: str, quick: bool) -> Iterator[dict]:
     """Rows 5, in megabytes a pair."""
     for name, megabytes in GOALS.items():
-        options = {"gradient_checkpointing": True} if name == "checkpointed" else {}
         method = measured_on_cpu if device == "cpu" else measured_on_gpu
-        pair, how = method(options, quick)
+        pair, how = method(OPTIONS[name], quick)
         title = f"peak memory of a pair in MB, {name}"
-        size = "a toy model" if quick else f"base model, bf16, {TEXT_LENGTH} tokens, N_Q {QUEUE_SIZE:,}"
+        size = "a toy model" if quick else f"base model, bfloat16, {TEXT_LENGTH} tokens, N_Q {QUEUE_SIZE:,}"
         yield row("5", title, pair, f"<= {megabytes} MB", f"{size}; {how}")
 
 

@@ -28,10 +28,12 @@ from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
 from ..training.copied_passes import CopiedPasses
 from ..training.frozen_layers import FrozenEncoders
+from ..training.master_weights import BFLOAT16, to_bfloat16_
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
+# bfloat16 weights and gradients with float32 master weights take as much.
 BYTES_PER_PARAMETER = 4 + 4 + 8
 BYTES_PER_FROZEN_PARAMETER = 4
 BYTES_PER_MOMENTUM_PARAMETER = 4
@@ -121,6 +123,8 @@ def estimate_training_cost(
     with FakeTensorMode(), no_init_weights():
         model = COTSForPreTraining(config).train()
         model.tie_weights()  # which transformers does after initializing, and that was left out
+        if args.param_dtype == BFLOAT16:
+            to_bfloat16_(model)
         step = _FakeStep(model, args, text_length, num_frames)
         per_pair = step.bytes_per_pair()
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
@@ -245,7 +249,8 @@ class _FakeStep:
         vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
 
         def leaf(*shape: int, kind: str | None = None) -> torch.Tensor:
-            return torch.zeros(batch_size, *shape, requires_grad=not self.frozen.is_whole(kind))
+            dtype = torch.bfloat16 if args.param_dtype == BFLOAT16 else torch.float32
+            return torch.zeros(batch_size, *shape, dtype=dtype, requires_grad=not self.frozen.is_whole(kind))
 
         def patches() -> torch.Tensor:
             return leaf(self.masked_patches, vision_size, kind="vision")

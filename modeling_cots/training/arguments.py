@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from .base_arguments import check_base_arguments, check_numbers, check_precision, choose_measure, refuse_unused
 from .frozen_layers import ALL, NONE, check_freeze
+from .master_weights import FLOAT32, check_param_dtype
 
 MAX_KEY_DRIFT = 0.08
 FILTER_RULES = "deviation", "mixture"
@@ -163,6 +164,14 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
 
+    param_dtype: str = field(
+        default=FLOAT32,
+        metadata={
+            "help": "The type of the trained weights: `float32`, or `bfloat16`, with float32 copies in the optimizer. "
+            "Saves memory of activations beyond bf16. Not in the paper."
+        },
+    )
+
     # Set by the training scripts and told by the card; "" where nobody said.
     starting_point: str = field(default="", init=False)
 
@@ -250,6 +259,7 @@ class COTSTrainingArguments(TrainingArguments):
                 raise ValueError(f"{ratio} is 0, so there is nothing to predict: set {weight} to 0 as well.")
 
     def _check_base_arguments(self) -> None:
+        check_param_dtype(self)
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
         if self.filter_rule not in FILTER_RULES:

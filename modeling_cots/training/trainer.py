@@ -6,6 +6,8 @@ checkpoints, the refusal of a step, and the Hub.
 """
 
 import os
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 
 import torch
@@ -44,6 +46,7 @@ from .frozen_layers import FrozenEncoders
 from .layer_compiling import compile_layers
 from .learning_watch import is_recall_chance, loss_warnings, recall_warning
 from .log import TrainingLog
+from .master_weights import BFLOAT16, OPTIMIZERS, to_bfloat16_
 from .objective import COTSObjective
 from .processes import (
     ProcessGroup,
@@ -193,6 +196,10 @@ class COTSTrainer(Trainer):
         self._tell_what_is_frozen()
         self._fit_standardization()
         check_adapters(self.model)
+        if args.param_dtype == BFLOAT16:
+            if has_adapters(self.model):
+                raise ValueError("param_dtype=bfloat16 was never tried beside adapters: leave one of them out.")
+            to_bfloat16_(model)
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         if self.image_tokenizer is not None:
@@ -207,7 +214,7 @@ class COTSTrainer(Trainer):
             self.queue,
             self.image_tokenizer,
             args,
-            ProcessGroup.of(self.accelerator),
+            self._process_group(),
             self.frozen,
             self.copied_passes,
         )
@@ -215,6 +222,13 @@ class COTSTrainer(Trainer):
         self.queue_freshness = QueueFreshness(self.cots_objective)
         self.finite_check = FiniteCheck(args.max_skipped_fraction)
         self.step_snapshot = StepSnapshot(self.queue, args.device)
+
+    def _process_group(self) -> ProcessGroup:
+        """Momentum encoders, whose weights are float32, run in bfloat16 beside a model whose weights are."""
+        processes = ProcessGroup.of(self.accelerator)
+        if self.args.param_dtype == BFLOAT16:
+            processes = replace(processes, autocast=partial(torch.autocast, self.args.device.type, torch.bfloat16))
+        return processes
 
     def _has_copy(self) -> bool:
         """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""
@@ -628,11 +642,13 @@ class COTSTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        """As the base class; `adam` is torch's Adam, with the arguments of AdamW."""
-        if args.optim != ADAM:
-            return Trainer.get_optimizer_cls_and_kwargs(args, model)
-        betas = (args.adam_beta1, args.adam_beta2)
-        return torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        """As the base class; `adam` is torch's Adam, with the arguments of AdamW; see `master_weights.py`, too."""
+        if args.optim == ADAM:
+            betas = (args.adam_beta1, args.adam_beta2)
+            chosen = torch.optim.Adam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        else:
+            chosen = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (OPTIMIZERS[args.optim], chosen[1]) if args.param_dtype == BFLOAT16 else chosen
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As the base class; with `encoder_learning_rate`, the encoders' weights of each group are in another one."""
