@@ -1,12 +1,12 @@
-"""From JPEG bytes to a batch on the device: decoding beside PIL and torchvision, bytes sent, loader beside step.
+"""From JPEG bytes to a batch on the device: decoding beside PIL and others, bytes sent, loader beside step.
 
     OMP_NUM_THREADS=1 python benchmarks/data.py --device cpu
     python benchmarks/data.py --device cuda    # the loader beside a step of the base model
 
-Images are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of the time of one
-thread, all sides on the same images in turn; ratio 9 is of the clock, with the workers that this machine has cores
+Images are generated, with the grain of photographs: about two bits of JPEG a pixel. Ratios 8 are of process time with
+one thread, all sides on the same images in turn; ratio 9 is of the clock, with the workers that this machine has cores
 for, and their head start does not count. Crops are drawn as in training, from half of the image to all of it, the
-same on both sides.
+same on both sides. Our tensors keep the images' order of memory, (H, W, 3), and the device transposes them.
 """
 
 import io
@@ -21,17 +21,24 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import batches_to_time, free, medians, row, run_alone, seconds_a_batch, wait_for
+from side_by_side import batches_to_time, free, medians, optional, row, run_alone, seconds_a_batch, wait_for
 from timm.data import create_transform
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ImageTokenizer
-from modeling_cots.data.image_augmentation import ImageTransform
+from modeling_cots import (
+    COTSConfig,
+    COTSForPreTraining,
+    COTSTrainer,
+    COTSTrainingArguments,
+    ImageTokenizer,
+    image_reading_cots,
+)
+from modeling_cots.data.image_augmentation import ImageTransform, resize
 from modeling_cots.image_reading_cots import read_image
 from modeling_cots.scripts.factory import build_processor, train_tokenizer
 
+cv2, pyvips, turbojpeg, simplejpeg = (optional(name) for name in ("cv2", "pyvips", "turbojpeg", "simplejpeg"))
 MEAN = [0.5] * 3
 CAPTION = "two dogs run along the beach while a child throws a ball"
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -101,38 +108,118 @@ def decoding_rows(side: int, quick: bool) -> list[dict]:
         images = [draw_jpeg(width, seed) for seed in range(2 if quick else 16)]
         fast = ImageTransform((side, side), MEAN)
         with_pil, normalized = (timm_transform(side, normalize) for normalize in (False, True))
-        crop = with_pil.transforms[0]
-
-        def with_torchvision(image: bytes, crop=crop) -> torch.Tensor:
-            pixels = decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)
-            top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
-            part = pixels[None, :, top : top + height, left : left + width]
-            return F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
 
         sides = {
             "ours": over(images, fast),
+            "without": over(images, without_simplejpeg(fast)),
             "PIL": over(images, lambda image, transform=with_pil: transform(read_image(image))),
             "floats": over(images, lambda image, transform=normalized: transform(read_image(image))),
-            "torchvision": over(images, with_torchvision),
+            **{name: over(images, peer_transform(decode, fast)) for name, decode in DECODERS.items() if decode},
         }
         with warnings.catch_warnings():  # that torchvision's decoder will be removed
             warnings.simplefilter("ignore", DeprecationWarning)
-            times = medians(sides, "cpu", 1 if quick else 7, timer=lambda function, _: thread_seconds(function))
+            times = medians(sides, "cpu", 1 if quick else 11)
         bits = 8 * statistics.mean(map(len, images)) / (width * (width * 3 // 4))
         note = f"random crops to {side} px, JPEGs of {bits:.1f} bits a pixel, {len(images)} images, one thread"
+        compared = [("PIL", "PIL and timm", ">= 3", f"{note}; {used_decoder()}")]
+        compared.append(("floats", "the same, normalized", "none", "before pixels were normalized on the device"))
+        compared.append(("without", "ours without simplejpeg", "none", "the decoder of PIL"))
+        compared += [(name, NAMES[name], "none", NOTES[name]) for name in DECODERS]
         title = f"JPEG of {width} px to training pixels, images/s a core, ours"
-        rows.append(row("8", f"{title} / PIL and timm", times["PIL"] / times["ours"], ">= 2.5", note))
-        note = "what the workers did before pixels were normalized on the device"
-        rows.append(row("8", f"{title} / the same, normalized", times["floats"] / times["ours"], "none", note))
-        note = "its decoder is deprecated since torchvision 0.29 and reads every image in full"
-        rows.append(row("8", f"{title} / torchvision's decoder", times["torchvision"] / times["ours"], "none", note))
+        for name, theirs, goal, said in compared:
+            ratio = times[name] / times["ours"] if name in times else None
+            rows.append(row("8", f"{title} / {theirs}", ratio, goal, said if name in times else MISSING[name]))
     return rows
 
 
-def thread_seconds(function) -> float:
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
+def used_decoder() -> str:
+    """The library that decodes JPEGs on our side, with its version."""
+    return "without simplejpeg" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
+
+
+def without_simplejpeg(transform):
+    """Our transform where simplejpeg is not installed."""
+
+    def run(image: bytes) -> None:
+        installed, image_reading_cots.simplejpeg = image_reading_cots.simplejpeg, None
+        try:
+            transform(image)
+        finally:
+            image_reading_cots.simplejpeg = installed
+
+    return run
+
+
+def peer_transform(decode, transform: ImageTransform):
+    """Our transform with another decoder: `decode(bytes, factor)` -> (height, width, 3) at 1/factor of the size."""
+    side = transform.image_size[0]
+
+    def run(image: bytes) -> torch.Tensor:
+        with Image.open(io.BytesIO(image)) as opened:
+            top, left, height, width = transform._draw_box(*opened.size)
+        factor = max((each for each in (2, 4, 8) if each <= min(height, width) // side), default=1)
+        pixels = decode(image, factor)
+        factor = round(opened.size[0] / pixels.shape[1])  # 1 of a decoder that has no fractions
+        rows, columns = slice(top // factor, (top + height) // factor), slice(left // factor, (left + width) // factor)
+        return resize(pixels[rows, columns], (side, side))
+
+    return run
+
+
+def decode_by_opencv(image: bytes, factor: int) -> np.ndarray:
+    fractions = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+    if factor == 1:
+        return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return cv2.cvtColor(cv2.imdecode(np.frombuffer(image, np.uint8), fractions[factor]), cv2.COLOR_BGR2RGB)
+
+
+def decode_by_vips(image: bytes, factor: int) -> np.ndarray:
+    return pyvips.Image.new_from_buffer(image, "", shrink=factor, access="sequential").numpy()
+
+
+def decode_by_turbojpeg(image: bytes, factor: int) -> np.ndarray:
+    return TURBOJPEG.decode(image, pixel_format=turbojpeg.TJPF_RGB, scaling_factor=(1, factor))
+
+
+def decode_by_torchvision(image: bytes, factor: int) -> np.ndarray:
+    pixels = decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def load_turbojpeg():
+    """PyTurboJPEG with the library that it calls; `None` where either is missing."""
+    if turbojpeg is None:
+        return None
+    try:
+        return turbojpeg.TurboJPEG()
+    except RuntimeError:  # without libturbojpeg 3, which no package of Python brings
+        return None
+
+
+TURBOJPEG = load_turbojpeg()
+DECODERS = {
+    "opencv": decode_by_opencv if cv2 else None,
+    "vips": decode_by_vips if pyvips else None,
+    "turbojpeg": decode_by_turbojpeg if TURBOJPEG else None,
+    "torchvision": decode_by_torchvision,
+}
+NAMES = {
+    "opencv": "OpenCV's decoder",
+    "vips": "libvips' decoder",
+    "turbojpeg": "PyTurboJPEG",
+    "torchvision": "torchvision's decoder",
+}
+NOTES = {
+    "opencv": f"opencv-python-headless {cv2.__version__ if cv2 else ''}, and our resize",
+    "vips": f"pyvips {pyvips.__version__ if pyvips else ''}, and our resize; all of its threads counted",
+    "turbojpeg": "and our resize",
+    "torchvision": "and our resize; deprecated since torchvision 0.29; reads every image in full",
+}
+MISSING = {
+    "opencv": "pip install opencv-python-headless",
+    "vips": "pip install pyvips pyvips-binary",
+    "turbojpeg": "PyTurboJPEG needs libturbojpeg 3, which is not installed",
+}
 
 
 # ---------------------------------------------------------------------------------------------- 9: the loader

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -12,7 +13,14 @@ import pytest
 from image_files import thin_png
 from PIL import ExifTags, Image, ImageFile
 
-from modeling_cots.image_reading_cots import MAX_IMAGE_SIDE, UnreadableImageError, fetch_image, read_image
+from modeling_cots import image_reading_cots
+from modeling_cots.image_reading_cots import (
+    MAX_IMAGE_SIDE,
+    UnreadableImageError,
+    fetch_image,
+    read_image,
+    read_pixels,
+)
 
 COLOR = (200, 100, 50)
 GRAY = 117
@@ -346,3 +354,122 @@ def test_heic_without_its_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "b.heic").write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match="UnidentifiedImageError"):
         read_image(str(tmp_path / "b.heic"))
+
+
+# By simplejpeg
+
+
+def shaded(height: int = 150, width: int = 201) -> Image.Image:
+    """Smooth shades with an edge, as photographs have."""
+    shades = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    pixels = np.array(shades.resize((width, height), Image.Resampling.BICUBIC))
+    pixels[: height // 3, width // 3 :] = (250, 20, 40)
+    return Image.fromarray(pixels)
+
+
+def jpegs() -> dict[str, bytes]:
+    image = shaded()
+    return {
+        "4:2:0": encode(image, "JPEG", quality=90),
+        "4:2:2": encode(image, "JPEG", quality=90, subsampling="4:2:2"),
+        "4:4:4": encode(image, "JPEG", quality=90, subsampling="4:4:4"),
+        "progressive": encode(image, "JPEG", progressive=True),
+        "stored as RGB": encode(image, "JPEG", keep_rgb=True),
+        "restart markers": encode(image, "JPEG", restart_marker_rows=1),
+        "gray": encode(image.convert("L"), "JPEG"),
+        "CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "something behind its end": encode(image, "JPEG") + b"a film",
+        "one pixel": encode(Image.new("RGB", (1, 1), COLOR), "JPEG"),
+        **{f"turned by {number}": encode(image, "JPEG", exif=exif(number)) for number in STORED_AS},
+    }
+
+
+@pytest.fixture
+def decoded_by_simplejpeg(monkeypatch) -> list:
+    """What simplejpeg has decoded in this test."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    decoded, decode = [], simplejpeg.decode_jpeg
+
+    def counted(*args, **options):
+        decoded.append(decode(*args, **options))
+        return decoded[-1]
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    return decoded
+
+
+@pytest.mark.parametrize("name", jpegs())
+def test_simplejpeg_gives_the_pixels_that_pil_gives(name, decoded_by_simplejpeg, tmp_path):
+    data = jpegs()[name]
+    (tmp_path / "a.jpg").write_bytes(data)
+    expected = np.asarray(read_image(data))
+    assert not decoded_by_simplejpeg
+    for source in (data, tmp_path / "a.jpg", {"bytes": data, "path": None}):
+        assert np.array_equal(read_pixels(source), expected)
+    assert len(decoded_by_simplejpeg) == (0 if name == "CMYK" else 3)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("name", jpegs())
+def test_simplejpeg_decodes_fractions_as_pil_does(name, reduction, decoded_by_simplejpeg):
+    data = jpegs()[name]
+    with image_reading_cots.ImageFile(data) as by_pil, image_reading_cots.ImageFile(data) as by_simplejpeg:
+        expected = np.asarray(by_pil.read(reduction)).astype(int)
+        found = by_simplejpeg.read_pixels(reduction)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= 2
+        if name != "one pixel":  # of which PIL decodes no fraction, and of which every fraction is one pixel
+            assert by_simplejpeg.reduction == by_pil.reduction == reduction
+
+
+def without_address(raised) -> str:
+    """The message of an error, which may name an object in memory."""
+    return re.sub(r"0x\w+", "", str(raised.value))
+
+
+@pytest.mark.parametrize("source", [*damaged_sources().values()], ids=[*damaged_sources()])
+def test_pixels_are_refused_as_images_are(source):
+    with pytest.raises(UnreadableImageError) as of_image:
+        read_image(source)
+    if not isinstance(source, Image.Image):  # what the caller has opened cannot be decoded a second time
+        with pytest.raises(UnreadableImageError) as of_pixels:
+            read_pixels(source)
+        assert without_address(of_pixels) == without_address(of_image)
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "progressive", "gray", "turned by 6"])
+def test_damage_is_refused_or_read_as_pil_does(name, decoded_by_simplejpeg):
+    """Whatever simplejpeg warns of is left to PIL, which refuses some of it."""
+    draw, sound = np.random.default_rng(0), jpegs()[name]
+    refused = 0
+    for number in range(150):
+        data = bytearray(sound)
+        if number % 3 == 0:
+            del data[draw.integers(2, len(data)) :]
+        for position in draw.integers(2, len(data), number % 3):
+            data[position] = draw.integers(0, 256)
+        try:
+            expected = np.asarray(read_image(bytes(data)))
+        except UnreadableImageError as error:
+            refused += 1
+            with pytest.raises(UnreadableImageError) as raised:
+                read_pixels(bytes(data))
+            assert without_address(raised) == re.sub(r"0x\w+", "", str(error))
+        else:
+            assert np.array_equal(read_pixels(bytes(data)), expected)
+    assert 30 < refused < 120
+    assert decoded_by_simplejpeg
+
+
+def test_a_bomb_is_refused_before_simplejpeg_decodes_it(decoded_by_simplejpeg, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        read_pixels(jpegs()["4:2:0"])
+    assert not decoded_by_simplejpeg
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "gray", "turned by 6"])
+def test_pixels_are_the_same_without_simplejpeg(name, monkeypatch):
+    expected = read_pixels(jpegs()[name])
+    monkeypatch.setattr(image_reading_cots, "simplejpeg", None)
+    assert np.array_equal(read_pixels(jpegs()[name]), expected)

@@ -31,11 +31,11 @@ ALLOWED = {
 # Files at the top that never travel with a model: `from_pretrained` of a COTSModel needs none.
 NOT_CARRIED = {"__init__.py", "__main__.py", "modeling_cots_pretraining.py"}
 # The other packages that a room, or a file, may import; files and rooms that are not named here may import any.
-# `av` is imported inside functions only, behind transformers' own check for it; so is onnxruntime. `pillow_heif` is
-# imported in a `try`. `onnx_cots.py` alone needs tokenizers, and no transformers.
+# `av` is imported inside functions only, behind transformers' own check for it; so is onnxruntime. `pillow_heif` and
+# `simplejpeg` are imported in a `try`. `onnx_cots.py` alone needs tokenizers, and no transformers.
 # PIL is what image processors of transformers need.
 CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "av", "onnxruntime", "tokenizers"}
-CARRIED_PACKAGES |= {"pillow_heif", "openvino"}
+CARRIED_PACKAGES |= {"pillow_heif", "simplejpeg", "openvino"}
 THIRD_PARTY = {
     TOP: CARRIED_PACKAGES,
     "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},
@@ -56,6 +56,7 @@ OPTIONAL = {
     "peft": {"training/adapters.py"},
     "pillow_heif": {"image_reading_cots.py"},
     "torchdata": {"data/streaming/mixture.py"},
+    "simplejpeg": {"image_reading_cots.py"},
 }
 
 

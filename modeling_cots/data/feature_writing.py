@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..image_reading_cots import UnreadableImageError, read_image
+from ..image_reading_cots import UnreadableImageError, read_pixels
 from ..modeling_cots import COTSModel
 from .atomic_write import atomic_write
 from .feature_cache import TRAINING, FeatureSource
-from .image_augmentation import ImageTransform
+from .image_augmentation import AS_TENSORS, ImageTransform, resize_for
 from .image_collators import RAW_PIXELS, tokenize
 from .image_token_writing import SHARD_ROWS, is_whole_shard
 from .pixel_normalization import PixelNormalizer
@@ -142,7 +142,8 @@ class _ImageInputs:
     def _pixels_of(self, image) -> torch.Tensor:
         if self.transform is not None:
             return self.transform(image)
-        return self.processor([read_image(image)], **RAW_PIXELS)["pixel_values"][0]
+        pixels = resize_for(read_pixels(image), self.processor)
+        return self.processor([pixels], **AS_TENSORS, **RAW_PIXELS)["pixel_values"][0]
 
 
 class _TextInputs:

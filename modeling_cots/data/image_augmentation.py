@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from ..image_reading_cots import ImageFile
 
 POLICY = "rand-m5-n2-mstd0.5"  # an example
+# A processor's call with tensors (3, H, W): it would take one that is 3 pixels wide for the other order.
+AS_TENSORS = {"input_data_format": "channels_first"}
 
 
 class ImageTransform:
@@ -105,13 +107,37 @@ def read_resized(image_file: ImageFile, box: tuple[int, int, int, int], image_si
             edges of the part are then rounded to whole pixels of what was decoded.
     """
     top, left, height, width = box
-    image = image_file.read(max_reduction=min(height // image_size[0], width // image_size[1]))
+    pixels = image_file.read_pixels(max_reduction=min(height // image_size[0], width // image_size[1]))
     rows = _scaled(top, height, image_file.reduction)
     columns = _scaled(left, width, image_file.reduction)
-    part = torch.from_numpy(np.array(np.asarray(image)[rows, columns])).permute(2, 0, 1)
-    if part.shape[1:] == image_size:
-        return part
-    return F.interpolate(part.unsqueeze(0), image_size, mode="bicubic", antialias=True)[0]
+    return resize(pixels[rows, columns], image_size)
+
+
+def resize(pixels: np.ndarray, image_size: tuple[int, int]) -> torch.Tensor:
+    """(height, width, 3) uint8 -> (3, H, W) uint8, bicubic and antialiased; the memory has the order (H, W, 3)."""
+    part = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    if part.shape[:2] == image_size:
+        return part.clone().permute(2, 0, 1)
+    # With strides of a batch of one in front, torch knows its order of memory, and does not transpose the result.
+    part = part[None].permute(0, 3, 1, 2)
+    return F.interpolate(part, image_size, mode="bicubic", antialias=True)[0]
+
+
+def resize_for(pixels: np.ndarray, image_processor) -> torch.Tensor:
+    """
+    A whole image for `image_processor`, which makes of it what it makes of the image in full.
+
+    Args:
+        pixels: (height, width, 3) uint8, as `read_pixels` gives them.
+
+    Returns (3, H, W) uint8: of the processor's size, if this is a height and a width and its resampling is bicubic,
+    else all pixels.
+    """
+    size = image_processor.size
+    if image_processor.do_resize and image_processor.resample == Image.Resampling.BICUBIC:
+        if size.get("height") and size.get("width"):
+            return resize(pixels, (size["height"], size["width"]))
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
 
 def _scaled(start: int, length: int, reduction: int) -> slice:

@@ -10,14 +10,14 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import DataCollatorForLanguageModeling
 from transformers.models.flava.image_processing_flava import FlavaMaskingGenerator
 from transformers.utils import logging
 
-from ..image_reading_cots import UnreadableImageError, read_image
+from ..image_reading_cots import UnreadableImageError, read_pixels
 from ..processing_cots import TOKENIZER_LOCK
 from .feature_cache import FeatureSource
+from .image_augmentation import AS_TENSORS, resize_for
 from .image_token_cache import TokenSource
 from .items import SampleRandomness, caption_ids, encode_names
 from .skip_report import SkipReport
@@ -138,9 +138,11 @@ class COTSDataCollator:
         """One tensor; zeros stand for images that cannot be read."""
         if "image" in self.features:
             blank = torch.zeros(self.features["image"].size)
-        else:
-            blank = torch.zeros(3, *self.image_size, dtype=torch.uint8)
-        return torch.stack([blank if image is None else image for image in images])
+            return torch.stack([blank if image is None else image for image in images])
+        blank = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        filled = [blank if image is None else image for image in images]
+        # In the order of memory that images have, (H, W, 3): the device transposes them sooner.
+        return torch.stack([image.permute(1, 2, 0) for image in filled]).permute(0, 3, 1, 2)
 
     def _mask_patches(self) -> torch.Tensor:
         """(patches,) bool, row by row: blocks that together cover the mask ratio, or a few patches less.
@@ -225,18 +227,22 @@ class COTSEvaluationCollator:
         if "image" in self.features:
             batch["image_features"] = torch.stack(images)
         else:
-            batch["pixel_values"] = self.image_processor(images, **RAW_PIXELS)["pixel_values"]
+            batch["pixel_values"] = self.image_processor(images, **AS_TENSORS, **RAW_PIXELS)["pixel_values"]
             assert batch["pixel_values"].dtype == torch.uint8, batch["pixel_values"].dtype
         if "text" not in self.features:
             return {**batch, **caption_batch(items, self.tokenizer, self.max_text_length)}
         rows = [self.features["text"].read_all(item) for item in items]
         return {**batch, **pair_ids_of(items), "text_features": torch.from_numpy(np.concatenate(rows))}
 
-    def _read(self, item: dict) -> Image.Image | torch.Tensor:
-        return self.features["image"].read(item, 0) if "image" in self.features else read_image(item["image"])
+    def _read(self, item: dict) -> torch.Tensor:
+        if "image" in self.features:
+            return self.features["image"].read(item, 0)
+        return resize_for(read_pixels(item["image"]), self.image_processor)
 
-    def _blank(self) -> Image.Image | torch.Tensor:
-        return torch.zeros(self.features["image"].size) if "image" in self.features else Image.new("RGB", (1, 1))
+    def _blank(self) -> torch.Tensor:
+        if "image" in self.features:
+            return torch.zeros(self.features["image"].size)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8)
 
 
 def caption_batch(items: list[dict], tokenizer, max_text_length: int) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ class PixelNormalizer(nn.Module):
         for name in self._names:
             pixels = batch.get(name)
             if pixels is not None and pixels.dtype == torch.uint8:
+                pixels = pixels.contiguous()  # collators leave them in the order of memory that images have
                 scale, shift = getattr(self, f"{name}_scale"), getattr(self, f"{name}_shift")
                 batch = {**batch, name: pixels.float().mul_(scale).sub_(shift)}
                 if name == "pixel_values":

@@ -8,10 +8,11 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from ..configuration_cots import COTSConfig
+from ..data.image_augmentation import AS_TENSORS, resize_for
 from ..data.image_collators import RAW_PIXELS
 from ..data.sources import KMEANS
 from ..image_processing_cots import COTSImageProcessor
-from ..image_reading_cots import UnreadableImageError, read_image
+from ..image_reading_cots import UnreadableImageError, read_pixels
 from ..method.image_tokenizer import digest_weights
 from ..method.kmeans_tokenizer import KMeansImageTokenizer
 
@@ -96,14 +97,14 @@ def cluster(features: torch.Tensor, num_centers: int) -> torch.Tensor:
 def patch_features(tokenizer: KMeansImageTokenizer, dataset: Dataset, config: COTSConfig) -> torch.Tensor:
     """Features of patches of the first images, (N, features) in float32; the same ones in every run."""
     height, width = config.image_size
-    resize = COTSImageProcessor(size={"height": height, "width": width})
+    image_processor = COTSImageProcessor(size={"height": height, "width": width})
     generator, found, device = torch.Generator().manual_seed(0), [], tokenizer.centers.device
     rows = range(min(NUM_IMAGES, len(dataset)))
     for first in tqdm(rows[::BATCH_SIZE], desc="Features for k-means", unit="batch"):
-        images = _readable(dataset, rows[first : first + BATCH_SIZE])
+        images = _readable(dataset, rows[first : first + BATCH_SIZE], image_processor)
         if not images:
             continue
-        pixels = resize(images, **RAW_PIXELS)["pixel_values"].to(device)
+        pixels = image_processor(images, **AS_TENSORS, **RAW_PIXELS)["pixel_values"].to(device)
         for features in tokenizer.features(pixels, config.patch_size).cpu():
             found.append(features[torch.randperm(len(features), generator=generator)[:PATCHES_PER_IMAGE]])
     if not found:
@@ -111,11 +112,11 @@ def patch_features(tokenizer: KMeansImageTokenizer, dataset: Dataset, config: CO
     return torch.cat(found)
 
 
-def _readable(dataset: Dataset, rows: range) -> list:
+def _readable(dataset: Dataset, rows: range, image_processor: COTSImageProcessor) -> list[torch.Tensor]:
     images = []
     for row in rows:
         try:
-            images.append(read_image(dataset[row]["image"]))
+            images.append(resize_for(read_pixels(dataset[row]["image"]), image_processor))
         except UnreadableImageError:  # training names it, when it comes to it
             continue
     return images

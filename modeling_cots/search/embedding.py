@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import is_av_available, logging
 
+from ..data.image_augmentation import AS_TENSORS, resize_for
 from ..data.messages import printable, shown
 from ..data.paths import walk_visible
 from ..data.skip_report import and_more
@@ -32,7 +33,7 @@ from ..image_reading_cots import (
     HEIC_SUFFIXES,
     IMAGE_SUFFIXES,
     UnreadableImageError,
-    read_image,
+    read_pixels,
 )
 from ..video_reading_cots import VIDEO_SUFFIXES, UnreadableVideoError, read_video
 from .conditions import MAX_INTEGER, MIN_INTEGER
@@ -194,25 +195,30 @@ class _Collator:
         for item in sorted(items, key=lambda item: "video" in item):
             try:
                 frames = _read_frames(item["video"], self.processor) if "video" in item else None
-                image = read_image(item["image"]) if frames is None else Image.fromarray(frames[len(frames) // 2])
+                pixels = read_pixels(item["image"]) if frames is None else frames[len(frames) // 2]
             except (UnreadableImageError, UnreadableVideoError) as error:
                 batch["skipped"].append((item["name"], item.get("refused") or str(error)))
                 continue
-            batch["images" if frames is None else "videos"].append(image if frames is None else frames)
+            if frames is None:
+                batch["images"].append(resize_for(pixels, self.processor.image_processor))
+            else:
+                batch["videos"].append(frames)
             batch["positions"].append(item["pair_id"])
             batch["captions"].append(item["captions"])
-            batch["thumbnails"].append(make_thumbnail(image, self.thumbnail_side))
+            batch["thumbnails"].append(make_thumbnail(Image.fromarray(pixels), self.thumbnail_side))
             batch["metadata"].append(item.get("metadata") or {})
-            batch["contents"].append(content_of(np.asarray(image) if frames is None else frames))
+            batch["contents"].append(content_of(pixels if frames is None else frames))
         return {
             **batch,
             "images": self._pixels_of_images(batch["images"]),
             "videos": self._pixels_of_videos(batch["videos"]),
         }
 
-    def _pixels_of_images(self, images: list[Image.Image]) -> torch.Tensor | None:
-        """(B, 3, H, W); `None` without images."""
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+    def _pixels_of_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
+        """(B, 3, H, W) of images (3, height, width) of any sizes; `None` without images."""
+        if not images:
+            return None
+        return self.processor.image_processor(images, **AS_TENSORS, return_tensors="pt")["pixel_values"]
 
     def _pixels_of_videos(self, videos: list[np.ndarray]) -> torch.Tensor | None:
         """(B, T, 3, H, W) of frames (T, height, width, 3) of any sizes; `None` without videos."""

@@ -21,9 +21,10 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.image_augmentation import AS_TENSORS, resize_for
 from ..data.skip_report import and_more
 from ..hub.identity import model_identity
-from ..image_reading_cots import read_image
+from ..image_reading_cots import read_pixels
 from ..processing_cots import TOKENIZER_LOCK
 from .conditions import Condition, as_conditions
 from .embedding import MAX_REPORTED, Embedder, check_text, entry_names, row_ids_of
@@ -251,7 +252,8 @@ class SearchIndex:
             weight = 1.0 if image is None else 1 - image_weight
             parts.append(weight * self.model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0])
         if image is not None:
-            pixels = self.processor.image_processor([read_image(image)], return_tensors="pt")["pixel_values"]
+            resized = resize_for(read_pixels(image), self.processor.image_processor)
+            pixels = self.processor.image_processor([resized], **AS_TENSORS, return_tensors="pt")["pixel_values"]
             weight = 1.0 if text is None else image_weight
             parts.append(weight * self.model.encode_image(pixels.to(self.model.device))[0])
         return torch.nn.functional.normalize(sum(parts), dim=0).cpu().numpy()

@@ -11,10 +11,20 @@ from PIL import ExifTags, Image
 from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
-from modeling_cots.data.image_augmentation import ImageTransform, read_resized
-from modeling_cots.image_reading_cots import ImageFile, UnreadableImageError, read_image
+from modeling_cots.data.image_augmentation import AS_TENSORS, ImageTransform, read_resized, resize_for
+from modeling_cots.image_processing_cots import COTSImageProcessor
+from modeling_cots.image_reading_cots import ImageFile, UnreadableImageError, read_image, read_pixels
 
 POLICY = "rand-m9-n2-mstd0.5"
+
+
+@pytest.fixture(params=["PIL", "simplejpeg"], autouse=True)
+def decoder(request, monkeypatch):
+    """Each test with either decoder of JPEGs."""
+    if request.param == "PIL":
+        monkeypatch.setattr("modeling_cots.image_reading_cots.simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
 
 
 def scenery(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -177,6 +187,43 @@ def test_the_smallest_and_narrowest_images(size, format):
     for seed in range(3):
         pixels = fast(data, (16, 8), seed)
         assert (pixels.float() - torch.tensor([200.0, 100.0, 50.0]).view(3, 1, 1)).abs().max() <= 4
+
+
+# The whole image, for a processor
+
+
+@pytest.mark.parametrize(
+    ("options", "height", "width"),
+    [
+        ({"size": {"height": 40, "width": 56}}, 40, 56),
+        ({"size": {"height": 40, "width": 56}, "resample": Image.Resampling.BILINEAR}, 90, 120),
+        ({"size": {"height": 40, "width": 56}, "do_resize": False}, 90, 120),
+        ({"size": {"shortest_edge": 40}}, 90, 120),
+        ({"size": {"height": 90, "width": 120}}, 90, 120),
+    ],
+)
+def test_a_processor_makes_the_same_of_resized_pixels(options, height, width):
+    processor = COTSImageProcessor(**options)
+    data = encode(scenery(90, 120), "JPEG", quality=90)
+    expected = processor(read_image(data), return_tensors="pt")["pixel_values"]
+    found = resize_for(read_pixels(data), processor)
+    assert found.shape == (3, height, width)
+    assert torch.equal(processor([found], **AS_TENSORS, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("size", [(3, 90), (90, 3), (3, 3), (1, 40)])
+def test_narrow_pixels_keep_their_order(size):
+    processor = COTSImageProcessor(size={"shortest_edge": 6})
+    image = scenery(*size)
+    found = resize_for(read_pixels(image), processor)
+    expected = processor([pil_to_tensor(image)], **AS_TENSORS, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor([found], **AS_TENSORS, return_tensors="pt")["pixel_values"], expected)
+    assert expected.shape[2:] == tuple(6 * side // min(size) for side in size)
+
+
+def test_the_memory_of_a_resized_image_has_the_order_of_its_pixels():
+    """torch would transpose it, which takes as long as the rest of the resize."""
+    assert fast(encode(scenery(90, 120), "JPEG"), (40, 56), 0).permute(1, 2, 0).is_contiguous()
 
 
 # What cannot be read
