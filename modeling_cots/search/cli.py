@@ -225,7 +225,8 @@ def open_images(args: argparse.Namespace):
     """The data set that `data` names, and the `source` that its entries get."""
     if as_image_folder(args.data, args.split) is not None:
         refuse_version(args.data, args.dataset_config, args.dataset_revision)
-        dataset = ImageFolder(args.data)
+        # Of several processes the main one lists the folder, when it comes to adding.
+        dataset = ImageFolder(args.data, list_now=process_state().num_processes == 1)
         return dataset, dataset.name
     # Data sets take seconds to import, which no other command needs.
     from ..data.files import names_videos

@@ -331,10 +331,14 @@ def milvus_column(column: str, fields: Sequence[str] = ()) -> str:
 def _milvus_comparison(condition: Condition, fields: Sequence[str]) -> str:
     column = milvus_column(condition.column, fields)
     values = [_milvus_literal(value) for value in condition.values]
+    if condition.operator == "!=" and condition.column not in fields:
+        # A server of Milvus takes an entry without the key for different from everything, and version 2.3 does not
+        # parse `exists` beside another comparison.
+        if isinstance(condition.value, bool):
+            return f"{column} == {_milvus_literal(not condition.value)}"
+        return f"({column} < {values[0]} or {column} > {values[0]})"
     if condition.operator != "in":
-        # A server of Milvus takes an entry without the key for different from everything.
-        exists = f"exists {column} and " if condition.operator == "!=" and condition.column not in fields else ""
-        return f"{exists}{column} {condition.operator} {values[0]}"
+        return f"{column} {condition.operator} {values[0]}"
     if condition.column in fields:
         return f"{column} in [{', '.join(values)}]"
     return _any_of([f"{column} == {value}" for value in values])  # Milvus Lite knows no `in` for keys

@@ -5,13 +5,14 @@ the name is the entry's id. By these ids a second run continues where the first 
 tells copies.
 """
 
+import copy
 import hashlib
 import io
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -53,14 +54,39 @@ class ImageFolder(Dataset):
 
     Links are followed, to files and to folders; no file is given twice. Hidden files and folders are left out, and so
     are other files: a warning counts and names these, and links that lead to nothing. So it does for HEIC and videos
-    where the library that reads them is not installed. Raises `ValueError` for a folder that is not there or has
-    nothing to read.
+    where the library that reads them is not installed.
+
+    Args:
+        folder: Where to look.
+        list_now: Whether to list the files here, or when they are first asked for, as where several processes open the
+            folder and one of them lists it.
+
+    Raises `ValueError` for a folder that is not there and, where it is listed, for one that has nothing to read.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        root = os.path.realpath(folder)
+    def __init__(self, folder: str | os.PathLike, list_now: bool = True):
+        self._folder, root = str(folder), os.path.realpath(folder)
         if not os.path.isdir(root):
             raise ValueError(f"There is no folder {str(folder)!r}.")
+        self.name = printable(root)
+        self._paths: Sequence[str] | Mapping[int, str] | None = None
+        if list_now:
+            self._paths = self._list(root)
+
+    @property
+    def paths(self) -> Sequence[str] | Mapping[int, str]:
+        """The paths by their numbers."""
+        if self._paths is None:
+            self._paths = self._list(os.path.realpath(self._folder))
+        return self._paths
+
+    def only(self, numbers: Sequence[int]) -> "ImageFolder":
+        """The folder with the paths of these numbers alone, which keep them; for a process that reads no others."""
+        few = copy.copy(self)
+        few._paths = {number: self.paths[number] for number in numbers}
+        return few
+
+    def _list(self, root: str) -> list[str]:
         found: dict[str, str] = {}  # by the file that is meant, which links share
         left: dict[str, list[str]] = {}  # names of other files by the reason
         for path in _files_below(root):
@@ -77,13 +103,12 @@ class ImageFolder(Dataset):
         ]
         if not found:
             raise ValueError(
-                f"The folder {str(folder)!r} has no image ({', '.join(IMAGE_SUFFIXES)}) and no video "
+                f"The folder {self._folder!r} has no image ({', '.join(IMAGE_SUFFIXES)}) and no video "
                 f"({', '.join(VIDEO_SUFFIXES)}). {' '.join(notes)}".rstrip()
             )
         for note in notes:
             logger.warning(note)
-        self.paths = sorted(found.values())
-        self.name = printable(root)
+        return sorted(found.values())
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +120,8 @@ class ImageFolder(Dataset):
 
     def names(self) -> list[str]:
         """All paths, without opening a file; bytes in them that are no UTF-8 are escaped."""
-        return [printable(path) for path in self.paths]
+        paths = self.paths.values() if isinstance(self.paths, Mapping) else self.paths
+        return [printable(path) for path in paths]
 
 
 def _files_below(root: str) -> Iterator[str]:
@@ -304,11 +330,13 @@ class Embedder:
         self.skipped: list[tuple[str, str]] = []
 
     @torch.no_grad()
-    def tables(self, dataset, positions: np.ndarray, names: list[str], source: str, progress) -> Iterator[pa.Table]:
+    def tables(
+        self, dataset, positions: np.ndarray, names: Sequence[str] | Mapping[int, str], source: str, progress
+    ) -> Iterator[pa.Table]:
         """A table for each batch of the items at `positions`; what cannot be read goes to `skipped` instead."""
         loader = DataLoader(
             _WithMetadata(dataset, positions),
-            batch_sampler=self._batches(dataset, [names[position] for position in positions]),
+            batch_sampler=self._batches(dataset, [names[int(position)] for position in positions]),
             num_workers=self.num_workers,
             collate_fn=_Collator(self.processor, self.thumbnail_side),
         )

@@ -8,7 +8,7 @@ next writer.
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +37,14 @@ from .manifest import (
 from .rows import (
     DATASETS_FILES,
     METADATA,
+    Part,
     Rows,
     are_among,
     as_hit,
     describe_for_datasets,
+    files_of,
+    groups_to_merge,
+    remove_part,
     unify_metadata,
     unlisted_parts,
     write_deleted,
@@ -126,6 +130,7 @@ class FaissStore:
         self._grown: dict[str, WrittenPart] = {}
         # The generation that `add` writes for, and the columns that it and these entries have.
         self._session: int | None = None
+        self._written: list[WrittenPart] = []  # by this handle in this session, where not merged yet
         self._schema = pa.schema([])
         self._newest()
 
@@ -197,6 +202,7 @@ class FaissStore:
         """Take part in the adding of another process, which has begun: `add` writes for the newest generation."""
         newest = self._newest()
         self._session, self._schema = newest.manifest.generation, newest.rows.filterable.schema
+        self._written = []
 
     def add(self, rows: pa.Table) -> None:
         """Write entries to the disk; they are found when `adding` ends."""
@@ -209,7 +215,21 @@ class FaissStore:
         self._schema = unify_metadata(self._schema, rows.schema)
         if len(rows):
             with _as_value_error(self.folder):
-                write_part(self.folder, rows, newest.rows.dim, self._session)
+                self._written.append(write_part(self.folder, [rows], newest.rows.dim, self._session))
+                self._merge_written(newest.rows.dim)
+
+    def _merge_written(self, dim: int) -> None:
+        """Merge what this handle has written, so that a long run does not leave more parts than can be mapped."""
+        assert self._session is not None  # as `add` has checked
+        sizes = [(part.name, part.num_rows) for part in self._written]
+        for group in groups_to_merge(sizes):
+            files = {name: stored for part in self._written for name, stored in part.files.items()}
+            parts = [Part(self.folder, name, num_rows, files) for name, num_rows in sizes if name in group]
+            merged = write_part(self.folder, _tables_of(parts), dim, self._session, replaces=group)
+            place = [part.name for part in self._written].index(group[0])
+            self._written[place : place + len(group)] = [merged]
+            for name in group:
+                remove_part(self.folder, name)
 
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
         """The best entries for each query; see `VectorStore`."""
@@ -272,8 +292,8 @@ class FaissStore:
                 unfinished=newest.manifest.unfinished,
             )
             # Written for the next generation: if this is killed, nobody takes these parts up for the present one.
-            tables = newest.rows.living_tables()
-            parts = [write_part(self.folder, table, newest.rows.dim, number + 1) for table in tables]
+            living = newest.rows.living_tables()
+            parts = [write_part(self.folder, tables, newest.rows.dim, number + 1) for tables in living]
             self._commit(newest, kept.with_parts(parts), is_whole=True)
 
     def close(self) -> None:
@@ -306,8 +326,13 @@ class FaissStore:
                 with self._loading:
                     return self._with_grown_parts(newest)
             except MissingFileError:
-                if self._newest() is newest:  # else a newer generation has replaced the file
+                # Else a newer generation, or a merged part, has replaced the file.
+                if self._newest() is newest and all((self.folder / name).exists() for name in self._grown_files()):
                     raise
+
+    def _grown_files(self) -> list[str]:
+        """The files by which the parts that unfinished runs have written were found."""
+        return [files_of(name)[1] for name in self._grown]
 
     def _with_grown_parts(self, newest: Generation) -> Generation:
         parts = unlisted_parts(self.folder, newest.manifest, self._grown)
@@ -356,6 +381,9 @@ class FaissStore:
         """
         number = manifest.generation + 1
         manifest = replace(manifest, generation=number)
+        if is_whole:
+            with _as_value_error(self.folder):
+                manifest = self._with_merged_parts(manifest)
         following = Generation(self.folder, manifest, newest)
         needs_training = manifest.vectors is None and INDEX_TYPES[manifest.info["engine"]].candidates is not None
         with _as_value_error(self.folder):
@@ -376,6 +404,15 @@ class FaissStore:
         with self._loading:
             self._raw, self._held = read_manifest(self.folder), following
 
+    def _with_merged_parts(self, manifest: Manifest) -> Manifest:
+        """The manifest with one part in place of many small ones; it is the next one, and not on the disk yet."""
+        for group in groups_to_merge(manifest.parts):
+            parts = [Part(self.folder, name, num, manifest.files) for name, num in manifest.parts if name in group]
+            dim = manifest.info["dim"]
+            merged = write_part(self.folder, _tables_of(parts), dim, manifest.generation, replaces=group)
+            manifest = manifest.with_merged(merged)
+        return manifest
+
     def _remove_unlisted(self) -> None:
         """Remove the files of older generations and of killed writers, as the only writer."""
         manifest = parse_manifest(read_manifest(self.folder), self.folder)
@@ -385,6 +422,10 @@ class FaissStore:
             for path in (*self.folder.glob(pattern), *self.folder.glob(pattern + PARTIAL_SUFFIX)):
                 if path.relative_to(self.folder).as_posix() not in kept:
                     path.unlink(missing_ok=True)
+
+
+def _tables_of(parts: Iterable[Part]) -> Iterator[pa.Table]:
+    return (table for part in parts for table in part.tables())
 
 
 def _check_is_free(folder: Path) -> None:

@@ -16,8 +16,22 @@ import numpy as np
 from ..data.atomic_write import atomic_write
 from .index_types import FAISS, FEW_ROWS, INDEX_TYPES, check_index_type
 
-NUM_TRAINING = 250_000  # vectors that codes are trained on, at most
+NUM_TRAINING = 250_000  # vectors that codes are trained on, or more where more lists need them
+VECTORS_PER_LIST = 39  # that FAISS asks for to find the centroid of one
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 128
+
+
+def num_lists_of(num_rows: int) -> int:
+    """How many lists `ivfpq` divides so many vectors into, where these are enough to train them."""
+    return int(4 * num_rows**0.5)
+
+
+def nprobe_of(num_lists: int) -> int:
+    """How many lists a query of `ivfpq` compares: a 64th of them, and of more than 4,096 lists their square root.
+
+    A fixed share of the lists would read a fixed share of all vectors, whatever the number of lists.
+    """
+    return max(min(num_lists, 16), min(num_lists // 64, int(num_lists**0.5)))
 
 
 class FaissVectors:
@@ -124,9 +138,12 @@ class FaissVectors:
     def _training_sample(self, num_rows: int) -> np.ndarray | None:
         if INDEX_TYPES[self.index_type].candidates is None:  # no codes to train
             return None
-        if num_rows <= NUM_TRAINING:
+        wanted = NUM_TRAINING
+        if self.index_type == "ivfpq":
+            wanted = max(wanted, VECTORS_PER_LIST * num_lists_of(num_rows))
+        if num_rows <= wanted:
             return self._fetch(slice(0, num_rows))
-        return self._fetch(np.linspace(0, num_rows - 1, NUM_TRAINING).astype(np.int64))
+        return self._fetch(np.linspace(0, num_rows - 1, wanted).astype(np.int64))
 
     def _build(self, sample: np.ndarray | None, num_rows: int) -> None:
         if self.index_type == "binary":
@@ -146,7 +163,7 @@ class FaissVectors:
         else:
             if self.dim % 2:
                 raise ValueError(f"'ivfpq' codes pairs of numbers, and the embeddings have {self.dim}: use 'int8'.")
-            num_lists = max(1, min(int(4 * num_rows**0.5), len(sample) // 39))  # FAISS asks for 39 vectors a list
+            num_lists = max(1, min(num_lists_of(num_rows), len(sample) // VECTORS_PER_LIST))
             # FAISS compares 4-bit codes in registers, 16 at a time; rescoring makes up for what they lose beside 8-bit
             # codes. Residuals are coded because codes of the vectors would spend most bits on the mean they all share.
             self.index = faiss.index_factory(
@@ -165,8 +182,7 @@ class FaissVectors:
         if self.index_type == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, 2 * num_candidates), **options)
         if self.index_type == "ivfpq":
-            num_lists = self.index.nlist
-            return faiss.SearchParametersIVF(nprobe=max(min(num_lists, 16), num_lists // 64), **options)
+            return faiss.SearchParametersIVF(nprobe=nprobe_of(self.index.nlist), **options)
         return faiss.SearchParameters(**options)
 
     def _rescore(self, queries: np.ndarray, candidates: list[np.ndarray], top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,9 @@ with the stored ones.
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,10 +28,11 @@ from ..hub.identity import model_identity
 from ..image_reading_cots import read_pixels
 from ..processing_cots import TOKENIZER_LOCK
 from .conditions import Condition, as_conditions
-from .embedding import MAX_REPORTED, Embedder, check_text, entry_names, row_ids_of
+from .embedding import MAX_REPORTED, Embedder, ImageFolder, check_text, entry_names, row_ids_of
 from .options import THUMBNAIL_SIDE
 from .rows import CONTENT, join_tables
 from .stores import create_store, open_store
+from .waiting import FAILED, new_moments, tell, wait_for
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +106,9 @@ class SearchIndex:
         """
         Embed the images and videos of a data set that are not in the index yet; this also continues a stopped run.
 
+        Of several processes the main one alone lists the images, and gives each other process the names of its share.
+        It alone builds the index, while the others wait without a collective, so that no timeout ends them.
+
         What an exception such as Ctrl-C interrupts is kept as far as it is embedded, and can be searched. Under
         `torchrun` or `accelerate launch` the processes share the images, each with its own copy of the model.
 
@@ -120,7 +125,6 @@ class SearchIndex:
         """
         state = process_state()
         source = getattr(dataset, "name", "data") if source is None else source
-        names = entry_names(dataset, source)
         embedder = Embedder(
             self.model,
             self.processor,
@@ -129,19 +133,18 @@ class SearchIndex:
             thumbnail_side=thumbnail_side,
         )
         self._check_model()
-        row_ids = row_ids_of(names)
-        with self._adding(state, source, row_ids, restore):
-            is_in, is_gone = self._present_and_deleted(row_ids, restore)
-            todo = np.flatnonzero(~is_in & ~is_gone)
-            state.wait_for_everyone()  # no process writes before all have read
-            parts = _local_parts(todo, state)
-            total, hidden = sum(len(part) for part in parts), not (progress and state.is_main_process)
+        with self._adding(dataset, source, restore, state) as share:
+            dataset = dataset if share.dataset is None else share.dataset
+            total, hidden = sum(len(part) for part in share.parts), not (progress and state.is_main_process)
             with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
-                for note in _notes_before(int(is_in.sum()), int(is_gone.sum()), len(names)) * state.is_main_process:
+                for note in share.notes:
                     bar.write(note)
-                contents = [self._add_part(embedder.tables(dataset, part, names, source, bar)) for part in parts]
-        embedder.report_skipped()
-        return _count_added(list(chain.from_iterable(contents)), state)
+                contents = [
+                    self._add_part(embedder.tables(dataset, part, share.names, source, bar)) for part in share.parts
+                ]
+            embedder.report_skipped()
+            # Here all processes wait for each other, before the main one builds the index alone.
+            return _count_added(list(chain.from_iterable(contents)), state)
 
     def _present_and_deleted(self, row_ids: np.ndarray, restore: bool) -> tuple[np.ndarray, np.ndarray]:
         """Two (n,) booleans: which of these ids are in the index, and which were deleted and are to stay so."""
@@ -164,25 +167,46 @@ class SearchIndex:
         return [content for table in done for content in table[CONTENT].to_pylist()]
 
     @contextmanager
-    def _adding(self, state: PartialState, source: str, row_ids: np.ndarray, restore: bool) -> Iterator[None]:
-        """The time of adding in all processes; the main process begins before the others and ends after them."""
-        if state.is_main_process:
-            is_in, is_gone = self._present_and_deleted(row_ids, restore)
-            run = {
-                "images": len(row_ids) - int(is_gone.sum()),
-                "before": int(is_in.sum()),
-                "entries": _count_of(self.store, source),
-            }
+    def _adding(self, dataset, source: str, restore: bool, state: PartialState) -> Iterator["Share"]:
+        """The time of adding in all processes: it begins and ends in the others after it did in the main process."""
+        if state.num_processes == 1:
+            shares, run = self._shares(dataset, source, restore, 1)
             with self.store.adding({source: run}):
-                state.wait_for_everyone()
-                yield
-                state.wait_for_everyone()
-        else:
-            state.wait_for_everyone()
+                yield shares[0]
+            return
+        begun, ended = new_moments("begun", "ended")
+        if not state.is_main_process:
+            wait_for(begun)
             self.store.refresh()
-            yield
-            state.wait_for_everyone()
-        state.wait_for_everyone()
+            yield _scatter(None)
+            wait_for(ended)
+            return
+        try:
+            shares, run = self._shares(dataset, source, restore, state.num_processes)
+            with self.store.adding({source: run}):
+                tell(begun)
+                yield _scatter(shares)
+            tell(ended)
+        except BaseException:
+            for moment in (begun, ended):
+                tell(moment, FAILED)
+            raise
+
+    def _shares(self, dataset, source: str, restore: bool, num: int) -> tuple[list["Share"], dict[str, int]]:
+        """What each of `num` processes is to embed, and the numbers of the run, as `VectorStore.adding` takes them."""
+        names = entry_names(dataset, source)
+        row_ids = row_ids_of(names)
+        is_in, is_gone = self._present_and_deleted(row_ids, restore)
+        run = {
+            "images": len(row_ids) - int(is_gone.sum()),
+            "before": int(is_in.sum()),
+            "entries": _count_of(self.store, source),
+        }
+        todo = np.flatnonzero(~is_in & ~is_gone)
+        parts = _parts_of_processes(todo, num)
+        shares = [Share(parts[0], names)] if num == 1 else [_share(dataset, names, each) for each in parts]
+        shares[0].notes = _notes_before(int(is_in.sum()), int(is_gone.sum()), len(names))
+        return shares, run
 
     def _check_model(self) -> None:
         """Raise `ValueError` unless the index was made with this model; others may have made it anew."""
@@ -315,6 +339,24 @@ class SearchIndex:
         self.close()
 
 
+@dataclass
+class Share:
+    """
+    What one process is to embed.
+
+    Args:
+        parts: Positions in the data set, for each part of the index that is to be written.
+        names: The name of the entry at each of these positions.
+        dataset: The images, where each process needs its own alone; `None` for the data set that all have opened.
+        notes: What to say before embedding begins.
+    """
+
+    parts: list[np.ndarray]
+    names: Sequence[str] | Mapping[int, str]
+    dataset: Any = None
+    notes: list[str] = field(default_factory=list)
+
+
 def process_state() -> PartialState:
     """The rank of this process, the number of processes, and the device."""
     return PartialState(cpu=not torch.cuda.is_available())
@@ -389,15 +431,26 @@ def _without_copies(hits: list[dict]) -> list[dict]:
     return list(first.values())
 
 
-def _local_parts(todo: np.ndarray, state: PartialState) -> list[np.ndarray]:
-    """The parts of this process: every n-th of n processes, or an equal slice where there are fewer than 2n parts."""
+def _parts_of_processes(todo: np.ndarray, num: int) -> list[list[np.ndarray]]:
+    """The parts of each of `num` processes: every n-th of n, or an equal slice where there are fewer than 2n parts."""
     parts = [todo[start : start + ITEMS_PER_PART] for start in range(0, len(todo), ITEMS_PER_PART)]
-    if state.num_processes == 1:
-        return parts
-    if len(parts) < 2 * state.num_processes:
-        local = np.array_split(todo, state.num_processes)[state.process_index]
-        return [local] if len(local) else []
-    return parts[state.process_index :: state.num_processes]
+    if num > 1 and len(parts) < 2 * num:
+        return [[part] if len(part) else [] for part in np.array_split(todo, num)]
+    return [parts[process::num] for process in range(num)]
+
+
+def _share(dataset, names: list[str], parts: list[np.ndarray]) -> Share:
+    """The share of a process. Of a folder it has the paths, so that the process does not list all of them again."""
+    positions = [int(position) for part in parts for position in part]
+    own = {position: names[position] for position in positions}
+    return Share(parts, own, dataset.only(positions) if isinstance(dataset, ImageFolder) else None)
+
+
+def _scatter(shares: list[Share] | None) -> Share:
+    """In each process its own of the shares that the main process gives."""
+    received: list[Share] = [None]  # type: ignore[list-item]
+    torch.distributed.scatter_object_list(received, shares, src=0)
+    return received[0]
 
 
 def _is_only_spelled(word: str, pieces: list[str]) -> bool:

@@ -31,12 +31,14 @@ class MissingFileError(DamagedIndexError):
 
 
 class WrittenPart(NamedTuple):
-    """A part on the disk: its files with their bytes and CRC-32, and the columns that conditions look at."""
+    """A part on the disk: its files with their bytes and CRC-32, the columns that conditions look at, and the names of
+    the parts whose rows it has in place of them."""
 
     name: str
     num_rows: int
     files: dict[str, tuple[int, int]]
     looked_at: pa.Schema
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,16 @@ class Manifest:
         """This manifest with more parts."""
         files = {name: stored for part in parts for name, stored in part.files.items()}
         return self.with_files(files, parts=(*self.parts, *((part.name, part.num_rows) for part in parts)))
+
+    def with_merged(self, part: WrittenPart) -> "Manifest":
+        """This manifest with one part in place of those that it replaces, which stand one after the other."""
+        place = [name for name, _ in self.parts].index(part.replaces[0])
+        end = place + len(part.replaces)
+        assert [name for name, _ in self.parts[place:end]] == list(part.replaces)
+        parts = (*self.parts[:place], (part.name, part.num_rows), *self.parts[end:])
+        gone = {f"{name}.arrow" for name in part.replaces} | {f"metadata/{name}.parquet" for name in part.replaces}
+        kept = {name: stored for name, stored in self.files.items() if name not in gone}
+        return replace(self, parts=parts, files={**kept, **part.files})
 
     def write(self, folder: Path) -> None:
         """Make this the generation of the index; every file that it lists is complete and on the disk."""

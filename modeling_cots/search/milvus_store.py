@@ -353,6 +353,8 @@ class MilvusStore:
 
     def _kind_of(self, column: str) -> Kind | None:
         """What a column holds, by one entry that has it; `None` if there is none."""
+        if not column:  # a server has no words for a key without a name
+            return None
         is_field = column in TEXT_FIELDS
         has_it = "" if is_field else f"exists {milvus_column(column)}"
         rows = self._client.query(self.collection, filter=has_it, output_fields=[METADATA], limit=1)

@@ -428,7 +428,7 @@ def _connect(uri: str) -> Any:
     import psycopg
 
     try:
-        parameters = psycopg.conninfo.conninfo_to_dict(uri)
+        parameters: dict[str, Any] = {**psycopg.conninfo.conninfo_to_dict(uri)}
         parameters.setdefault("connect_timeout", PATIENCE)
         return psycopg.connect(**parameters, autocommit=True)
     except psycopg.Error as error:

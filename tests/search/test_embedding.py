@@ -203,7 +203,7 @@ def test_embeds_chosen_items_and_leaves_out_what_cannot_be_read(tiny_config, tin
     assert [row["content"] for row in rows] == [content_of(np.asarray(scenes[i]["image"])) for i in (1, 3, 5)]
     assert [row["number"] for row in rows] == [1, 3, 5] and rows[0]["name_"] == "taken"
     # What stores keep for themselves gets another name, and what they do not hold alike another form.
-    expected = {"captions__": 1, "captions_": 2, "": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
+    expected = {"captions__": 1, "captions_": 2, "_": 3, "$meta_": 4, "_seq_": 5, "score": 0.4}
     assert {name: rows[0][name] for name in expected} == expected
     assert [row["price"] for row in rows] == [9.5, None, 1e20] and rows[0]["day"] == "2020-02-01"
     assert [row["hash"] for row in rows] == [2.0**63, 2.0**53, None]

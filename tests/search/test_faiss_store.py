@@ -18,6 +18,7 @@ from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
 
 pytest.importorskip("faiss")
 
+from modeling_cots.search import rows as search_rows
 from modeling_cots.search.conditions import as_conditions
 from modeling_cots.search.embedding import row_ids_of
 from modeling_cots.search.faiss_store import FaissStore
@@ -128,7 +129,7 @@ def test_late_parts_of_a_killed_run_are_refused(tmp_path):
         with pytest.raises(ValueError, match="has written .* since .* repeat the command"):
             late.add(make_rows(make_vectors(3, seed=1), first=3))
         # It may have passed the check just before.
-        write_part(tmp_path / "index", make_rows(make_vectors(3)), DIM, late._session)
+        write_part(tmp_path / "index", [make_rows(make_vectors(3))], DIM, late._session)
     assert len(late) == 3
 
 
@@ -164,6 +165,85 @@ def test_threads_share_a_store_that_is_written_to(tmp_path):
         assert all(call.result() == [f"pic{number}"] for number, call in found)
 
 
+def mapped(folder) -> int:
+    """How many files of a folder this process has mapped into memory."""
+    return sum(f" {folder}/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr("modeling_cots.search.rows.PARTS_TO_MERGE", 4)
+    monkeypatch.setattr("modeling_cots.search.rows.ROWS_PER_PART", 40)
+    monkeypatch.setattr("modeling_cots.search.rows.ROWS_PER_BATCH", 5)
+
+
+def test_the_parts_of_a_long_run_are_merged_while_it_writes(tmp_path, small_parts):
+    folder = tmp_path / "index"
+    store, vectors = FaissStore.create(folder, INFO, "exact"), make_vectors(300)
+    with store.adding({"test": {"images": 300, "before": 0, "entries": 0}}):  # by which others see it at once
+        reader = FaissStore(folder)
+        for first in range(0, 300, 3):
+            year = [first] * 3 if first % 2 else [None] * 3
+            store.add(make_rows(vectors[first : first + 3], first=first, year=year))
+            assert len(list(folder.glob("data-*.arrow"))) <= 4 + 300 // 20
+            if first % 60 == 57:
+                assert len(reader) == first + 3
+                assert names(reader.search(vectors[first : first + 1], 1, [])[0]) == [f"pic{first}"]
+    num_before, opened = mapped(folder), FaissStore(folder)
+    found = [names(row)[0] for row in opened.search(vectors, 1, [])]
+    assert found == [f"pic{number}" for number in range(300)] and mapped(folder) - num_before <= 4 + 300 // 20
+    assert len(opened.find(as_conditions("year == 33"))) == 3 and opened.count(as_conditions("year >= 0")) == 150
+    rows = datasets.load_from_disk(str(folder))
+    assert rows["name"][:] == [f"pic{number}" for number in range(300)]
+
+
+def test_many_small_additions_are_merged(tmp_path, small_parts):
+    folder = tmp_path / "index"
+    store, vectors = FaissStore.create(folder, INFO, "hnsw"), make_vectors(90)
+    for number in range(90):
+        fill(store, make_rows(vectors[number : number + 1], first=number, year=[number]))
+        if number in (30, 60):
+            store.delete(row_ids_of([f"pic{number - 1}", "pic2"]))
+    assert len(store._newest().rows.parts) <= 4 + 90 // 20 and len(store) == 87
+    assert sum(path.suffix == ".arrow" for path in folder.iterdir()) == len(store._newest().rows.parts)
+    for handle in (store, FaissStore(folder)):
+        found = [names(row)[0] for row in handle.search(vectors, 1, [])]
+        gone = {2, 29, 59}
+        assert [number for number in range(90) if found[number] != f"pic{number}"] == sorted(gone)
+        assert handle.was_deleted(row_ids_of(["pic2", "pic29", "pic3"])).tolist() == [True, True, False]
+    store.rebuild("exact")
+    assert [names(row)[0] for row in store.search(vectors[3:9], 1, [])] == [f"pic{number}" for number in range(3, 9)]
+
+
+def test_what_a_killed_run_had_merged_is_taken_up_once(tmp_path, small_parts, monkeypatch):
+    store, vectors = FaissStore.create(tmp_path / "index", INFO, "exact"), make_vectors(12)
+    monkeypatch.setattr("modeling_cots.search.faiss_store.remove_part", lambda *_: None)  # killed before it
+    with pytest.raises(Stopped), store.adding():
+        for first in range(0, 12, 3):
+            store.add(make_rows(vectors[first : first + 3], first=first))
+        raise Stopped
+    assert len(FaissStore(tmp_path / "index")) == 0
+    with store.adding():
+        pass
+    assert len(store) == 12 and names(store.search(vectors[4:5], 2, [])[0])[0] == "pic4"
+    assert len(set(store._newest().rows.row_ids.tolist())) == 12
+
+
+def test_a_damaged_batch_of_a_merged_part_is_noticed_and_others_are_read(tmp_path, small_parts):
+    store, vectors = FaissStore.create(tmp_path / "index", INFO, "int8"), make_vectors(240)
+    with store.adding():
+        for first in range(0, 240, 3):
+            store.add(make_rows(vectors[first : first + 3], first=first))
+    (path, *_) = sorted((tmp_path / "index").glob("data-*.arrow"))
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    opened = FaissStore(tmp_path / "index")
+    assert [row["name"] for row in opened._newest().rows.take(np.array([0, 1]))] == ["pic0", "pic1"]
+    with pytest.raises(ValueError, match=f"{path.name}.*is damaged"):
+        opened._newest().rows.take(np.arange(240))
+
+
 def act(folder: str, action: str) -> None:
     if action == "create":
         FaissStore.create(folder, INFO, "exact")
@@ -172,6 +252,14 @@ def act(folder: str, action: str) -> None:
         with store.adding():  # as `SearchIndex` does: what a killed run has added is not added again
             rows = make_rows(VECTORS, year=[3] * 25)
             store.add(rows.filter(pa.array(~store.has(row_ids_of(rows["name"].to_pylist())))))
+    elif action == "merge":
+        search_rows.PARTS_TO_MERGE = 3
+        store = FaissStore(folder)
+        with store.adding():
+            for first in range(20, 25):
+                row = make_rows(VECTORS[first : first + 1], first=first, year=[3])
+                if not store.has(row_ids_of([f"pic{first}"]))[0]:
+                    store.add(row)
     elif action == "delete":
         FaissStore(folder).delete(row_ids_of(["pic3"]))
     else:
@@ -192,7 +280,7 @@ def act_and_be_killed(folder: str, action: str, moment: int) -> None:
 
 
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("action", ["create", "add", "delete", "hnsw"])
+@pytest.mark.parametrize("action", ["create", "add", "merge", "delete", "hnsw"])
 def test_after_a_kill_the_next_command_works(tmp_path, action, step):
     (tmp_path / "whole").mkdir()
     if action != "create":
@@ -217,7 +305,7 @@ def check_after_kill(folder: str, action: str) -> None:
     store = FaissStore(folder)
     if action != "create":
         # The two deleted ones come back with the others that are added.
-        assert len(store) in {"add": (18, 25), "delete": (18, 17)}.get(action, (18,))
+        assert len(store) in {"add": (18, 25), "merge": range(18, 24), "delete": (18, 17)}.get(action, (18,))
         assert names(store.search(VECTORS[7:8], 1, as_conditions("year == 3"))[0]) == ["pic7"]
         act(folder, action)
     store.rebuild("exact")

@@ -6,7 +6,7 @@ from search_stores import DIM, make_vectors
 
 faiss = pytest.importorskip("faiss")
 
-from modeling_cots.search.faiss_vectors import FaissVectors  # noqa: E402
+from modeling_cots.search.faiss_vectors import FaissVectors, nprobe_of, num_lists_of  # noqa: E402
 from modeling_cots.search.index_types import FAISS, INDEX_TYPES  # noqa: E402
 
 IN_FAISS = [name for name, index_type in INDEX_TYPES.items() if FAISS in index_type.stores]
@@ -67,3 +67,31 @@ def test_refusals():
         FaissVectors("tree", DIM, None)
     with pytest.raises(ValueError, match="at least 1,000 vectors and there are 10: use 'exact'"):
         make("ivfpq", 10)
+
+
+def test_lists_and_their_training_grow_with_the_vectors(monkeypatch):
+    monkeypatch.setattr("modeling_cots.search.faiss_vectors.NUM_TRAINING", 1_000)
+    stored, fetched = make_vectors(5_000), []
+
+    def fetch(positions):
+        found = stored[positions]
+        fetched.append(len(found))
+        return found
+
+    vectors = FaissVectors("ivfpq", DIM, fetch)
+    vectors.grow(5_000)
+    # 282 lists would need 10,998 vectors: all of the 5,000 train as many lists as they can.
+    assert num_lists_of(5_000) == 282 and fetched[0] == 5_000 and vectors.index.nlist == 5_000 // 39
+    monkeypatch.setattr("modeling_cots.search.faiss_vectors.VECTORS_PER_LIST", 10)
+    fetched.clear()
+    vectors = FaissVectors("ivfpq", DIM, fetch)
+    vectors.grow(5_000)
+    assert fetched[0] == 2_820 and vectors.index.nlist == 282
+
+
+@pytest.mark.parametrize("num_rows", [10**5, 10**6, 10**7, 10**8, 10**9])
+def test_a_query_reads_a_smaller_share_of_more_vectors(num_rows):
+    shares = [nprobe_of(num_lists) / num_lists for num_lists in map(num_lists_of, (num_rows // 10, num_rows))]
+    assert shares[1] <= 1 / 64 and (shares[1] < shares[0] or num_rows <= 10**6)
+    if num_rows == 10**8:
+        assert num_lists_of(num_rows) == 40_000 and shares[1] * num_rows == 500_000

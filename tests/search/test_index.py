@@ -31,6 +31,7 @@ class Slow(ScenesDataset):
             time.sleep(600)  # until it is killed
         return super().__getitem__(index)
     def names(self):
+        assert os.environ.get("RANK", "0") == "0"  # another process gets the names of its share
         return [f"scene {index}" for index in range(len(self))]
 model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
 index = SearchIndex(sys.argv[2], model, processor)
@@ -303,3 +304,60 @@ def test_processes_share_the_images(model, tiny_processor, tmp_path):
     for number in (0, 35, 69):
         found = index.search(image=ScenesDataset("train", 70, 32)[number]["image"], top=1)
         assert found[0]["name"] == f"scenes: scene {number}"
+
+
+BUILD = """
+import datetime, os, sys, threading
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+PartialState(cpu=True, timeout=datetime.timedelta(seconds=TIMEOUT))
+import modeling_cots.search.embedding as embedding
+from modeling_cots import COTSModel, COTSProcessor, SearchIndex
+from modeling_cots.search.faiss_vectors import FaissVectors
+is_main = os.environ["RANK"] == "0"
+list_files, save, fault = embedding._files_below, FaissVectors.save, sys.argv[4:]
+def pass_timeout():
+    threading.Event().wait(1.5 * TIMEOUT)
+def listing_is_slow(root):
+    assert is_main
+    pass_timeout()
+    return list_files(root)
+def building_is_slow(*args):
+    pass_timeout()
+    if fault:
+        raise ValueError("the index cannot be built")
+    return save(*args)
+embedding._files_below, FaissVectors.save = listing_is_slow, building_is_slow
+model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
+index = SearchIndex(sys.argv[2], model, processor)
+with open(f"{sys.argv[2]}-{os.environ['RANK']}.txt", "w") as file:
+    try:
+        added = index.add(embedding.ImageFolder(sys.argv[3], list_now=False), batch_size=4, progress=False)
+        file.write(f"added {added} of {len(index)}, {index.store.unfinished}")
+    except ValueError as error:
+        file.write(str(error))
+PartialState().destroy_process_group()
+""".replace("TIMEOUT", "10")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [False, True])
+def test_other_processes_wait_for_the_list_and_the_index_beyond_the_timeout(model, tiny_processor, tmp_path, fault):
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    SearchIndex.create(tmp_path / "index", model, tiny_processor, engine="hnsw").close()
+    (tmp_path / "photos").mkdir()
+    for number in range(9):
+        ScenesDataset("train", 9, 32)[number]["image"].save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "run.py").write_text(BUILD)
+    arguments = (tmp_path / "model", tmp_path / "index", tmp_path / "photos", *["fault"] * fault)
+    run_python("-m", *TORCHRUN, "2", tmp_path / "run.py", *arguments)
+    said = [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)]
+    if fault:
+        assert said == ["the index cannot be built", "The main process has failed; its own message says why."]
+    else:
+        assert said == ["added 9 of 9, {}"] * 2
+    index = SearchIndex(tmp_path / "index", model, tiny_processor)
+    found = index.search(image=ScenesDataset("train", 9, 32)[7]["image"], top=1)
+    assert found[0]["name"] == f"{tmp_path.resolve()}/photos/7.png"
