@@ -15,6 +15,7 @@ whose centers are saved in photos_tokenized/image_tokenizer.
 """
 
 import argparse
+import shlex
 
 import torch
 from torch.utils.data import Dataset
@@ -96,7 +97,7 @@ def main() -> None:
 
     # 3. What to do with them.
     print(f"{len(dataset):,} images with their tokens are in {len(paths)} files of {args.output_dir}.")
-    data = f"--dataset {args.dataset} --streaming --image_tokens" if args.without_images else "--dataset"
+    data = f"--dataset {shlex.quote(args.dataset)} --streaming --image_tokens" if args.without_images else "--dataset"
     print(f"Train with `{data} {args.output_dir} --min_crop_scale 1`.")
 
 
