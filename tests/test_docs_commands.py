@@ -35,7 +35,7 @@ NOT_RUN = {
     r"^python -m venv sentences|sentences/bin/": "makes another environment: tests/hub/test_sentence_onnx.py",
     r"python -m pytest": "is what runs this",
     r"^hf |push_to_hub\.py|--repo_id": "needs a hub: tests/test_docs_hub.py, tests/examples/test_push_to_hub.py",
-    r"https://": "needs a server: tests/data/streaming/test_dataset.py, tests/search/test_milvus_store.py",
+    r"https://|postgresql://": "needs a server: tests/data/streaming/test_dataset.py, tests/search/test_stores.py",
     r"--nnodes": "needs several machines: tests/training/test_distributed.py",
     r"run\w+\.py .*(pretrain_5m|coco|flickr30k|msrvtt)\.yaml|--protocol": "needs the data of the paper, whose counts "
     "are checked: tests/examples/test_recipes.py, test_run_retrieval.py",
