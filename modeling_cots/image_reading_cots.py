@@ -40,7 +40,7 @@ else:
 try:  # decodes JPEGs faster than PIL does, to the same pixels; the extra `fast`
     import simplejpeg
 except ImportError:
-    simplejpeg = None  # type: ignore[assignment]
+    simplejpeg = None
 
 # Common formats. PIL opens many more, and some of them by starting other programs (EPS by Ghostscript).
 Image.init()
