@@ -10,12 +10,20 @@ belong to one image tokenizer, image size and patch size. With --without_images 
 their tokens alone, and a stream of the same images takes them by `--streaming --image_tokens photos_tokenized`. After
 an interruption, run the same command again: it writes what is missing.
 
+With --ray the actors of a Ray cluster share the images, and the files hold `row_id`, `name` and tokens alone. PHOTOS/
+may then also be addresses of shards:
+
+    python examples/tokenize_images.py "s3://photos/{00000..00999}.tar" --output_dir s3://tokens/photos \
+        --ray --checkpoint s3://checkpoints/tokens --actors 8 --gpus_per_actor 1
+
 Without the dVAE's weights take `--image_tokenizer kmeans:MODEL`: k-means over the patch features of a vision encoder,
 whose centers are saved in photos_tokenized/image_tokenizer.
 """
 
 import argparse
 import shlex
+import importlib.util
+from functools import partial
 
 import torch
 from torch.utils.data import Dataset
@@ -24,6 +32,7 @@ from modeling_cots import COTSConfig, ImageTokenizer
 from modeling_cots.data.image_token_writing import TokenWriter
 from modeling_cots.data.opening import open_dataset
 from modeling_cots.data.revisions import check_revision
+from modeling_cots.data.streaming.names import is_url
 from modeling_cots.method.kmeans_tokenizer import KMeansImageTokenizer
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import MAIN, build_config, build_image_tokenizer
@@ -61,10 +70,25 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ray", action="store_true", help="compute on a Ray cluster, and write no images")
+    parser.add_argument("--checkpoint", help="with --ray: folder or address of the ids that are written")
+    parser.add_argument("--actors", type=int, help="with --ray: processes that compute (1)")
+    parser.add_argument("--gpus_per_actor", type=float, help="with --ray: GPUs of each (0: on CPUs)")
+    parser.add_argument("--device", help="without --ray; by default the GPU if there is one")
     args = parser.parse_args()
     if args.model is not None and (args.model_config is not None or args.vision_model is not None):
         parser.error("--model is a whole checkpoint: leave out --model_config and --vision_model, or --model.")
+    if args.ray != (args.checkpoint is not None):
+        parser.error("--ray and --checkpoint belong together: give both, or neither.")
+    if is_url(args.dataset) and not args.ray:
+        parser.error("Shards at addresses are read with --ray alone: add it, or name files on this machine.")
+    if args.ray and importlib.util.find_spec("ray") is None:
+        parser.error("--ray needs Ray: pip install 'modeling_cots[ray]'.")
+    if args.ray and args.device is not None:
+        parser.error("--device is for one machine: with --ray give --gpus_per_actor, or nothing for CPUs.")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not args.ray and (args.actors, args.gpus_per_actor) != (None, None):
+        parser.error("--actors and --gpus_per_actor are for --ray: add it, or leave them out.")
     check_revision("model", args.model, args.model_revision)
     check_revision("vision_model", args.vision_model, args.vision_model_revision)
     check_revision("image_tokenizer", args.image_tokenizer, args.image_tokenizer_revision)
@@ -77,13 +101,24 @@ def main() -> None:
     columns = {
         name: getattr(args, name) for name in ("image_folder", "image_column", "caption_column", "dataset_config")
     }
-    dataset = open_dataset(
-        args.dataset, args.split, image_size=config.image_size[0], revision=args.dataset_revision, **columns
+    open_images = partial(
+        open_dataset,
+        args.dataset,
+        args.split,
+        image_size=config.image_size[0],
+        revision=args.dataset_revision,
+        **columns,
     )
-
+    dataset = None if is_url(args.dataset) else open_images()
     image_tokenizer = build(args, config, dataset)
 
     # 2. The tokens.
+    if args.ray:
+        from modeling_cots.scripts.ray_tokens import tokenize_with_ray
+
+        num_written, num_all = tokenize_with_ray(args, config, open_images, dataset, image_tokenizer)
+        print(f"Computed the tokens of {num_written:,} images; {args.output_dir} has {num_all:,}.")
+        return
     writer = TokenWriter(
         image_tokenizer.to(args.device),
         config.image_size,
@@ -101,10 +136,17 @@ def main() -> None:
     print(f"Train with `{data} {args.output_dir} --min_crop_scale 1`.")
 
 
-def build(args: argparse.Namespace, config: COTSConfig, dataset: Dataset) -> ImageTokenizer | KMeansImageTokenizer:
+def build(
+    args: argparse.Namespace, config: COTSConfig, dataset: Dataset | None
+) -> ImageTokenizer | KMeansImageTokenizer:
     revision = args.image_tokenizer_revision or MAIN
     if not args.image_tokenizer.startswith(KMEANS):
         return build_image_tokenizer(args.image_tokenizer, None, config.image_vocab_size, revision)
+    if dataset is None or is_url(args.output_dir):
+        raise ValueError(
+            f"{args.image_tokenizer} is fitted to a data set on this machine, and saved in a folder of it: run this "
+            "command without --ray on some of the images first, and name its folder as --image_tokenizer."
+        )
     raw = [0.0] * 3, [1.0] * 3  # of pixels that nothing has normalized
     return find_or_fit(
         args.image_tokenizer,

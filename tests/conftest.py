@@ -120,6 +120,17 @@ def saved_model(tiny_config, tiny_processor, tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.fixture(scope="session")
+def ray_address():
+    """Ray with more CPUs than the tests have actors, of RAY_ADDRESS or its own; its address, for other drivers."""
+    ray = pytest.importorskip("ray")
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_prestart_worker_first_driver="0")
+    own = {"address": "local", "num_cpus": 6, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+    context = ray.init(**({} if "RAY_ADDRESS" in os.environ else own), logging_level="error")
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
 @pytest.fixture
 def image() -> Image.Image:
     """Eight by six orange pixels."""

@@ -49,6 +49,14 @@ def run(*words: str, cwd: Path) -> tuple[str, str, int]:
         ("delete IDX a.jpg", "There is no index in 'IDX'", 1),
         ("rebuild IDX", "There is no index in 'IDX'", 1),
         ("add IDX PHOTOS", "There is no index in 'IDX'", 1),
+        ("embed PHOTOS --model m", "required: --output, --checkpoint", 2),
+        (
+            "embed PHOTOS --model m --output o --checkpoint c --gpus_per_actor -1",
+            "'-1' is not a number of at least 0",
+            2,
+        ),
+        ("embed ./nothing --model m --output o --checkpoint c", "The data set './nothing' does not exist.", 1),
+        ("load IDX", "required: files", 2),
         ("query . --image dog.jpg", "No such file: 'dog.jpg'", 1),
         ("query . --html out.html", "--html takes one query", 1),
         ("index ./nothing --model m --index IDX", "The data set './nothing' does not exist.", 1),
@@ -72,7 +80,7 @@ def test_the_options_name_every_index_type_and_precision():
 
 def test_every_command_has_its_words():
     commands = build_parser()._subparsers._group_actions[0].choices
-    assert list(commands) == ["index", "add", "query", "serve", "delete", "rebuild"]
+    assert list(commands) == ["index", "add", "embed", "load", "query", "serve", "delete", "rebuild"]
     for parser in commands.values():
         assert all(action.help for action in parser._actions)
 

@@ -38,7 +38,7 @@ CARRIED_PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", 
 CARRIED_PACKAGES |= {"pillow_heif", "simplejpeg", "openvino"}
 THIRD_PARTY = {
     TOP: CARRIED_PACKAGES,
-    "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL"},
+    "hub/handler.py": {"torch", "transformers", "huggingface_hub", "PIL", "numpy"},
     "method": {"torch", "transformers", "safetensors", "numpy"},
     "visualization": {"torch", "numpy", "matplotlib", "PIL", "transformers"},
 }
@@ -57,6 +57,7 @@ OPTIONAL = {
     "pillow_heif": {"image_reading_cots.py"},
     "torchdata": {"data/streaming/mixture.py"},
     "simplejpeg": {"image_reading_cots.py"},
+    "ray": {"data/ray_data.py"},
 }
 
 

@@ -5,7 +5,8 @@ A run that was stopped goes on: it keeps the shards that it can read and writes 
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from ..method.image_tokenizer import ImageTokenizer
 from .atomic_write import atomic_write
 from .image_augmentation import ImageTransform
 from .image_token_cache import TokenSource
-from .rows import IMAGE_TOKENS, TOKEN_SOURCE
+from .rows import IMAGE_TOKENS, TOKEN_SOURCE, TOKENS_TYPE
 from .skip_report import SkipReport
 from .streaming.dataset import pair_id_of
 from .streaming.token_table import PAIR_ID
@@ -36,7 +37,7 @@ SCHEMA = pa.schema(
     {
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
         "captions": pa.list_(pa.string()),
-        IMAGE_TOKENS: pa.list_(pa.list_(pa.uint16())),
+        IMAGE_TOKENS: TOKENS_TYPE,
         TOKEN_SOURCE: pa.string(),
     }
 )
@@ -129,9 +130,7 @@ class TokenWriter:
 
     def _rows(self, batch: dict) -> Iterator[dict]:
         """Rows of the table. Images that cannot be read get no tokens; training skips them with or without."""
-        pixels = batch["pixel_values"].to(self.image_tokenizer.image_mean.device)
-        versions = [pixels, pixels.flip(-1)] if self.flipped else [pixels]
-        tokens = torch.stack([self.image_tokenizer(each, self.patch_size) for each in versions], dim=1).tolist()
+        tokens = _tokens_of(self.image_tokenizer, batch["pixel_values"], self.patch_size, self.flipped)
         source = self.source.to_json()
         for image, captions, row, valid in zip(
             batch["images"], batch["captions"], tokens, batch["valid"], strict=True
@@ -144,6 +143,61 @@ class TokenWriter:
                 IMAGE_TOKENS: row if valid else None,
                 TOKEN_SOURCE: source,
             }
+
+
+def _tokens_of(image_tokenizer, pixel_values: torch.Tensor, patch_size: tuple[int, ...], flipped: bool) -> list:
+    """For each of B images a list of its tokens and, if wanted, one of those of the flipped image."""
+    pixels = pixel_values.to(image_tokenizer.image_mean.device)
+    versions = [pixels, pixels.flip(-1)] if flipped else [pixels]
+    return torch.stack([image_tokenizer(each, patch_size) for each in versions], dim=1).tolist()
+
+
+class TokenWorker:
+    """
+    Computes the image tokens of rows of `ray_parts.py`, without writing the images.
+
+    Args:
+        load: Gives the image tokenizer, on the device to compute on.
+        read: Gives the items of rows.
+        source: What the tokens are made with; another tokenizer is refused.
+        flipped, batch_size, num_workers: See [`TokenWriter`].
+
+    Raises `ValueError` for another image tokenizer than `source` says.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ImageTokenizer],
+        read: Callable[[pa.Table], list[dict]],
+        source: TokenSource,
+        flipped: bool,
+        batch_size: int,
+        num_workers: int,
+    ):
+        self._image_tokenizer, self._read, self._source, self._flipped = load(), read, source, flipped
+        here = TokenSource.of(self._image_tokenizer, source.image_size, source.patch_size)
+        if difference := here.differences(source):
+            raise ValueError(
+                f"The image tokenizer is another one here than where the command was started: {difference}."
+            )
+        self._load = partial(
+            DataLoader,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=_PixelCollator(ImageTransform(source.image_size, [0.5] * 3, min_crop_scale=1.0)),
+        )
+
+    @torch.no_grad()
+    def __call__(self, rows: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
+        """The table of ids, names and tokens of what can be read, and the names of the rest with the reasons."""
+        tokens, valid, skipped = [], [], []
+        for batch in self._load(self._read(rows)):
+            tokens += _tokens_of(self._image_tokenizer, batch["pixel_values"], self._source.patch_size, self._flipped)
+            valid += batch["valid"]
+            skipped += batch["skipped"]
+        table = rows.select(["row_id", "name"]).append_column(IMAGE_TOKENS, pa.array(tokens, TOKENS_TYPE))
+        sources = pa.array([self._source.to_json()] * len(table), pa.string())
+        return table.append_column(TOKEN_SOURCE, sources).filter(pa.array(valid, pa.bool_())), skipped
 
 
 def _check_folder(paths: list[Path], metadata: dict, split: str) -> None:
@@ -177,26 +231,38 @@ def is_whole_shard(path: Path, num_rows: int) -> bool:
     return False
 
 
-class _Collator:
-    """Turns items into raw pixels, encoded images and captions, in the data loader's workers."""
+class _PixelCollator:
+    """Turns items into raw pixels, and names those that cannot be read; in the data loader's workers."""
 
     def __init__(self, transform: ImageTransform):
         self.transform = transform
-        self.report = SkipReport()
 
     def __call__(self, items: list[dict]) -> dict:
-        pixels, valid = [], []
+        pixels, valid, skipped = [], [], []
         for item in items:
             try:
                 pixels.append(self.transform(item["image"]))
                 valid.append(True)
             except UnreadableImageError as error:
-                self.report.add(item["name"], error)
+                skipped.append((item["name"], str(error)))
                 pixels.append(torch.zeros(3, *self.transform.image_size, dtype=torch.uint8))
                 valid.append(False)
+        return {"pixel_values": torch.stack(pixels), "valid": valid, "skipped": skipped}
+
+
+class _Collator:
+    """Turns items into raw pixels, encoded images and captions, in the data loader's workers."""
+
+    def __init__(self, transform: ImageTransform):
+        self.collate_pixels = _PixelCollator(transform)
+        self.report = SkipReport()
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = self.collate_pixels(items)
+        for name, reason in batch["skipped"]:
+            self.report.add(name, UnreadableImageError(reason))
         return {
-            "pixel_values": torch.stack(pixels),
-            "valid": valid,
+            **batch,
             "images": [{"bytes": encoded_image(item["image"]), "path": item["name"]} for item in items],
             "captions": [item["captions"] for item in items],
         }

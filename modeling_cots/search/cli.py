@@ -4,6 +4,7 @@ What can be refused is refused before a model is loaded, and what a command does
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +12,8 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+
+import torch
 
 from ..data.revisions import check_revision, refuse_version
 from ..data.skip_report import and_more
@@ -21,7 +24,7 @@ from .embedding import MAX_REPORTED, ImageFolder, as_image_folder, check_text, k
 from .index import SearchIndex, chosen_entries, process_state, state_notes
 from .options import build_parser
 from .page import results_page
-from .stores import check_can_create, open_store, store_exists
+from .stores import check_can_create, create_store, open_store, store_exists
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         "serve": run_serve,
         "delete": run_delete,
         "rebuild": run_rebuild,
+        "embed": run_embed,
+        "load": run_load,
     }
     commands[args.command](args)
 
@@ -221,6 +226,33 @@ def run_rebuild(args: argparse.Namespace) -> None:
         print(f"{args.index} has the index type {store.info['engine']!r} and {len(store):,} images.")
 
 
+def run_embed(args: argparse.Namespace) -> None:
+    """Embed on the machines of a Ray cluster, into parquet files."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("`embed` needs Ray: pip install 'modeling_cots[ray]'.")
+    from .ray_embedding import embed_with_ray
+
+    num_added, num_all = embed_with_ray(args, open_images, load_model)
+    print(f"Embedded {num_added:,} images; {args.output} has {num_all:,}.")
+    print(f"Take them into an index by `cots-search load IDX {shlex.quote(args.output)}`.")
+
+
+def run_load(args: argparse.Namespace) -> None:
+    """Take what `embed` has written into an index; this needs no model."""
+    from .parquet_rows import check_same_model, load_files, open_files, read_info
+
+    files = open_files(args.files)
+    info = read_info(files)
+    if not store_exists(args.index):
+        create_store(args.index, info, args.engine or "exact").close()
+    else:
+        _check_engine(args)
+    with closing(open_store(args.index)) as store:
+        check_same_model(args.index, store.info, files)
+        num_added = load_files(store, files, restore=args.restore)
+        print(f"Added {num_added:,} images; {args.index} has {len(store):,}.")
+
+
 def open_images(args: argparse.Namespace):
     """The data set that `data` names, and the `source` that its entries get."""
     if as_image_folder(args.data, args.split) is not None:
@@ -287,12 +319,18 @@ def model_of(args: argparse.Namespace) -> tuple[str, str | None]:
     return name, args.revision or (info.get("model_commit") if name == info["model"] else None)
 
 
-def load_model(name: str, revision: str | None = None, backend: str = "torch", dtype: str | None = None) -> tuple:
-    """Load model and processor of one revision, the model onto this process's device."""
+def load_model(
+    name: str,
+    revision: str | None = None,
+    backend: str = "torch",
+    dtype: str | None = None,
+    device: torch.device | None = None,
+) -> tuple:
+    """Load model and processor of one revision, the model onto a device, by default this process's."""
     check_revision("model", name, revision)
     check_backend(backend, dtype)
     try:
-        return load_encoders(name, revision, process_state().device, backend, dtype)
+        return load_encoders(name, revision, device or process_state().device, backend, dtype)
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" at the revision {revision!r}"
         raise ValueError(f"There is no COTS model in {name!r}{at}; name one with --model. ({error})") from error

@@ -114,14 +114,18 @@ class ImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        path = self.paths[index]
-        media = {"video": path} if is_video(path) else {"image": {"bytes": None, "path": path}}
-        return {**media, "captions": [], "pair_id": index, "name": printable(path)}
+        return item_of_file(self.paths[index], index)
 
     def names(self) -> list[str]:
         """All paths, without opening a file; bytes in them that are no UTF-8 are escaped."""
         paths = self.paths.values() if isinstance(self.paths, Mapping) else self.paths
         return [printable(path) for path in paths]
+
+
+def item_of_file(path: str, number: int) -> dict:
+    """The item of [`ImageFolder`] for a path and its number."""
+    media = {"video": path} if is_video(path) else {"image": {"bytes": None, "path": path}}
+    return {**media, "captions": [], "pair_id": number, "name": printable(path)}
 
 
 def _files_below(root: str) -> Iterator[str]:

@@ -77,16 +77,7 @@ class SearchIndex:
 
         Raises `ValueError` for an index type that the store lacks and for a name in use.
         """
-        name = model.name_or_path if model_name is None else model_name
-        info = {
-            "format": FORMAT,
-            "model": os.path.abspath(name) if os.path.isdir(name) else name,
-            # The commit of a Hub id, by which `cots-search` loads the same weights whatever is pushed later.
-            "model_commit": getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
-            "model_identity": model_identity(model, processor),
-            "dim": model.config.projection_dim,
-        }
-        create_store(index, info, engine).close()
+        create_store(index, describe_model(model, processor, model_name), engine).close()
         return cls(index, model, processor)
 
     def __len__(self) -> int:
@@ -138,6 +129,7 @@ class SearchIndex:
             total, hidden = sum(len(part) for part in share.parts), not (progress and state.is_main_process)
             with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
                 for note in share.notes:
+                for note in notes_before(int(is_in.sum()), int(is_gone.sum()), len(names)) * state.is_main_process:
                     bar.write(note)
                 contents = [
                     self._add_part(embedder.tables(dataset, part, share.names, source, bar)) for part in share.parts
@@ -171,6 +163,15 @@ class SearchIndex:
         """The time of adding in all processes: it begins and ends in the others after it did in the main process."""
         if state.num_processes == 1:
             shares, run = self._shares(dataset, source, restore, 1)
+    def _adding(self, state: PartialState, source: str, row_ids: np.ndarray, restore: bool) -> Iterator[None]:
+        """The time of adding in all processes; the main process begins before the others and ends after them."""
+        if state.is_main_process:
+            is_in, is_gone = self._present_and_deleted(row_ids, restore)
+            run = {
+                "images": len(row_ids) - int(is_gone.sum()),
+                "before": int(is_in.sum()),
+                "entries": count_of(self.store, source),
+            }
             with self.store.adding({source: run}):
                 yield shares[0]
             return
@@ -355,6 +356,17 @@ class Share:
     names: Sequence[str] | Mapping[int, str]
     dataset: Any = None
     notes: list[str] = field(default_factory=list)
+def describe_model(model, processor, model_name: str | None = None) -> dict:
+    """What an index, or a file of embeddings, stores of the model that it was made with; see `SearchIndex.create`."""
+    name = model.name_or_path if model_name is None else model_name
+    return {
+        "format": FORMAT,
+        "model": os.path.abspath(name) if os.path.isdir(name) else name,
+        # The commit of a Hub id, by which `cots-search` loads the same weights whatever is pushed later.
+        "model_commit": getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+        "model_identity": model_identity(model, processor),
+        "dim": model.config.projection_dim,
+    }
 
 
 def process_state() -> PartialState:
@@ -386,19 +398,19 @@ def state_notes(store, name: str) -> list[str]:
     notes = []
     for source, run in runs.items():
         # What else has this source, as of files that are gone, has been there at the run's begin already.
-        num_in = min(max(run["before"] + _count_of(store, source) - run["entries"], 0), run["images"])
+        num_in = min(max(run["before"] + count_of(store, source) - run["entries"], 0), run["images"])
         notes.append(f"{num_in:,} of {run['images']:,} are in; run the same command to go on (it adds {source}).")
     if len(store) == 0 and not runs:
         notes.append(f"{name} has no images: add some by `cots-search add {shlex.quote(name)} PHOTOS/`.")
     return notes
 
 
-def _count_of(store, source: str) -> int:
+def count_of(store, source: str) -> int:
     """How many entries have this source."""
     return len(store) and store.count([Condition("source", "==", source)])
 
 
-def _notes_before(num_in: int, num_gone: int, num_names: int) -> list[str]:
+def notes_before(num_in: int, num_gone: int, num_names: int) -> list[str]:
     """What to say before embedding begins."""
     notes = []
     if num_in:

@@ -20,6 +20,9 @@ DESCRIPTION = """Index photographs and videos once, then find them by words, by 
     cots-search add IDX MORE_PHOTOS/
     cots-search delete IDX PHOTOS/blurred.jpg
     cots-search rebuild IDX --engine hnsw
+    cots-search embed "s3://photos/{00000..00999}.tar" --model MODEL --output s3://embeddings/photos \
+        --checkpoint s3://checkpoints/photos --actors 8 --gpus_per_actor 1
+    cots-search load IDX s3://embeddings/photos
 
 MODEL is a folder or a Hub id of a model that was trained on photographs, such as runs/flickr8k_dinov2, which
 examples/configs/flickr8k_dinov2.yaml trains. The model of the quick start is a toy: it knows drawn shapes alone.
@@ -33,7 +36,7 @@ TORCH_DTYPES, ONNX_DTYPES = "float32, bfloat16", "float32, float16, int8"  # tho
 THUMBNAIL_SIDE = 192
 HOST, PORT = "127.0.0.1", 8765
 MAX_TOP = 1_000
-CONTINUING = ("index", "add")  # the commands that go on where a stopped one was
+CONTINUING = ("index", "add", "embed", "load")  # the commands that go on where a stopped one was
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,8 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("add", help="embed more images, with the index's own model")
     add.add_argument("index", help="the index")
     add.add_argument("data", help="as for `index`")
-    for command in (index, add):
+    embed = commands.add_parser("embed", help="embed on the machines of a Ray cluster, into files for `load`")
+    embed.add_argument("data", help="as for `index`, or addresses of shards (s3://photos/{00000..00999}.tar)")
+    embed.add_argument("--model", required=True, help="a COTS checkpoint that all machines see: folder or Hub id")
+    embed.add_argument("--output", required=True, help="folder or address to write parquet files to")
+    embed.add_argument(
+        "--checkpoint", required=True, help="folder or address of the ids that are written, to go on after a stop"
+    )
+    embed.add_argument("--actors", type=_positive, default=1, help="processes that embed, each with its model (1)")
+    embed.add_argument("--gpus_per_actor", type=_gpus, default=0, help="GPUs of each; 0.5 shares one (0: on CPUs)")
+    load = commands.add_parser("load", help="take what `embed` has written into an index; embeds nothing")
+    load.add_argument("index", help="the index to make or to continue")
+    load.add_argument("files", nargs="+", help="parquet files of `embed`: files, globs, folders or addresses")
+    load.add_argument("--engine", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md")
+    for command in (index, add, embed):
         _add_data_options(command)
+    for command in (index, add):
+        command.add_argument("--restore", action="store_true", help="embed also what was deleted from the index")
+    load.add_argument("--restore", action="store_true", help="take also what was deleted from the index")
     query = commands.add_parser("query", help="find images; without a text or an image, one text a line of the input")
     query.add_argument("index", help="the index")
     query.add_argument("text", nargs="?", help="what to look for")
@@ -91,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
     for command in (add, query, serve):
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
-    for command in (index, add, query, serve):
+    for command in (index, add, embed, query, serve):
         command.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the model (torch)")
         command.add_argument("--dtype", help=f"of torch {TORCH_DTYPES}; of onnx {ONNX_DTYPES}; of openvino float32")
         command.add_argument(
@@ -103,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
-    """What `index` and `add` have in common."""
+    """What `index`, `add` and `embed` have in common."""
     command.add_argument("--dataset_config", help="configuration of a Hub id, if it has several")
     command.add_argument("--dataset_revision", help="branch, tag or commit of a Hub id")
     command.add_argument("--split", default="train", help="split of a data set (train)")
@@ -114,17 +133,16 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--thumbnails", type=_count, default=THUMBNAIL_SIDE, help=f"pixels a side, 0 for none ({THUMBNAIL_SIDE})"
     )
-    command.add_argument("--restore", action="store_true", help="embed also what was deleted from the index")
 
 
 def refuse_early(args: argparse.Namespace) -> None:
     """Raise `ValueError` for names of files that are not there, before anything is imported."""
-    is_postgres_uri(args.index)  # refuses one with a password
-    is_server = args.index.startswith(("http://", "https://", "postgresql://", "postgres://"))
-    place = args.index.partition("#")[0]
-    if args.command != "index" and not is_server and not os.path.exists(place):
-        raise ValueError(f"There is no index in {args.index!r}: make one with `cots-search index`.")
-    if args.command in CONTINUING and args.data.startswith(("/", ".", "~")):
+    if args.command != "embed":
+        is_server = is_postgres_uri(args.index) or args.index.startswith(("http://", "https://"))
+        is_there = is_server or os.path.exists(args.index.partition("#")[0])
+        if not is_there and args.command not in ("index", "load"):
+            raise ValueError(f"There is no index in {args.index!r}: make one with `cots-search index`.")
+    if args.command in ("index", "add", "embed") and args.data.startswith(("/", ".", "~")):
         if (
             not glob.has_magic(args.data)
             and "{" not in args.data
@@ -187,9 +205,17 @@ def _bounded(text: str, least: int, words: str, most: float = float("inf")) -> i
 
 
 def _share(text: str) -> float:
+    return _number(text, 1, "a number between 0 (the text alone) and 1")
+
+
+def _gpus(text: str) -> float:
+    return _number(text, float("inf"), "a number of at least 0")
+
+
+def _number(text: str, most: float, words: str) -> float:
     try:
-        if 0 <= float(text) <= 1:
+        if 0 <= float(text) <= most:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 (the text alone) and 1")
+    raise argparse.ArgumentTypeError(f"{text!r} is not {words}")

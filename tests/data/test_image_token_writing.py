@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenize_images
@@ -16,7 +17,8 @@ from transformers import set_seed
 
 from modeling_cots import ImageTokenizer, ScenesDataset
 from modeling_cots.data import image_token_writing
-from modeling_cots.data.image_token_writing import TokenWriter, encoded_image
+from modeling_cots.data.image_token_cache import TokenSource
+from modeling_cots.data.image_token_writing import TokenWorker, TokenWriter, encoded_image
 from modeling_cots.data.pairs import open_pairs
 from modeling_cots.data.streaming.dataset import open_stream
 
@@ -152,6 +154,22 @@ def test_what_cannot_be_read_gets_no_bytes(tmp_path):
 
 
 # Training
+
+
+def test_a_worker_gives_the_same_tokens_without_the_images(folder, tmp_path, image_tokenizer):
+    pairs = open_pairs(str(folder), "train")
+    write(pairs, tmp_path / "out", image_tokenizer, flipped=True)
+    source = TokenSource.of(image_tokenizer, SIZE, PATCH)
+    rows = pa.table({"row_id": ["0", "1", "2"], "name": pairs.names(), "number": [0, 1, 2]})
+    worker = TokenWorker(lambda: image_tokenizer, lambda rows: [pairs[i] for i in range(3)], source, True, 2, 0)
+    table, skipped = worker(rows)
+    expected = [item for item in open_pairs(str(tmp_path / "out"), "train") if item["image_tokens"] is not None]
+    assert table.column_names == ["row_id", "name", "image_tokens", "image_tokens_source"]
+    assert table["image_tokens"].to_pylist() == [np.asarray(item["image_tokens"]).tolist() for item in expected]
+    assert table["row_id"].to_pylist() == ["0", "2"] and [name for name, _ in skipped] == [pairs[1]["name"]]
+    other = ImageTokenizer.random(40, [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match="another one here.*vocab_size 40 and not 50"):
+        TokenWorker(lambda: other, None, source, True, 2, 0)
 
 
 @pytest.fixture

@@ -29,30 +29,31 @@ class FileShards:
     Args:
         names: Paths and addresses.
         columns: Columns or extensions to read. All others are skipped.
+        with_others: Whether to read other columns of texts, numbers and dates, too, see `read_rows`.
     """
 
-    def __init__(self, names: list[str], columns: Columns):
-        self._names, self._columns = names, columns
+    def __init__(self, names: list[str], columns: Columns, with_others: bool = False):
+        self.names, self._columns, self._with_others = names, columns, with_others
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def name(self, shard: int) -> str:
         """The name of a shard in reports."""
-        return display_name(self._names[shard])
+        return display_name(self.names[shard])
 
     def read(self, shard: int) -> Rows:
         """The key and row of each sample in a shard, in its order, or what is wrong with it in place of the row."""
-        name = self._names[shard]
+        name = self.names[shard]
         if not is_url(name) and os.path.isdir(name):
             yield from read_folder(Path(name), self._columns)
             return
         with _open(name) as stream:
-            yield from read_rows(stream, Path(display_name(name)).suffix, self._columns)
+            yield from read_rows(stream, Path(display_name(name)).suffix, self._columns, self._with_others)
 
     def read_file(self, shard: int, path: str) -> bytes:
         """The file that a row of a shard names as its image. Raises [`BadRowError`] unless it is beside the shard."""
-        name = self._names[shard]
+        name = self.names[shard]
         if is_url(name):
             raise BadRowError("it has no image inside, only the name of a file, and the shard is not on this machine")
         try:
