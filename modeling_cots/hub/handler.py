@@ -22,7 +22,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ SPECIAL_BLOCKS = tuple(
 )
 HEADERS = {"User-Agent": "cots-handler", "Accept": "image/jpeg, image/png, image/webp", "Connection": "close"}
 URL_SAFE = "/%:@!$&'()*+,;=~?"
+INTERNAL_ERROR = "internal error: the request could not be answered"
 SURROGATES = re.compile("[\ud800-\udfff]")  # characters that JSON can hold and UTF-8 cannot
 
 
@@ -80,6 +81,22 @@ class Query:
     texts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     is_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    A request that has been read.
+
+    Args:
+        query: What it asks; `None` if it is refused.
+        pixel_values: Its image (1, 3, H, W); `None` without one.
+        error: Why it is refused.
+    """
+
+    query: Query | None = None
+    pixel_values: Any = None
+    error: str | None = None
 
 
 def parse_payload(data: Any) -> Query:
@@ -329,45 +346,92 @@ class EndpointHandler:
         Returns a list of `{"label", "score"}`, best first, for an image with labels; one embedding, a list of floats
         of unit length, for an image or a text; a list of embeddings for a list of texts; else `{"error": message}`.
         """
+        return self.answer([self.read(data)])[0]
+
+    def read(self, data: Any) -> Request:
+        """Check a request body, and load and prepare its image."""
         try:
             query = parse_payload(data)
-            image = None if query.image is None else load_image(query.image)
-            return self._answer(query, image)
+            if query.image is None:
+                return Request(query)
+            image = load_image(query.image)
+            try:
+                return Request(query, self.processor(images=[image], return_tensors="pt")["pixel_values"])
+            except ValueError as error:
+                raise RequestError("the image cannot be turned into RGB") from error
         except RequestError as error:
-            return {"error": str(error)}
+            return Request(error=str(error))
         except Exception:
             logger.exception("A request failed.")
-            return {"error": "internal error: the request could not be answered"}
+            return Request(error=INTERNAL_ERROR)
 
-    def _answer(self, query: Query, image: Image.Image | None) -> list:
-        if query.labels:
-            logits = self._run(self.model, list(query.texts), image).logits_per_image[0].tolist()
-            weights = [math.exp(logit - max(logits)) for logit in logits]
-            scores = [weight / sum(weights) for weight in weights]
-            ranked = sorted(zip(query.labels, scores, strict=True), key=lambda pair: -pair[1])
-            return [{"label": label, "score": score} for label, score in ranked]
-        if image is not None:
-            return self._run(self.model.encode_image, None, image)[0].tolist()
-        embeds = self._run(self.model.encode_text, list(query.texts), None).tolist()
-        return embeds if query.is_batch else embeds[0]
+    def answer(self, requests: list[Request]) -> list:
+        """
+        What `__call__` returns for each of several requests.
 
-    def _run(self, encode: Callable, texts: list[str] | None, image: Image.Image | None):
-        """What a function of the model gives for the inputs that the processor makes."""
-        inputs: dict = {} if texts is None else {"text": texts, "padding": True, "truncation": True}
-        if image is not None:
-            inputs["images"] = [image]
+        All images go through the model together, and so do all texts. If that fails, each request is answered alone.
+        """
         try:
-            prepared = self.processor(**inputs, return_tensors="pt")
-        except ValueError as error:
-            if image is None:
-                raise
-            raise RequestError("the image cannot be turned into RGB") from error
+            return self._answer(requests)
+        except Exception:
+            if len(requests) > 1:
+                return [self.answer([request])[0] for request in requests]
+            logger.exception("A request failed.")
+            return [{"error": INTERNAL_ERROR}]
+
+    def _answer(self, requests: list[Request]) -> list:
+        answers: list = [{"error": request.error} for request in requests]
+        queries = {number: request.query for number, request in enumerate(requests) if request.query is not None}
+        images = [number for number, query in queries.items() if query.image is not None and not query.labels]
+        texts = [number for number, query in queries.items() if query.image is None]
+        for number, query in queries.items():
+            if query.labels:
+                answers[number] = self._classify(query, requests[number].pixel_values)
+        if images:
+            pixel_values = self._join([requests[number].pixel_values for number in images])
+            for number, embed in zip(
+                images, self._run(self.model.encode_image, pixel_values=pixel_values), strict=True
+            ):
+                answers[number] = embed.tolist()
+        embeds = self._embed_texts([text for number in texts for text in queries[number].texts])
+        for number in texts:
+            of_query = [next(embeds) for _ in queries[number].texts]
+            answers[number] = of_query if queries[number].is_batch else of_query[0]
+        return answers
+
+    def _classify(self, query: Query, pixel_values) -> list[dict]:
+        inputs = {**self._tokens_of(query.texts), "pixel_values": pixel_values}
+        logits = self._run(self.model, **inputs).logits_per_image[0].tolist()
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        scores = [weight / sum(weights) for weight in weights]
+        ranked = sorted(zip(query.labels, scores, strict=True), key=lambda pair: -pair[1])
+        return [{"label": label, "score": score} for label, score in ranked]
+
+    def _embed_texts(self, texts: list[str]) -> Iterator[list[float]]:
+        for start in range(0, len(texts), MAX_TEXTS):
+            yield from self._run(self.model.encode_text, **self._tokens_of(texts[start : start + MAX_TEXTS])).tolist()
+
+    def _tokens_of(self, texts: Sequence[str]) -> dict:
+        return dict(self.processor(text=list(texts), padding=True, truncation=True, return_tensors="pt"))
+
+    def _join(self, pixel_values: list):
+        """Images (1, 3, H, W) as one batch (B, 3, H, W)."""
         if self.device is None:
-            return encode(**prepared)
+            import numpy
+
+            return numpy.concatenate(pixel_values)
+        import torch
+
+        return torch.cat(pixel_values)
+
+    def _run(self, encode: Callable, **inputs):
+        """What a function of the model gives for what the processor has made."""
+        if self.device is None:
+            return encode(**inputs)
         import torch
 
         with torch.inference_mode():
-            return encode(**{name: tensor.to(self.device) for name, tensor in prepared.items()})
+            return encode(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
 
 
 def runs_onnx(path: str) -> bool:

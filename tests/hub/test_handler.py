@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import json
 import socket
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import as_base64, as_bytes
+from PIL import Image
 
 from modeling_cots import COTSModel
 from modeling_cots.hub import handler as hub_handler
@@ -209,3 +211,51 @@ def test_it_works_on_the_real_model_as_a_file_of_its_repository(tmp_path, tiny_c
     logits = (image_embeds @ text_embeds.T)[0] / tiny_config.temperature
     expected = dict(zip(LABELS, logits.softmax(0).tolist(), strict=True))
     assert {a["label"]: a["score"] for a in answer} == pytest.approx(expected, abs=1e-5)
+
+
+def test_requests_that_are_answered_together_go_through_the_model_once(handler):
+    """Each gets its own answer: what it would get alone."""
+    calls = Counter()
+
+    def counting(name: str):
+        encode = getattr(handler.model, name)
+        return lambda **inputs: calls.update([name]) or encode(**inputs)
+
+    for name in ("encode_text", "encode_image"):
+        setattr(handler.model, name, counting(name))
+    images = [as_base64(Image.new("RGB", (4, 4), color)) for color in ("red", "lime", "blue")]
+    bodies = [{"inputs": {"image": image}} for image in images]
+    bodies += [{"inputs": "dog"}, {"inputs": ["cat", "sea"]}, {"inputs": ["sun"]}, {"inputs": " "}, {"inputs": {}}]
+    together = handler.answer([handler.read(body) for body in bodies])
+    assert calls == {"encode_text": 1, "encode_image": 1}
+    assert together == [handler(body) for body in bodies]
+    assert len({tuple(embed) for embed in together[:3]}) == 3 and "error" in together[-1]
+    labels = {"inputs": {"image": images[0], "candidate_labels": ["dog", "cat"]}}
+    assert handler.answer([handler.read(body) for body in (labels, bodies[3])]) == [handler(labels), together[3]]
+
+
+def test_a_request_that_fails_costs_the_others_of_its_batch_nothing(handler):
+    encode = handler.model.encode_text
+
+    def fragile(input_ids):
+        if (input_ids[:, 25] > 2).any():
+            raise ValueError("zz")
+        return encode(input_ids)
+
+    handler.model.encode_text = fragile
+    requests = [handler.read({"inputs": text}) for text in ("dog", "zzz", "cat")]
+    first, failed, last = handler.answer(requests)
+    assert "internal error" in failed["error"] and first == handler({"inputs": "dog"}) and len(last) == 3
+
+
+def test_many_texts_of_a_batch_are_embedded_in_bounded_passes(handler):
+    body = {"inputs": [f"text {number}" for number in range(hub_handler.MAX_TEXTS)]}
+    sizes, encode = [], handler.model.encode_text
+
+    def measuring(input_ids):
+        sizes.append(len(input_ids))
+        return encode(input_ids)
+
+    handler.model.encode_text = measuring
+    first, second = handler.answer([handler.read(body)] * 2)
+    assert sizes == [hub_handler.MAX_TEXTS] * 2 and first == second and len(first) == hub_handler.MAX_TEXTS
