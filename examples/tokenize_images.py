@@ -21,8 +21,8 @@ whose centers are saved in photos_tokenized/image_tokenizer.
 """
 
 import argparse
-import shlex
 import importlib.util
+import shlex
 from functools import partial
 
 import torch

@@ -129,7 +129,6 @@ class SearchIndex:
             total, hidden = sum(len(part) for part in share.parts), not (progress and state.is_main_process)
             with tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
                 for note in share.notes:
-                for note in notes_before(int(is_in.sum()), int(is_gone.sum()), len(names)) * state.is_main_process:
                     bar.write(note)
                 contents = [
                     self._add_part(embedder.tables(dataset, part, share.names, source, bar)) for part in share.parts
@@ -163,15 +162,6 @@ class SearchIndex:
         """The time of adding in all processes: it begins and ends in the others after it did in the main process."""
         if state.num_processes == 1:
             shares, run = self._shares(dataset, source, restore, 1)
-    def _adding(self, state: PartialState, source: str, row_ids: np.ndarray, restore: bool) -> Iterator[None]:
-        """The time of adding in all processes; the main process begins before the others and ends after them."""
-        if state.is_main_process:
-            is_in, is_gone = self._present_and_deleted(row_ids, restore)
-            run = {
-                "images": len(row_ids) - int(is_gone.sum()),
-                "before": int(is_in.sum()),
-                "entries": count_of(self.store, source),
-            }
             with self.store.adding({source: run}):
                 yield shares[0]
             return
@@ -201,12 +191,12 @@ class SearchIndex:
         run = {
             "images": len(row_ids) - int(is_gone.sum()),
             "before": int(is_in.sum()),
-            "entries": _count_of(self.store, source),
+            "entries": count_of(self.store, source),
         }
         todo = np.flatnonzero(~is_in & ~is_gone)
         parts = _parts_of_processes(todo, num)
         shares = [Share(parts[0], names)] if num == 1 else [_share(dataset, names, each) for each in parts]
-        shares[0].notes = _notes_before(int(is_in.sum()), int(is_gone.sum()), len(names))
+        shares[0].notes = notes_before(int(is_in.sum()), int(is_gone.sum()), len(names))
         return shares, run
 
     def _check_model(self) -> None:
@@ -356,6 +346,8 @@ class Share:
     names: Sequence[str] | Mapping[int, str]
     dataset: Any = None
     notes: list[str] = field(default_factory=list)
+
+
 def describe_model(model, processor, model_name: str | None = None) -> dict:
     """What an index, or a file of embeddings, stores of the model that it was made with; see `SearchIndex.create`."""
     name = model.name_or_path if model_name is None else model_name
