@@ -53,7 +53,7 @@ def test_addresses_need_ray(folder, monkeypatch, capsys):
 @pytest.mark.slow
 def test_actors_write_the_tokens_of_the_script(folder, monkeypatch, capsys, ray_address):
     tokenize(monkeypatch, folder, SHARDS, "--output_dir", "rewritten")
-    expected = {item["name"]: item["image_tokens"].tolist() for item in open_pairs("rewritten", "train")}
+    expected = {item["name"]: item["image_tokens"] for item in open_pairs("rewritten", "train")}
     ray_options = ["--ray", "--actors", "1", "--output_dir", "out", "--checkpoint", "noted"]
     place = f"file://{folder}/{SHARDS}"
     for num_written in (12, 0):  # the second time nothing is left to do
