@@ -72,7 +72,7 @@ def _find_parts(args: argparse.Namespace, open_images) -> tuple[list, Reader, st
     dataset, source = open_images(args)
     names = entry_names(dataset, source)
     if isinstance(dataset, ImageFolder):
-        paths = [os.fsencode(path) for path in dataset.paths]
+        paths = [os.fsencode(dataset.paths[number]) for number in range(len(dataset))]
         return numbered_parts(names, row_ids_of, path=paths), _read_files, source
     return numbered_parts(names, row_ids_of), NumberedReader(partial(_open_quietly, open_images, args)), source
 
