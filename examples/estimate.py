@@ -30,6 +30,7 @@ from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.factory import build_config, config_options
 from modeling_cots.scripts.kmeans_fitting import KMEANS
 from modeling_cots.scripts.steps import parse_options
+from modeling_cots.training.sharding import check_shards
 
 SCRIPTS = {"run_pretraining": pretraining, "run_retrieval": retrieval, "run_video_retrieval": video_retrieval}
 BERT_BASE = "google-bert/bert-base-uncased", "bert-base-uncased"  # the defaults of BertConfig are its configuration
@@ -72,12 +73,13 @@ def script_of(argv: list[str]):
     return SCRIPTS[min(SCRIPTS, key=lambda name: len(given & every - known[name]))]
 
 
-def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
+def estimate(script_args, args: COTSTrainingArguments, num_gpus: int = 1) -> TrainingCost:
     """
     The cost of the model and the shapes that the options of a training script describe.
 
-    Raises `ValueError` for adapters, which are not counted.
+    Raises `ValueError` for adapters, which are not counted, and for devices that `shard_model` cannot be split among.
     """
+    check_shards(args, num_gpus)
     if script_args.lora_rank is not None:
         raise ValueError("This counts runs that train whole encoders; LoRA needs less: leave lora_rank out.")
     is_bert_base = script_args.text_model in BERT_BASE
@@ -99,7 +101,7 @@ def estimate(script_args, args: COTSTrainingArguments) -> TrainingCost:
         )
     if script_args.image_tokenizer in TOKENIZER_WIDTHS:
         shapes["image_tokenizer_hidden_size"] = TOKENIZER_WIDTHS[script_args.image_tokenizer]
-    return estimate_training_cost(config, args, **shapes)
+    return estimate_training_cost(config, args, num_devices=num_gpus, **shapes)
 
 
 def main() -> None:
@@ -116,7 +118,7 @@ def main() -> None:
     )
 
     # 1. Count.
-    cost = estimate(script_args, args)
+    cost = estimate(script_args, args, estimate_args.num_gpus)
 
     # 2. What the model is.
     print(f"{'parameters':28s} {sum(cost.num_parameters.values()) / 1e6:12.1f} million")

@@ -65,18 +65,27 @@ class MomentumEncoder(nn.Module):
     def separate_(self, model: nn.Module) -> None:
         """Copy the shared weights that train by now; to be called before they move."""
         online = dict(model.named_parameters(remove_duplicate=False))
-        trains = {name for name in self._shared if online[name].requires_grad}
-        copies = {id(online[name]): nn.Parameter(online[name].float().clone(), requires_grad=False) for name in trains}
-        for name in trains:
+        self._copy_({name: online[name] for name in self._shared if online[name].requires_grad})
+
+    @torch.no_grad()
+    def separate_all_(self, model: nn.Module) -> None:
+        """Copy all shared weights, for a copy whose tensors are to be split apart from those of the model."""
+        online = dict(model.named_parameters(remove_duplicate=False))
+        self._copy_({name: online[name] for name in self._shared})
+
+    def _copy_(self, weights: dict[str, nn.Parameter]) -> None:
+        copies = {id(each): nn.Parameter(each.float().clone(), requires_grad=False) for each in weights.values()}
+        for name, weight in weights.items():
             owner, _, last = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), last, copies[id(online[name])])
-        self._shared -= trains
+            setattr(self.model.get_submodule(owner), last, copies[id(weight)])
+        self._shared -= weights.keys()
         self._paired_with = None
 
     @torch.no_grad()
     def update_(self, model: nn.Module, momentum: float) -> None:
         """
-        Move towards `model`, in place and in float32; buffers are copied.
+        Move towards `model`, in place and in float32; buffers are copied. Of models that are split alike among
+        processes each moves its own parts.
 
         The tensors of the two are paired at the first call with a model, as walking over all modules takes longer than
         moving them does on a GPU. Raises `ValueError` for a momentum outside [0, 1].
@@ -85,7 +94,8 @@ class MomentumEncoder(nn.Module):
             raise ValueError(f"The momentum must be between 0 and 1, got {momentum}.")
         parameters, online_parameters = self._pairs_with(model).parameters()
         if parameters:  # `float` copies nothing that is float32 already
-            torch._foreach_lerp_(parameters, [parameter.float() for parameter in online_parameters], 1 - momentum)
+            own, online = ([_own_part(each) for each in tensors] for tensors in (parameters, online_parameters))
+            torch._foreach_lerp_(own, [part.float() for part in online], 1 - momentum)
         for buffer, online_buffer in self._pairs_with(model).buffers():
             buffer.copy_(online_buffer)
         self.is_copy = momentum == 0 and all(parameter.dtype == torch.float32 for parameter in online_parameters)
@@ -96,7 +106,7 @@ class MomentumEncoder(nn.Module):
         pairs = self._pairs_with(model)
         together = [*zip(*pairs.parameters(), strict=True), *pairs.buffers()]
         self.is_copy = self.is_copy and all(
-            mine.dtype == other.dtype and torch.equal(mine, other) for mine, other in together
+            mine.dtype == other.dtype and torch.equal(_own_part(mine), _own_part(other)) for mine, other in together
         )
 
     def _pairs_with(self, model: nn.Module) -> "_Pairs":
@@ -128,6 +138,11 @@ class _Pairs:
 
     def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(slow[name], online[online_name]) for (slow, name), (online, online_name) in self._buffers]
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that is split among processes; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _pair(slow: nn.Module, online: nn.Module, kind: str) -> list[tuple[tuple[dict, str], tuple[dict, str]]]:
@@ -183,11 +198,18 @@ class MomentumState(nn.Module):
                 "not go on where it stopped. Resume from a checkpoint of COTSTrainer, or start a new run with this "
                 "one as its model."
             )
-        saved_size = _saved_queue_size(path)
+        self.check_queue_size(_saved_queue_size(path), path)
+        self.take(safetensors.torch.load_file(path), path)
+
+    def check_queue_size(self, saved_size: int, path: str) -> None:
+        """Raise `ValueError` where `path` holds a queue of another size."""
         if saved_size != self.queue.size:
             raise ValueError(f"{path} holds a queue of {saved_size} pairs, and queue_size is {self.queue.size}.")
+
+    def take(self, saved: dict[str, torch.Tensor], path: str) -> None:
+        """Restore what was read from `path`. Raises `ValueError` where it is of another model."""
         try:
-            missing, unexpected = self._take(safetensors.torch.load_file(path), path)
+            missing, unexpected = self._take(saved, path)
         except RuntimeError as error:
             raise ValueError(f"{path} was saved with another model than this one. {error}") from error
         if missing or unexpected:
@@ -207,6 +229,8 @@ class MomentumState(nn.Module):
                     "now: let the same weights train, or start a new run with the checkpoint as its model."
                 )
         missing, unexpected = self.load_state_dict(saved, strict=False)
+        if not missing:
+            return missing, unexpected
         own = self.state_dict()
         found = {own[name].data_ptr() for name in saved.keys() & own.keys()}  # tied weights are saved once
         known = NEW_IN_0_2 | shared

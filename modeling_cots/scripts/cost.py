@@ -28,6 +28,7 @@ from ..modeling_cots_pretraining import COTSForPreTraining
 from ..training.arguments import COTSTrainingArguments
 from ..training.copied_passes import CopiedPasses
 from ..training.frozen_layers import FrozenEncoders
+from ..training.layer_compiling import encoder_layers
 from ..training.master_weights import BFLOAT16, to_bfloat16_
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
@@ -98,6 +99,7 @@ def estimate_training_cost(
     text_length: int = 32,
     num_frames: int | None = None,
     image_tokenizer_hidden_size: int | None = 256,
+    num_devices: int = 1,
 ) -> TrainingCost:
     """
     Estimate the cost of training a model of `config` with `args`.
@@ -109,6 +111,7 @@ def estimate_training_cost(
         num_frames (`int`, *optional*): Frames of a video; without it pairs are of images.
         image_tokenizer_hidden_size (`int`, *optional*, defaults to 256): Width of the dVAE; 256 is DALL-E's. `None`:
             the data bring their image tokens along.
+        num_devices (`int`, defaults to 1): Among which `shard_model` splits what is fixed.
 
     Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
     and for videos with the masked losses, which are of images.
@@ -130,14 +133,29 @@ def estimate_training_cost(
         flop_per_pair = step.count_flop(image_tokenizer_hidden_size)
         parameters = _count_parameters(step.model)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        gathered = _gathered_parameters(model)
     total = sum(parameters.values())
     momentum = total - parameters["heads"]
     queue = args.queue_size * (2 * config.projection_dim + 1) * 4 + args.queue_size * 8
     fixed = trained * BYTES_PER_PARAMETER + (total - trained) * BYTES_PER_FROZEN_PARAMETER
-    fixed += momentum * BYTES_PER_MOMENTUM_PARAMETER + queue
-    if args.bf16 or args.fp16:
+    fixed += momentum * BYTES_PER_MOMENTUM_PARAMETER
+    is_half = args.bf16 or args.fp16
+    if args.shard_model:
+        fixed = fixed * args.shard_replicas // num_devices
+        fixed += gathered * (BYTES_PER_CAST_PARAMETER if is_half else BYTES_PER_FROZEN_PARAMETER)
+    elif is_half:
         fixed += total * BYTES_PER_CAST_PARAMETER
+    fixed += queue
     return TrainingCost(parameters, trained, flop_per_pair, fixed, per_pair)
+
+
+def _gathered_parameters(model: COTSForPreTraining) -> int:
+    """Weights and gradients that a device has whole at once: those outside the layers, and of two layers."""
+    layers = encoder_layers(model)
+    sizes = sorted(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return 2 * (outside + sum(sizes[-2:]))
 
 
 def _count_parameters(model: COTSForPreTraining) -> dict[str, int]:

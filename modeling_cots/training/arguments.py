@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .base_arguments import check_base_arguments, check_numbers, check_precision, choose_measure, refuse_unused
 from .frozen_layers import ALL, NONE, check_freeze
 from .master_weights import FLOAT32, check_param_dtype
+from .sharding import check_shard_arguments
 
 MAX_KEY_DRIFT = 0.08
 FILTER_RULES = "deviation", "mixture"
@@ -163,6 +164,20 @@ class COTSTrainingArguments(TrainingArguments):
             "enough for the minutes that the first steps take; needs a C++ compiler and Triton."
         },
     )
+    shard_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Split weights, gradients, optimizer and momentum copy among the processes (FSDP2), for models "
+            "that one device cannot hold."
+        },
+    )
+    shard_replicas: int = field(
+        default=1,
+        metadata={
+            "help": "With shard_model: groups of processes that each hold the whole model, split within the group "
+            "(HSDP). One for each machine saves traffic between machines."
+        },
+    )
 
     param_dtype: str = field(
         default=FLOAT32,
@@ -234,6 +249,8 @@ class COTSTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"queue_size must be at least 1, got {self.queue_size}: COTS contrasts against the queue."
             )
+        if self.shard_replicas < 1:
+            raise ValueError(f"shard_replicas must be at least 1, got {self.shard_replicas}.")
         for name in ("max_skipped_fraction", "momentum", "image_mask_ratio", "text_mask_ratio", "horizontal_flip"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -262,6 +279,7 @@ class COTSTrainingArguments(TrainingArguments):
         check_param_dtype(self)
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
+        check_shard_arguments(self)
         if self.filter_rule not in FILTER_RULES:
             raise ValueError(f"filter_rule must be one of {', '.join(FILTER_RULES)}, got {self.filter_rule}.")
         if self.filter_rule == "mixture" and self.filter_num_std != FILTER_NUM_STD:

@@ -22,10 +22,10 @@ MEASURES = (
 
 _EVALUATION = "evaluation embeds the whole data set and measures retrieval on it"
 _LENGTHS = "captions are not grouped by length: docs/training.md says why"
-_WHOLE = (
-    "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism (torchrun or "
-    "accelerate launch), not FSDP or DeepSpeed"
+_FSDP = (
+    "it would leave out the momentum copy, and on CPUs do nothing; set shard_model to split both among the processes"
 )
+_ELSEWHERE = "it knows nothing of the momentum copy; set shard_model to split model and copy among the processes"
 _LIGER = "it has no kernels for COTS"
 
 # What would be ignored, or would break the momentum copy and the queue: the name, and why it must keep its default.
@@ -49,10 +49,10 @@ REFUSED = {
     "include_for_metrics": _EVALUATION,
     "batch_eval_metrics": _EVALUATION,
     "length_column_name": _LENGTHS,
-    "fsdp": _WHOLE,
-    "fsdp_config": _WHOLE,
-    "deepspeed": _WHOLE,
-    "parallelism_config": _WHOLE,
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "deepspeed": _ELSEWHERE,
+    "parallelism_config": _ELSEWHERE,
     "remove_unused_columns": "COTSTrainer's batches rely on it",
     "ddp_broadcast_buffers": "the momentum state relies on it",
     "ddp_static_graph": "a batch without a readable image leaves parameters without a gradient",

@@ -14,6 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 MAX_PROGRAMS = 64
 
 
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of all encoders of `model`, outer ones before those that they hold."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def compile_layers(model: nn.Module, **compile_options) -> None:
     """
     Compile the layers of all encoders of `model` in place, when they first run.
@@ -27,7 +32,7 @@ def compile_layers(model: nn.Module, **compile_options) -> None:
 
     Raises `ValueError` for a model without such layers, and where nothing can be compiled, with torch's own reason.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = encoder_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers of transformers' encoders to compile.")
     _try_compiler(next(model.parameters()).device, compile_options)

@@ -64,12 +64,12 @@ def check_launch(args: TrainingArguments) -> None:
         )
 
 
-def check_not_sharded(is_sharded: bool) -> None:
-    """Raise `ValueError` for a launch that splits the model; docs/reliability.md has the sizes that need no split."""
-    if is_sharded:
+def check_not_split_elsewhere(is_split: bool) -> None:
+    """Raise `ValueError` for a launch of accelerate that splits the model: it would leave out the momentum copy."""
+    if is_split:
         raise ValueError(
-            "COTSTrainer keeps a full momentum copy of the model on every device: use plain data parallelism "
-            "(torchrun or accelerate launch), not FSDP or DeepSpeed. The paper's model has 0.2 billion parameters."
+            "FSDP and DeepSpeed of accelerate do not know of the momentum copy: launch without them, and set "
+            "shard_model to split the model and its copy among the processes."
         )
 
 

@@ -60,6 +60,7 @@ class RunCheckpoints:
         self.resumed_from: str | None = None
         self.run_id = uuid.uuid4().hex
         self.saved_step: int | None = None
+        self._was_of_others = False  # whether another number of processes has saved what the run goes on from
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -125,7 +126,8 @@ class RunCheckpoints:
             logger.warning(
                 f"Going on from {found}." if found else f"No checkpoint in {self.args.output_dir}: a new run."
             )
-        if num_processes not in (None, self.args.world_size) and not of_stream:
+        self._was_of_others = num_processes not in (None, self.args.world_size)
+        if self._was_of_others and not of_stream:
             logger.warning(
                 f"{found} was saved by {num_processes} processes, and now there are {self.args.world_size}: the "
                 "run goes on, but its random numbers, and with other batches the order of the data, are not those "
@@ -208,9 +210,14 @@ class RunCheckpoints:
         safetensors.torch.save_file(averages, self._averages_file(folder))
 
     def load_averages(self) -> dict[str, torch.Tensor] | None:
-        """What `save_averages` wrote into `resumed_from`; `None` for a new run, or for a new process."""
+        """
+        What `save_averages` wrote into `resumed_from`.
+
+        `None` for a new run, and with another number of processes: all of them have to go on alike, as what is kept of
+        a batch is encoded again by all processes at once.
+        """
         path = None if self.resumed_from is None else self._averages_file(self.resumed_from)
-        if path is None or not os.path.isfile(path):
+        if path is None or self._was_of_others or not os.path.isfile(path):
             return None
         return {name: value.to(self.args.device) for name, value in safetensors.torch.load_file(path).items()}
 

@@ -22,6 +22,7 @@ from .adapters import pretraining_model_of
 from .arguments import COTSTrainingArguments
 from .base_arguments import REFUSED, check_measure
 from .processes import check_launch
+from .sharding import check_sharding
 
 # Parts of `transformers.Trainer` that COTSTrainer has its own of, and why they must be left out.
 REFUSED_PARTS = {
@@ -68,6 +69,7 @@ def check_parts(args: COTSTrainingArguments, parts: dict) -> None:
             "its own buffer: leave it out, or open the stream with shuffle_buffer=0."
         )
     check_measure(args, parts.get("eval_dataset"))
+    check_sharding(args, parts)
 
 
 def check_searched(names: Iterable[str]) -> None:

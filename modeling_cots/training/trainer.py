@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard, run_as_future
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, get_wsd_schedule
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, PredictionOutput, has_length
 from transformers.utils import logging
 
@@ -50,7 +51,7 @@ from .master_weights import BFLOAT16, OPTIMIZERS, to_bfloat16_
 from .objective import COTSObjective
 from .processes import (
     ProcessGroup,
-    check_not_sharded,
+    check_not_split_elsewhere,
     destroy_process_group,
     mark_repeated_samples,
     set_timeout,
@@ -74,6 +75,8 @@ from .setup import (
     freeze_unused_parameters,
     search_measure,
 )
+from .sharded_state import has_sharded_state, load_sharded_state, remove_sharded_state, save_sharded_state
+from .sharding import Sharding, check_shardable, full_tensor, load_whole_
 from .standardization import fit_standardization_, needs_fitting
 from .stream_loading import StreamPlace, build_stream_loader, stream_counts
 
@@ -132,7 +135,7 @@ class COTSTrainer(Trainer):
     ):
         check_setup(args, processing_class)
         assert args is not None  # `check_setup` refuses it
-        check_parts(args, kwargs)
+        check_parts(args, {**kwargs, "model_init": model_init})
         if (model is None) == (model_init is None):
             raise ValueError("COTSTrainer needs a model, or model_init, which makes one: give one of the two.")
         self.args: COTSTrainingArguments = args
@@ -151,7 +154,7 @@ class COTSTrainer(Trainer):
             model_init=model_init,
             **kwargs,
         )
-        check_not_sharded(bool(args.fsdp or args.deepspeed) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_not_split_elsewhere(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         set_timeout(args)
         self.pixel_normalizer = PixelNormalizer(processing_class).to(args.device)
         self._build_method()
@@ -200,6 +203,7 @@ class COTSTrainer(Trainer):
             if has_adapters(self.model):
                 raise ValueError("param_dtype=bfloat16 was never tried beside adapters: leave one of them out.")
             to_bfloat16_(model)
+        self.sharding = self._prepare_sharding()
         self.momentum_state = MomentumState(model.cots, args.queue_size).to(args.device)
         self.queue = self.momentum_state.queue
         if self.image_tokenizer is not None:
@@ -208,6 +212,11 @@ class COTSTrainer(Trainer):
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
         self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
+        if self.sharding is not None:
+            self.momentum_state.encoder.separate_all_(model.cots)
+            self.sharding.shard_(model, self.momentum_state.encoder.model)
+            # Prepared here, as the Trainer's own call would add data parallelism to it.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         self.cots_objective = COTSObjective(
             model,
             self.momentum_state.encoder.model,
@@ -232,7 +241,33 @@ class COTSTrainer(Trainer):
 
     def _has_copy(self) -> bool:
         """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""
-        return self.momentum_state.encoder.is_copy and not self.args.torch_compile
+        is_plain = not self.args.torch_compile and self.sharding is None
+        return self.momentum_state.encoder.is_copy and is_plain
+
+    def _prepare_sharding(self) -> Sharding | None:
+        """With `shard_model`: the same weights in all processes, and what will split them; they are still whole."""
+        if not self.args.shard_model:
+            return None
+        if self.features:
+            raise ValueError(
+                "Encoders whose features are cached do not run, so there is nothing to split: leave shard_model out."
+            )
+        check_shardable(self.model)
+        sharding = Sharding(self.args)
+        sharding.synchronize_(self.model)
+        return sharding
+
+    def _whole_model(self, *, everywhere: bool = False) -> COTSForPreTraining | None:
+        """
+        The model with all of its weights; every process must call this.
+
+        One that is split is put together on the processes that save, on their CPUs, and the others get `None`; or
+        `everywhere`, on their devices.
+        """
+        if self.sharding is None:
+            return self.model
+        device = self.args.device if everywhere else "cpu"
+        return self.sharding.gather(self.model, keep=everywhere or self.args.should_save, device=device)
 
     def _find_features(self, model: COTSForPreTraining) -> None:
         """Cached features of encoders that are frozen whole: in `feature_cache`, or columns of the data already."""
@@ -369,6 +404,8 @@ class COTSTrainer(Trainer):
         One of several processes that ends without this call may be aborted on its way out.
         """
         self.model_wrapped = self.model  # the wrapped model holds the process group
+        if self.sharding is not None:
+            self.sharding.release_processes(self.model)
         destroy_process_group(self.accelerator)
 
     def get_train_dataloader(self):
@@ -418,7 +455,7 @@ class COTSTrainer(Trainer):
         return (result.loss, result.model_output) if return_outputs else result.loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = full_tensor(super()._get_grad_norm(model, grad_norm))
         self.check_step(grad_norm)
         return grad_norm
 
@@ -502,6 +539,8 @@ class COTSTrainer(Trainer):
         # see: momentum copy and schedule would go on alone (tests/training/test_numerics.py). A fallen scale tells.
         if self._scale_before_step is not None and self.accelerator.scaler.get_scale() < self._scale_before_step:
             self.optimizer._is_overflow = True
+        if self.sharding is not None:
+            self.sharding.end_momentum_passes()
         if not self.accelerator.optimizer_step_was_skipped:
             self.momentum_state.encoder.update_(pretraining_model_of(self.model).cots, self.cots_objective.momentum())
 
@@ -624,7 +663,7 @@ class COTSTrainer(Trainer):
         """With the cached features that the data set has, where they are those of an encoder that does not train."""
         check_measurable(dataset)
         return embed_pairs(
-            pretraining_model_of(self.model).cots,
+            pretraining_model_of(self._whole_model(everywhere=True)).cots,
             dataset,
             self.processing_class,
             self.accelerator,
@@ -695,22 +734,23 @@ class COTSTrainer(Trainer):
         return num_training_steps / max(1, steps_per_epoch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self._whole_model()
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        self._save_weights(output_dir, state_dict)
+        self._save_weights(model, output_dir, state_dict)
         self.processing_class.save_pretrained(output_dir)
         save_arguments(self.args, output_dir)
 
-    def _save_weights(self, output_dir: str, state_dict: dict | None) -> None:
+    def _save_weights(self, model, output_dir: str, state_dict: dict | None) -> None:
         """The model; of one with adapters, these alone."""
-        if has_adapters(self.model):
-            save_adapters(self.model, output_dir)
+        if has_adapters(model):
+            save_adapters(model, output_dir)
             return
         # Checkpoints keep the names of the running model: Trainer resumes with `load_state_dict(strict=False)`, to
         # which the legacy names that `save_pretrained` writes by default are unknown, so that the vision encoder would
         # keep its fresh weights with no more than a warning (tests/training/test_resume.py).
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.filter_log is not None:
@@ -731,6 +771,9 @@ class COTSTrainer(Trainer):
         self.step_snapshot.take_generators()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.sharding is not None:
+            self._issue_warnings_after_load(load_whole_(self.model, resume_from_checkpoint))
+            return
         if has_adapters(self.model):
             load_adapters_(self.model, resume_from_checkpoint)
             return
@@ -741,6 +784,9 @@ class COTSTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        if self.sharding is not None:
+            self._issue_warnings_after_load(load_whole_(self.model, self.state.best_model_checkpoint))
+            return
         if not has_adapters(self.model):
             super()._load_best_model()
             return
@@ -750,14 +796,24 @@ class COTSTrainer(Trainer):
         check_loaded_weights(load_result, self.model._tied_weights_keys)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharding is not None:
+            save_sharded_state(output_dir, self.model, self.optimizer, self.momentum_state)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            return
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
+            remove_sharded_state(output_dir)
             self.momentum_state.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.momentum_state.load(checkpoint)
+        if checkpoint is None or (self.sharding is None and not has_sharded_state(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.momentum_state.load(checkpoint)
+            return
+        load_sharded_state(checkpoint, self.model, self.optimizer, self.momentum_state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     # ------------------------------------------------------------------------------------------- the Hub
 
@@ -768,10 +824,11 @@ class COTSTrainer(Trainer):
         Adapters are merged into the weights; `export_adapters` writes them apart.
         """
         pretraining_model_of(self.model)  # there is none after a search
+        model = self._whole_model()
         if self.args.should_save:
             with self.checkpoints.explaining_storage(output_dir):
                 keep_edited_card(output_dir)
-                self._write_repository(output_dir)
+                self._write_repository(model, output_dir)
 
     def export_adapters(self, output_dir: str) -> None:
         """
@@ -784,8 +841,8 @@ class COTSTrainer(Trainer):
         if self.args.should_save:
             export_adapters(self.model, output_dir)
 
-    def _write_repository(self, folder: str) -> None:
-        model = cots_model_of(self.model)
+    def _write_repository(self, model, folder: str) -> None:
+        model = cots_model_of(model)
         export_repository(model, self.processing_class, folder, card=mark_generated(self._build_card(model, folder)))
 
     def _build_card(self, model, folder: str) -> ModelCard:
@@ -811,6 +868,7 @@ class COTSTrainer(Trainer):
         `options` are `tag` and `overwrite_card`; for these, and for what is raised, see `push_folder`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        model = self._whole_model()
         if not self.is_world_process_zero():
             return None
         args = self.args
@@ -819,7 +877,7 @@ class COTSTrainer(Trainer):
             self.hub_model_id = full_repo_id(repository_name(args), token)
         self._finish_current_push()
         push = prepare_push(
-            self._write_repository,
+            partial(self._write_repository, model),
             self.hub_model_id,
             token=token,
             revision=args.hub_revision if revision is None else revision,
@@ -832,14 +890,17 @@ class COTSTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push in the background, unless an earlier push is under way (or `hub_always_push` is set)."""
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if args.hub_strategy == HubStrategy.END:
+            return
+        model = self._whole_model()
+        if not self.is_world_process_zero():
             return
         earlier = self.push_in_progress
         if earlier is not None and not earlier.is_done() and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         push = prepare_push(
-            self._write_repository,
+            partial(self._write_repository, model),
             self.hub_model_id,
             revision=args.hub_revision,
             token=args.hub_token,
@@ -849,6 +910,7 @@ class COTSTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write our card; the Trainer calls this when it pushes, and its own would overwrite ours."""
+        model = self._whole_model()
         if self.is_world_process_zero():
             folder = self.args.output_dir
-            self._build_card(cots_model_of(self.model), folder).save(os.path.join(folder, "README.md"))
+            self._build_card(cots_model_of(model), folder).save(os.path.join(folder, "README.md"))

@@ -94,6 +94,14 @@ def test_image_tokens_that_the_data_bring_along_cost_nothing(estimate):
     assert "image tokenizer" not in estimate("--cmvm_weight", "1", "--image_tokenizer", "none")
 
 
+def test_a_model_is_split_among_the_devices(estimate):
+    title = "memory of weights and queue"
+    whole, split = estimate("--num_gpus", "8"), estimate("--num_gpus", "8", "--shard_model", "true")
+    assert number(split, title) < number(whole, title)
+    with pytest.raises(SystemExit, match="shard_model splits the model among several processes"):
+        estimate("--shard_model", "true")
+
+
 def test_timm_names_say_the_size(estimate, tmp_path):
     model = ["--dataset", "COCO", "--vision_model", "timm/vit_small_patch16_384.augreg_in21k_ft_in1k"]
     printed = estimate(*model, "--image_size", "96", config=None)

@@ -2,18 +2,33 @@
 
     torchrun --nproc_per_node 2 tests/helpers/distributed_run.py OUT.pt --batch 4
 
-Used by test_distributed.py; every process count must give the same weights, queues and logs.
+Used by test_distributed.py and test_sharded_runs.py; every process count must give the same weights, queues and logs.
 """
 
 import argparse
+import gc
+import json
 import os
 import signal
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, COTSTrainingArguments, ScenesDataset
+from modeling_cots import (
+    COTSConfig,
+    COTSForPreTraining,
+    COTSTrainer,
+    COTSTrainingArguments,
+    ScenesDataset,
+    modeling_cots_pretraining,
+)
+from modeling_cots.data.videos import VideoDataset
 from modeling_cots.scripts.factory import build_image_tokenizer, build_processor, build_tokenizer
+from modeling_cots.training import trainer as trainer_file
+from modeling_cots.training.layer_compiling import compile_layers
+from modeling_cots.training.sharding import full_tensor
 
 ENCODER = {
     "hidden_size": 32,
@@ -53,7 +68,7 @@ class Failing(COTSTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("output")
     parser.add_argument("--batch", type=int, required=True, help="of one process")
@@ -70,62 +85,113 @@ def main() -> None:
     parser.add_argument("--resume", help="a checkpoint, or `latest`")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--freeze", default="none", help="of both encoders")
-    options = parser.parse_args()
+    parser.add_argument("--split_passes", action="store_true", help="the masked pass after the unmasked one")
+    parser.add_argument("--videos", action="store_true", help="in place of scenes")
+    parser.add_argument("--compile", help="a back end for the layers")
+    parser.add_argument("--export", help="a folder for the model; evaluates before training, too")
+    parser.add_argument("--set", nargs=2, action="append", default=[], help="another argument of training, as JSON")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Several runs in one launch stand behind one another, with `--then` between them."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    argv, runs = [*sys.argv[1:], "--then"], []
+    while argv:
+        end = argv.index("--then")
+        runs.append(parse(argv[:end]))
+        argv = argv[end + 1 :]
+    trainer = None
+    for options in runs:
+        if trainer is not None and trainer.sharding is not None:  # what was compiled is kept, and keeps the model
+            trainer.sharding.release_processes(trainer.model)
+        trainer = None
+        gc.collect()
+        trainer = run(options)
+    trainer.end()
+    check_nothing_runs_on()
+
+
+def run(options: argparse.Namespace) -> COTSTrainer:
+    others = {name: json.loads(value) for name, value in options.set}
+    # A model that is split takes the weights of the first process: the others may have forgotten the seed.
+    torch.manual_seed(int(os.environ.get("RANK", 0)) if others.get("shard_model") else 0)
+    if options.compile is not None:
+        others["compile_layers"] = True
+        trainer_file.compile_layers = partial(compile_layers, backend=options.compile)
+    modeling_cots_pretraining.MAX_JOINED_POSITIONS = 0 if options.split_passes else 1024
     config = COTSConfig(
         text_config={**ENCODER, "vocab_size": 150, "max_position_embeddings": 40},
         vision_config={**ENCODER, "image_size": 32, "patch_size": 8},
         projection_dim=16,
         image_vocab_size=50,
     )
-    train_dataset = SomeBroken("train", options.images, 32)
-    tokenizer = build_tokenizer(None, None, train_dataset.iter_captions(), 32, 150)
+    scenes = SomeBroken("train", options.images, 32)
+    tokenizer = build_tokenizer(None, None, scenes.iter_captions(), 32, 150)
     processor = build_processor(config, tokenizer, None)
     config.text_config.vocab_size = len(tokenizer)
     Failing.fault = options.fault
     trainer = Failing(
         model=COTSForPreTraining(config),
-        args=COTSTrainingArguments(
-            output_dir=options.output + ".run",
-            per_device_train_batch_size=options.batch,
-            gradient_accumulation_steps=options.accumulate,
-            train_sampling_strategy="random" if options.shuffle else "sequential",
-            num_train_epochs=2,
-            max_steps=options.max_steps,
-            lr_hold_epochs=0,
-            lr_scheduler_type="constant" if options.max_steps == 1 else "linear",
-            learning_rate=options.learning_rate,
-            optim=options.optim,
-            # A softmax does not see key biases: their gradient is rounding, of which a small epsilon makes steps.
-            adam_epsilon=1e-5,
-            queue_size=options.queue_size,
-            freeze_vision=options.freeze,
-            freeze_text=options.freeze,
-            filter_num_std=0.5,
-            filter_log=options.output + ".filter_log",
-            logging_steps=1,
-            save_strategy="no" if options.save_steps is None else "steps",
-            save_steps=options.save_steps or 500,
-            disable_tqdm=True,
-            use_cpu=True,
-            ddp_timeout=options.timeout,
-            fsdp="full_shard" if options.fsdp else None,
-        ),
-        train_dataset=train_dataset,
+        args=build_arguments(options, others),
+        train_dataset=write_videos(options.output) if options.videos else scenes,
         eval_dataset=ScenesDataset("validation", 9, 32),
         processing_class=processor,
         image_tokenizer=build_image_tokenizer("random", processor, 50),
         max_text_length=32,
     )
+    before = trainer.evaluate() if options.export else None
     trainer.train(resume_from_checkpoint=options.resume)
     metrics = trainer.evaluate()
+    whole = trainer._whole_model()
+    momentum = {name: full_tensor(tensor) for name, tensor in trainer.momentum_state.state_dict().items()}
+    if options.export:
+        trainer.export_model(options.export)
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss_i2t" in entry]
-        state = {"model": trainer.model.state_dict(), "momentum": trainer.momentum_state.state_dict()}
+        state = {"model": whole.state_dict(), "momentum": momentum, "before": before}
         torch.save({**state, "logs": logs, "metrics": metrics}, options.output)
-    trainer.end()
-    check_nothing_runs_on()
+    return trainer
+
+
+def write_videos(output: str) -> VideoDataset:
+    """24 videos of six frames, each of another gray; every process writes its own."""
+    from video_files import write_video  # which needs av
+
+    folder = Path(f"{output}.videos_{os.environ.get('RANK', 0)}")
+    folder.mkdir()
+    paths = [write_video(folder / f"{number}.mp4", range(4 * number, 4 * number + 6)) for number in range(24)]
+    return VideoDataset([f"video{number}" for number in range(24)], paths, [[f"gray {n}"] for n in range(24)])
+
+
+def build_arguments(options: argparse.Namespace, others: dict) -> COTSTrainingArguments:
+    others = {"logging_steps": 1, **others}
+    return COTSTrainingArguments(
+        output_dir=options.output + ".run",
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        train_sampling_strategy="random" if options.shuffle else "sequential",
+        num_train_epochs=2,
+        max_steps=options.max_steps,
+        lr_hold_epochs=0,
+        lr_scheduler_type="constant" if options.max_steps == 1 else "linear",
+        learning_rate=options.learning_rate,
+        optim=options.optim,
+        # A softmax does not see key biases: their gradient is rounding, of which a small epsilon makes steps.
+        adam_epsilon=1e-5,
+        queue_size=options.queue_size,
+        freeze_vision=options.freeze,
+        freeze_text=options.freeze,
+        filter_num_std=0.5,
+        filter_log=options.output + ".filter_log",
+        save_strategy="no" if options.save_steps is None else "steps",
+        save_steps=options.save_steps or 500,
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_timeout=options.timeout,
+        fsdp="full_shard" if options.fsdp else None,
+        **others,
+    )
 
 
 def check_nothing_runs_on() -> None:

@@ -1,5 +1,6 @@
 """The cost model beside what one real training step counts, and beside the closed formula of a transformer."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,27 @@ def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny
     text_length = batch["input_ids"].shape[1]
     cost = estimate_training_cost(tiny_config, arguments(queue_size=20, **options), text_length=text_length)
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
+
+
+def test_a_split_model_leaves_a_device_its_part_and_what_runs_just_now(tiny_config, arguments):
+    """Two layers of the larger encoder and all that is in no layer are whole, with their gradients."""
+    options = {"queue_size": 20, "bf16": True}
+    whole = estimate_training_cost(tiny_config, arguments(**options))
+    split, groups = (
+        estimate_training_cost(tiny_config, arguments(shard_model=True, shard_replicas=each, **options), num_devices=8)
+        for each in (1, 2)
+    )
+    inside: dict[str, int] = {}
+    for name, parameter in COTSForPreTraining(tiny_config).named_parameters():
+        if layer := re.match(r".*\.layers?\.\d+\.", name):
+            inside[layer.group()] = inside.get(layer.group(), 0) + parameter.numel()
+    total = sum(whole.num_parameters.values())
+    gathered = 2 * 2 * (total - sum(inside.values()) + sum(sorted(inside.values())[-2:]))
+    queue = 20 * (2 * tiny_config.projection_dim + 1) * 4 + 20 * 8
+    kept = whole.fixed_bytes - queue - 2 * total  # without what autocast keeps of each weight
+    assert split.fixed_bytes == kept // 8 + gathered + queue
+    assert groups.fixed_bytes == kept // 4 + gathered + queue
+    assert split.bytes_per_pair == whole.bytes_per_pair
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a peak of memory needs a GPU")

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_results import RUN, SGD, assert_equal_runs, read_result
 from filelock import FileLock
 from programs import TORCHRUN, run_python
 
 from modeling_cots.training.checkpoints import latest_checkpoint
-from modeling_cots.training.filter_log import read_filter_log
 from modeling_cots.training.recovery import LOCK_NAME
 
 pytestmark = pytest.mark.slow
 
-RUN = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
 # Without a GPU too it starts several processes only where it believes in some; they take gloo, as they have none.
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no")
 ACCELERATE += ("--dynamo_backend=no", "--num_processes")
@@ -31,32 +30,6 @@ def result(output: Path, num_processes: int, batch: int, *options: str, **launch
     """Weights, queues, logs and metrics of a run whose processes share `batch` pairs."""
     launch(output, num_processes, "--batch", str(batch // num_processes), *options, **launching)
     return read_result(output)
-
-
-def read_result(output: Path) -> dict:
-    rows = read_filter_log(f"{output}.filter_log").drop(["attempt", "attempt_step"])
-    return {**torch.load(output, weights_only=True), "filtered": rows.to_pylist()}
-
-
-def assert_equal_runs(one: dict, several: dict, tolerance: float, rtol: float = 1e-4) -> None:
-    assert len(one["logs"]) == len(several["logs"]) > 0
-    for alone, split in zip(one["logs"], several["logs"], strict=True):
-        for name in ("kept_fraction", "queue_fill", "skipped_images", "learning_rate"):
-            assert alone[name] == split[name], name
-        for name in ("loss_i2t", "loss_t2i", "loss_kl", "loss_cmvm", "loss_cmlm", "filter_threshold"):
-            assert alone[name] == pytest.approx(split[name], rel=1e-4, abs=1e-5), name
-    assert one["momentum"]["queue.pair_ids"].tolist() == several["momentum"]["queue.pair_ids"].tolist()
-    assert int(one["momentum"]["queue._extra_state"]) == int(several["momentum"]["queue._extra_state"])
-    decisions = [[(row["step"], row["pair_id"], row["name"]) for row in run["filtered"]] for run in (one, several)]
-    assert decisions[0] == decisions[1]
-    for part in ("model", "momentum"):
-        for name, tensor in one[part].items():
-            torch.testing.assert_close(
-                several[part][name], tensor, rtol=rtol, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-SGD = ("--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--queue_size", "8")
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +146,8 @@ def test_a_mode_that_splits_the_model_is_refused(tmp_path):
     ended = launch(tmp_path / "run.pt", 1, "--batch", "4", "--fsdp", check=False)
     assert ended.returncode != 0
     assert (
-        "ValueError: fsdp='full_shard' cannot be used: COTSTrainer keeps a full momentum copy of the model"
-        in ended.stderr
+        "ValueError: fsdp='full_shard' cannot be used: it knows nothing of the momentum copy, and does nothing on "
+        "CPUs; set shard_model to split both." in ended.stderr
     )
 
 
