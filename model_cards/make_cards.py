@@ -24,7 +24,7 @@ from modeling_cots.hub.model_card import build_model_card, describe_encoder
 from modeling_cots.hub_export import check_space, link_space
 from modeling_cots.scripts.error_boundary import run_script
 from modeling_cots.scripts.starting_point import name_start
-from modeling_cots.training.record import REPORTED_SETTINGS, load_record
+from modeling_cots.training.record import load_record, reported_settings
 
 STARTS = "model", "text_model", "vision_model", "lora_rank"
 RECIPE_TEMPLATE = Path(__file__).parent / "recipe_template.md"
@@ -65,7 +65,7 @@ def card_of_recipe(path: Path, name: str) -> ModelCard:
     config = COTSConfig()
     with torch.device("meta"):
         num_parameters = COTSModel(config).num_parameters()
-    settings = {option: getattr(args, option) for option in REPORTED_SETTINGS if option != "world_size"}
+    settings = {option: value for option, value in reported_settings(args).items() if option != "world_size"}
     data = ModelCardData(
         license="apache-2.0",
         language="en",

@@ -56,6 +56,8 @@ FILES = {
 }
 # What may be imported by a repository's files: with transformers, torch and torchvision installed, all are there.
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "tokenizers"}
+# Imported where they are installed: behind a check, or in a `try`.
+OPTIONAL = {"av", "onnxruntime", "openvino", "pillow_heif", "simplejpeg"}
 
 
 @pytest.fixture
@@ -139,10 +141,7 @@ def test_every_import_in_it_is_allowed_and_every_relative_one_is_there(folder):
         relative = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 1}
         assert not [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.level > 1 or n.level and not n.module)]
         assert set(get_imports(path)) - set(sys.stdlib_module_names) <= ALLOWED, path.name
-        # Where they are installed: behind a check, or in a `try`.
-        assert absolute - set(sys.stdlib_module_names) <= ALLOWED | {"av", "onnxruntime", "openvino", "pillow_heif"}, (
-            path.name
-        )
+        assert absolute - set(sys.stdlib_module_names) <= ALLOWED | OPTIONAL, path.name
         assert set(get_relative_imports(path)) == relative, path.name
         assert all((path.parent / f"{name}.py").is_file() for name in relative), path.name
 

@@ -74,7 +74,7 @@ def build_record(
         "num_parameters": model.num_parameters(),
         "num_steps": num_steps,
         "unit": "video" if "video" in map(modality_of, (train_dataset, eval_dataset)) else "image",
-        "settings": {**{name: getattr(args, name) for name in REPORTED_SETTINGS}, "max_key_drift": _drift_limit(args)},
+        "settings": reported_settings(args),
         "training_data": _describe_data(train_dataset, "a data set of pairs"),
         "evaluation_data": None if metrics is None else _describe_evaluation(eval_dataset),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
@@ -84,8 +84,10 @@ def build_record(
     }
 
 
-def _drift_limit(args: COTSTrainingArguments) -> float | str:
-    return args.key_drift_limit if math.isfinite(args.key_drift_limit) else "any"
+def reported_settings(args: COTSTrainingArguments) -> dict:
+    """The values of `REPORTED_SETTINGS` that a run with these arguments takes."""
+    drift_limit = args.key_drift_limit if math.isfinite(args.key_drift_limit) else "any"
+    return {**{name: getattr(args, name) for name in REPORTED_SETTINGS}, "max_key_drift": drift_limit}
 
 
 def _describe_data(dataset, otherwise: str) -> dict:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,7 +238,9 @@ def test_where_the_output_goes_nowhere_that_is_no_fault(tmp_path, target, status
     (tmp_path / "program.py").write_text(PROGRAM)
     command = f"{sys.executable} {tmp_path / 'program.py'} {target}; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert ended.returncode == status and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
+    # Without torch's own log: it warns where an old torchao is installed.
+    lines = [line for line in ended.stderr.splitlines() if not re.match(r"W\d{4} ", line)]
+    assert ended.returncode == status and len(lines) == bool(said) and "".join(lines).startswith(said)
 
 
 def test_the_features_of_transformers_debug_are_known():

@@ -98,7 +98,7 @@ def test_neither_encoders_nor_images_are_touched_in_training_or_evaluation(make,
             encoder.register_forward_pre_hook(lambda *args: pytest.fail("an encoder runs"))
     from modeling_cots.data import image_collators
 
-    monkeypatch.setattr(image_collators, "read_image", lambda *args: pytest.fail("an image is read"))
+    monkeypatch.setattr(image_collators, "read_pixels", lambda *args: pytest.fail("an image is read"))
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["image_features"].shape == batch["text_features"].shape == (8, 32)
     assert not {"pixel_values", "input_ids"} & set(batch)
