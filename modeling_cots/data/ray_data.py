@@ -75,18 +75,20 @@ class _Reporting:
         worker: Makes the worker, in the actor.
         folder: Where the command was started, from which its paths are meant: Ray starts actors elsewhere.
         left_out: The actor that collects the reports.
+        metadata: The key and the content of the metadata of all files.
     """
 
-    def __init__(self, worker: Callable[[], Callable], folder: str, left_out):
+    def __init__(self, worker: Callable[[], Callable], folder: str, left_out, metadata: tuple[bytes, dict]):
         if os.path.isdir(folder):
             os.chdir(folder)
         self._worker, self._left_out = worker(), left_out
+        self._metadata = {metadata[0]: json.dumps(metadata[1])}
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         done, skipped = self._worker(rows)
         if skipped:
             ray.get(self._left_out.add.remote(skipped))
-        return done
+        return done.replace_schema_metadata(self._metadata)
 
 
 def map_to_parquet(
@@ -136,7 +138,7 @@ def map_to_parquet(
             rows = ray.data.read_datasource(_Parts(parts), override_num_blocks=len(parts))
             rows = rows.map_batches(
                 _Reporting,
-                fn_constructor_args=(worker, os.getcwd(), left_out),
+                fn_constructor_args=(worker, os.getcwd(), left_out, metadata),
                 batch_size=rows_per_call,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=num_actors),

@@ -35,11 +35,6 @@ class EmbeddingFile(NamedTuple):
     info: dict
 
 
-def with_info(rows: pa.Table, info: dict) -> pa.Table:
-    """Entries that say which model made them, wherever they are written."""
-    return rows.replace_schema_metadata({INFO_KEY: json.dumps(info)})
-
-
 def open_files(names: list[str]) -> list[EmbeddingFile]:
     """
     The files that names mean, in order: files, globs, folders of .parquet files, and addresses of each.

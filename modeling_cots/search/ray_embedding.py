@@ -21,7 +21,7 @@ from ..data.ray_parts import ROWS_PER_PART, SHARD_ROWS, NumberedReader, numbered
 from ..data.streaming.names import display_name, is_url
 from .embedding import Embedder, ImageFolder, entry_names, item_of_file, row_ids_of
 from .index import describe_model
-from .parquet_rows import INFO_KEY, with_info
+from .parquet_rows import INFO_KEY
 from .rows import fixed_features, join_tables
 
 Reader = Callable[[pa.Table], list[dict]]
@@ -140,7 +140,7 @@ class _EmbeddingWorker:
                 f"The model {info['model']!r} is another one on {os.uname().nodename} ({here[:12]}) than where the "
                 f"command was started ({info['model_identity'][:12]}): copy one and the same to all machines."
             )
-        self._read, self._source, self._info = read, source, info
+        self._read, self._source, self._dim = read, source, info["dim"]
         self._embedder = Embedder(
             model, processor, batch_size=batch_size, num_workers=num_workers, thumbnail_side=thumbnail_side
         )
@@ -150,5 +150,5 @@ class _EmbeddingWorker:
         with tqdm(disable=True) as bar:
             tables = list(self._embedder.tables(dataset, np.arange(len(names)), names, self._source, bar))
         skipped, self._embedder.skipped = self._embedder.skipped, []
-        empty = fixed_features(self._info["dim"]).arrow_schema.empty_table()
-        return with_info(join_tables(tables) if tables else empty, self._info), skipped
+        empty = fixed_features(self._dim).arrow_schema.empty_table()
+        return join_tables(tables) if tables else empty, skipped

@@ -1,6 +1,7 @@
 """`cots-search load`: files of embeddings go into indexes of every kind, and those of another model into none."""
 
 import importlib.util
+import json
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from search_stores import DIM, INFO, make_rows, make_vectors
 
 from modeling_cots.search.cli import main
 from modeling_cots.search.index import FORMAT
-from modeling_cots.search.parquet_rows import load_files, open_files, with_info
+from modeling_cots.search.parquet_rows import INFO_KEY, load_files, open_files
 from modeling_cots.search.rows import FIXED_COLUMNS
 from modeling_cots.search.stores import open_store
 
@@ -35,7 +36,7 @@ def files(tmp_path, monkeypatch):
 
 
 def write(path, table: pa.Table, info: dict) -> None:
-    pq.write_table(with_info(table, info), path)
+    pq.write_table(table.replace_schema_metadata({INFO_KEY: json.dumps(info)}), path)
 
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw", "int8", "milvus"])

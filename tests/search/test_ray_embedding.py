@@ -1,6 +1,7 @@
 """`cots-search embed`: the rows of `cots-search index`, each once, whatever is killed. Ray runs in slow tests only."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from modeling_cots import COTSModel, COTSProcessor, ScenesDataset, SearchIndex  
 from modeling_cots.data import ray_parts  # noqa: E402
 from modeling_cots.search import cli, ray_embedding  # noqa: E402
 from modeling_cots.search.options import build_parser  # noqa: E402
+from modeling_cots.search.parquet_rows import INFO_KEY  # noqa: E402
 
 NUM_IMAGES, PER_PART = 48, 4
 LARGE_SIDE = 1_200  # takes long enough to decode that a run can be met in its middle
@@ -43,7 +45,9 @@ def embed_here(words: str) -> tuple[pa.Table, list]:
     )
     done = [worker(table) for part in parts for table in part()]
     tables = [table for table, _ in done if len(table)]
-    return pa.concat_tables(tables, promote_options="default"), [each for _, skipped in done for each in skipped]
+    rows = pa.concat_tables(tables, promote_options="default")
+    rows = rows.replace_schema_metadata({INFO_KEY: json.dumps(info)})  # as all files of the command have it
+    return rows, [each for _, skipped in done for each in skipped]
 
 
 def rows_of(index: str) -> dict[str, dict]:
