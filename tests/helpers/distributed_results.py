@@ -22,7 +22,9 @@ def assert_equal_runs(one: dict, several: dict, tolerance: float, rtol: float = 
     for alone, split in zip(one["logs"], several["logs"], strict=True):
         for name in ("kept_fraction", "queue_fill", "skipped_images", "learning_rate"):
             assert alone[name] == split[name], name
-        for name in ("loss_i2t", "loss_t2i", "loss_kl", "loss_cmvm", "loss_cmlm", "filter_threshold"):
+        losses = {"loss_i2t", "loss_t2i", "loss_kl", "loss_cmvm", "loss_cmlm", "filter_threshold"}
+        assert losses & alone.keys() == losses & split.keys()
+        for name in losses & alone.keys():
             assert alone[name] == pytest.approx(split[name], rel=1e-4, abs=1e-5), name
     assert one["momentum"]["queue.pair_ids"].tolist() == several["momentum"]["queue.pair_ids"].tolist()
     assert int(one["momentum"]["queue._extra_state"]) == int(several["momentum"]["queue._extra_state"])

@@ -160,7 +160,7 @@ def write_videos(output: str) -> VideoDataset:
 
     folder = Path(f"{output}.videos_{os.environ.get('RANK', 0)}")
     folder.mkdir()
-    paths = [write_video(folder / f"{number}.mp4", range(4 * number, 4 * number + 6)) for number in range(24)]
+    paths = [write_video(folder / f"{number}.mp4", range(number, number + 6)) for number in range(24)]
     return VideoDataset([f"video{number}" for number in range(24)], paths, [[f"gray {n}"] for n in range(24)])
 
 
