@@ -42,6 +42,8 @@ def run(*words: str, cwd: Path) -> tuple[str, str, int]:
         ("query IDX dog --to 3", "unrecognized arguments: --to 3", 2),
         ("query IDX dog --top 0", "'0' is not a whole number of at least 1", 2),
         ("query IDX dog --image_weight 2", "'2' is not a number between 0", 2),
+        ("rebuild IDX --target_recall 1.5", "'1.5' is not a share above 0 and at most 1, such as 0.95", 2),
+        ("rebuild IDX --target_recall 0", "'0' is not a share above 0 and at most 1, such as 0.95", 2),
         ("serve IDX --port 70000", "'70000' is not a port", 2),
         ("index PHOTOS", "required: --model, --index", 2),
         ("query IDX dog", "There is no index in 'IDX': make one with `cots-search index`.", 1),

@@ -21,10 +21,11 @@ from ..image_reading_cots import read_image
 from .backends import check_backend, load_encoders
 from .conditions import as_conditions
 from .embedding import MAX_REPORTED, ImageFolder, as_image_folder, check_text, known_names, row_ids_of
-from .index import SearchIndex, chosen_entries, process_state, state_notes
+from .index import SearchIndex, chosen_entries, process_state, state_notes, target_to_reach, tune_by_vectors
+from .index_types import FAISS, check_index_type
 from .options import build_parser
 from .page import results_page
-from .stores import check_can_create, create_store, open_store, store_exists
+from .stores import check_can_create, check_can_tune, create_store, open_store, store_exists
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +52,7 @@ def run_index(args: argparse.Namespace) -> None:
     """Make the index, or continue it."""
     is_new = not store_exists(args.index)
     if is_new:
-        check_can_create(args.index, args.engine or "exact")
+        _check_new(args)
     else:
         _check_engine(args)
     dataset, source = open_images(args)
@@ -60,21 +61,36 @@ def run_index(args: argparse.Namespace) -> None:
     name, revision = (args.model, args.revision) if is_new else model_of(args)
     model, processor = load_model(name, revision, args.backend, args.dtype)
     if state.is_main_process and is_new:
-        SearchIndex.create(args.index, model, processor, engine=args.engine or "exact").close()
+        options = {"engine": args.engine or "exact", "target_recall": args.target_recall}
+        SearchIndex.create(args.index, model, processor, **options).close()
     state.wait_for_everyone()
     with SearchIndex(args.index, model, processor) as index:
         add_images(index, dataset, source, args)
     process_state().destroy_process_group()  # else gloo's threads may abort a process at its exit
 
 
+def _check_new(args: argparse.Namespace) -> None:
+    """Raise `ValueError` where no such index can be made."""
+    check_can_create(args.index, args.engine or "exact")
+    if args.target_recall is not None:
+        check_can_tune(args.index, args.engine or "exact", args.target_recall)
+
+
 def _check_engine(args: argparse.Namespace) -> None:
-    """Raise `ValueError` for another index type than the one that the index has."""
+    """Raise `ValueError` for another index type or target of recall than those that the index has."""
     with closing(open_store(args.index)) as store:
-        engine = store.info["engine"]
+        engine, target = store.info["engine"], store.info.get("target_recall")
     if args.engine not in (None, engine):
         raise ValueError(
             f"{args.index!r} has the index type {engine!r}: change it with `cots-search rebuild {args.index} "
             f"--engine {args.engine}`."
+        )
+    if args.target_recall not in (None, target):
+        check_can_tune(args.index, engine, args.target_recall)
+        has = "no target of recall" if target is None else f"the target of recall {target}"
+        raise ValueError(
+            f"{args.index!r} has {has}: change it with `cots-search rebuild {args.index} --target_recall "
+            f"{args.target_recall}`."
         )
 
 
@@ -220,10 +236,29 @@ def _condition_on_source(source: str) -> str:
 
 
 def run_rebuild(args: argparse.Namespace) -> None:
-    """Change the index type; this needs no model."""
+    """Change the index type or the target of recall; this needs a model for the latter alone."""
     with closing(open_store(args.index)) as store:
-        store.rebuild(args.engine or store.info["engine"])
+        engine = args.engine or store.info["engine"]
+        if args.target_recall is not None:
+            check_index_type(engine, FAISS)
+            check_can_tune(args.index, engine, args.target_recall)
+        store.rebuild(engine)
         print(f"{args.index} has the index type {store.info['engine']!r} and {len(store):,} images.")
+        target = target_to_reach(store) if args.target_recall is None else args.target_recall
+        if target is not None:
+            print(_tune(args, store, target))
+
+
+def _tune(args: argparse.Namespace, store, target: float) -> str:
+    """Reach a target of recall, by captions if the index's model can be loaded; returns a sentence about it."""
+    info = store.info
+    try:
+        loaded = load_model(info["model"], info.get("model_commit"))
+        index = SearchIndex(args.index, *loaded)
+    except ValueError:
+        return tune_by_vectors(store, target, f"its model {info['model']!r} cannot be loaded")
+    with index:
+        return index.tune(target)
 
 
 def run_embed(args: argparse.Namespace) -> None:
@@ -244,13 +279,17 @@ def run_load(args: argparse.Namespace) -> None:
     files = open_files(args.files)
     info = read_info(files)
     if not store_exists(args.index):
-        create_store(args.index, info, args.engine or "exact").close()
+        _check_new(args)
+        target = {} if args.target_recall is None else {"target_recall": args.target_recall}
+        create_store(args.index, {**info, **target}, args.engine or "exact").close()
     else:
         _check_engine(args)
     with closing(open_store(args.index)) as store:
         check_same_model(args.index, store.info, files)
         num_added = load_files(store, files, restore=args.restore)
         print(f"Added {num_added:,} images; {args.index} has {len(store):,}.")
+        if (target_recall := target_to_reach(store)) is not None:
+            print(_tune(args, store, target_recall))
 
 
 def open_images(args: argparse.Namespace):

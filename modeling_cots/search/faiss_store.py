@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from ..data.atomic_write import PARTIAL_SUFFIX
 from .conditions import Condition, matching_rows
 from .faiss_vectors import FaissVectors
-from .index_types import FAISS, INDEX_TYPES, check_index_type
+from .index_types import FAISS, INDEX_TYPES, TUNED_QUERIES, check_index_type, check_target_recall, effort_of
 from .manifest import (
     EIGHT_DIGITS,
     MANIFEST,
@@ -51,8 +51,11 @@ from .rows import (
     write_part,
     write_removed,
 )
+from .tuning import Sample, Tuned, choose_effort
 
 LOCK = "writer.lock"
+TUNED = "nprobe", "candidates"  # what `tune` adds to `info` beside its target, in the order of `SearchEffort`
+MAX_LOOKED_AT = 100  # entries, for each caption that is wanted
 # What a writer may remove; it never touches any other file of the folder.
 OWN_FILES = (
     f"data-{EIGHT_DIGITS}-*.arrow",
@@ -83,7 +86,7 @@ class Generation:
         self.rows = Rows(folder, manifest, None if known is None else known.rows)
         self._vectors: FaissVectors | None = None
         if known is not None and known._vectors is not None and known._vector_files() == self._vector_files():
-            self._vectors = known._vectors.over(self.rows.embeddings)
+            self._vectors = known._vectors.over(self.rows.embeddings, effort_of(manifest.info))
 
     def vectors(self) -> FaissVectors:
         """The vectors' index, which is read at the first call. Raises `DamagedIndexError`."""
@@ -93,7 +96,8 @@ class Generation:
 
     def read_vectors(self) -> FaissVectors:
         """The vectors' index as its files have it, to be changed. Raises `DamagedIndexError`."""
-        vectors = FaissVectors(self.manifest.info["engine"], self.manifest.info["dim"], self.rows.embeddings)
+        info = self.manifest.info
+        vectors = FaissVectors(info["engine"], info["dim"], self.rows.embeddings, effort_of(info))
         if self.manifest.vectors is None:
             return vectors
         for name, stored in self._vector_files():
@@ -280,13 +284,16 @@ class FaissStore:
         return len(positions)
 
     def rebuild(self, index_type: str) -> None:
-        """Write all entries that are not deleted again, with another index type; nothing is embedded again."""
+        """Write all entries that are not deleted again, with another index type; nothing is embedded again.
+
+        nprobe and candidates that `tune` has chosen are dropped, because they hold for the former lists.
+        """
         check_index_type(index_type, FAISS)
         with self._writing() as newest, _as_value_error(self.folder):
             number, removed = newest.manifest.generation, newest.manifest.removed
             kept = Manifest(
                 generation=number,
-                info={**newest.manifest.info, "engine": index_type},
+                info=_untuned(newest.manifest.info, index_type),
                 files={} if removed is None else {removed: newest.manifest.files[removed]},
                 removed=removed,
                 unfinished=newest.manifest.unfinished,
@@ -295,6 +302,46 @@ class FaissStore:
             living = newest.rows.living_tables()
             parts = [write_part(self.folder, tables, newest.rows.dim, number + 1) for tables in living]
             self._commit(newest, kept.with_parts(parts), is_whole=True)
+
+    def sample_captions(self, num: int) -> list[str]:
+        """At most `num` different captions of the entries, drawn at random, one an entry; always the same ones."""
+        rows = self._newest().rows
+        rng = np.random.default_rng(0)
+        drawn = rng.permutation(np.flatnonzero(rows.is_alive))[: MAX_LOOKED_AT * num]
+        found: dict[str, None] = {}  # in order
+        for captions in rows.captions(drawn):
+            captions = [caption for caption in captions if caption.strip()]
+            if captions:
+                found.setdefault(captions[rng.integers(len(captions))])
+            if len(found) == num:
+                break
+        return list(found)
+
+    def tune(self, target: float, queries: np.ndarray | None = None) -> Tuned:
+        """
+        Choose what a search costs for a target of recall, and store it with the target; later queries use it.
+
+        Args:
+            target: Share of the ten best entries that are to be found, above 0 and at most 1.
+            queries: (Q, d) unit-length embeddings of texts; by default 200 of the stored vectors.
+
+        Raises `ValueError` for an index type that cannot be tuned, and for an index that has no codes yet.
+        """
+        with self._writing() as newest:
+            info = newest.manifest.info
+            check_target_recall(target, info["engine"])
+            vectors = newest.vectors()
+            if len(vectors) == 0:
+                raise ValueError(f"{str(self.folder)!r} has no images yet: add some before tuning it.")
+            own = np.full(0 if queries is None else len(queries), -1)
+            if queries is None:
+                own = _drawn(newest.rows.is_alive[: len(vectors)])
+                queries = newest.rows.embeddings(own)
+            tuned = choose_effort(vectors, Sample(queries, own), newest.rows.is_alive[: len(vectors)], target)
+            chosen = dict(zip(TUNED, tuned.effort, strict=True))
+            with _as_value_error(self.folder):
+                self._commit(newest, replace(newest.manifest, info={**info, "target_recall": target, **chosen}))
+        return tuned
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -344,7 +391,8 @@ class FaissStore:
             except pa.ArrowException:  # two processes have written columns of two kinds: the next writer refuses them
                 return newest
         if self._growing._vectors is None and newest._vectors is not None:
-            self._growing._vectors = newest._vectors.over(self._growing.rows.embeddings)
+            effort = effort_of(newest.manifest.info)
+            self._growing._vectors = newest._vectors.over(self._growing.rows.embeddings, effort)
         return self._growing
 
     @contextmanager
@@ -422,6 +470,17 @@ class FaissStore:
             for path in (*self.folder.glob(pattern), *self.folder.glob(pattern + PARTIAL_SUFFIX)):
                 if path.relative_to(self.folder).as_posix() not in kept:
                     path.unlink(missing_ok=True)
+
+
+def _untuned(info: dict, index_type: str) -> dict:
+    """The `info` of a rebuilt index. Its target of recall stays where the type can have one."""
+    is_dropped = set(TUNED) if INDEX_TYPES[index_type].is_tunable else {*TUNED, "target_recall"}
+    return {**{key: value for key, value in info.items() if key not in is_dropped}, "engine": index_type}
+
+
+def _drawn(is_alive: np.ndarray) -> np.ndarray:
+    """The positions of at most 200 entries that are there, drawn at random; always the same ones."""
+    return np.sort(np.random.default_rng(0).permutation(np.flatnonzero(is_alive))[:TUNED_QUERIES])
 
 
 def _tables_of(parts: Iterable[Part]) -> Iterator[pa.Table]:

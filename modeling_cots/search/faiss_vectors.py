@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 
 from ..data.atomic_write import atomic_write
-from .index_types import FAISS, FEW_ROWS, INDEX_TYPES, check_index_type
+from .index_types import FAISS, FEW_ROWS, INDEX_TYPES, TUNED_TOP, SearchEffort, check_index_type
 
 NUM_TRAINING = 250_000  # vectors that codes are trained on, or more where more lists need them
 VECTORS_PER_LIST = 39  # that FAISS asks for to find the centroid of one
@@ -42,13 +42,20 @@ class FaissVectors:
         index_type: A name out of `INDEX_TYPES`.
         dim: d.
         fetch: Takes positions (n,), or a slice of them, and returns the stored vectors (n, d).
+        effort: nprobe and candidates of a query, in place of the index type's defaults.
 
     Raises `ValueError` for an unknown index type.
     """
 
-    def __init__(self, index_type: str, dim: int, fetch: Callable[[np.ndarray | slice], np.ndarray]):
+    def __init__(
+        self,
+        index_type: str,
+        dim: int,
+        fetch: Callable[[np.ndarray | slice], np.ndarray],
+        effort: SearchEffort | None = None,
+    ):
         check_index_type(index_type, FAISS)
-        self.index_type, self.dim, self._fetch = index_type, dim, fetch
+        self.index_type, self.dim, self.fetch, self.effort = index_type, dim, fetch, effort
         self.index: Any = None
         self.thresholds: np.ndarray | None = None
 
@@ -63,7 +70,7 @@ class FaissVectors:
             self._check_enough(num_rows)
             self._build(self._training_sample(num_rows), num_rows)
         for start in range(len(self), num_rows, rows_per_step):
-            self.index.add(self._code(self._fetch(slice(start, min(start + rows_per_step, num_rows)))))
+            self.index.add(self._code(self.fetch(slice(start, min(start + rows_per_step, num_rows)))))
 
     def search(self, queries: np.ndarray, top: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -91,20 +98,41 @@ class FaissVectors:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         if self.index_type != "exact" and num_allowed < len(allowed) and num_allowed <= max(FEW_ROWS, top):
             return self._rescore(queries, [np.flatnonzero(allowed)] * len(queries), top)
-        candidates = INDEX_TYPES[self.index_type].candidates
-        wanted = top if candidates is None else max(candidates.times * top, candidates.minimum)
-        num_candidates = min(wanted, num_allowed)
-        # FAISS keeps no reference to the bits.
-        bits = np.packbits(allowed, bitorder="little") if num_allowed < len(allowed) else None
-        parameters = self._parameters(num_candidates, bits)
-        scores, positions = self.index.search(self._code(queries, is_query=True), num_candidates, params=parameters)
-        if candidates is None:
-            return scores, positions
-        return self._rescore(queries, [row[row >= 0] for row in positions], top)
+        if INDEX_TYPES[self.index_type].candidates is not None:
+            return self.search_codes(queries, top, allowed)
+        return self._search_index(queries, top, allowed)
 
-    def over(self, fetch: Callable[[np.ndarray | slice], np.ndarray]) -> "FaissVectors":
-        """The same index, with its vectors stored elsewhere."""
-        other = FaissVectors(self.index_type, self.dim, fetch)
+    def search_codes(self, queries: np.ndarray, top: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`search` by the codes, which propose candidates, however few rows are allowed; `top` is at most these."""
+        num_candidates = min(self._num_candidates(top), int(np.count_nonzero(allowed)))
+        return self._rescore(queries, self.propose(queries, num_candidates, allowed), top)
+
+    def propose(self, queries: np.ndarray, num: int, allowed: np.ndarray, nprobe: int = 0) -> list[np.ndarray]:
+        """For each query the positions of at most `num` candidates, the best codes first; nprobe 0 is the index's."""
+        _, positions = self._search_index(queries, num, allowed, nprobe)
+        return [row[row >= 0] for row in positions]
+
+    def _search_index(self, queries, num: int, allowed: np.ndarray, nprobe: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        # FAISS keeps no reference to the bits.
+        bits = None if allowed.all() else np.packbits(allowed, bitorder="little")
+        parameters = self._parameters(num, bits, nprobe)
+        return self.index.search(self._code(queries, is_query=True), num, params=parameters)
+
+    @property
+    def num_lists(self) -> int:
+        """How many lists the vectors are divided into; 0 for index types without lists."""
+        return self.index.nlist if self.index_type == "ivfpq" else 0
+
+    def _num_candidates(self, top: int) -> int:
+        if self.effort is not None:
+            return max(self.effort.candidates, -(-self.effort.candidates * top // TUNED_TOP))
+        candidates = INDEX_TYPES[self.index_type].candidates
+        assert candidates is not None
+        return max(candidates.times * top, candidates.minimum)
+
+    def over(self, fetch: Callable[[np.ndarray | slice], np.ndarray], effort: SearchEffort | None) -> "FaissVectors":
+        """The same index, with its vectors stored elsewhere and another effort."""
+        other = FaissVectors(self.index_type, self.dim, fetch, effort)
         other.index, other.thresholds = self.index, self.thresholds
         return other
 
@@ -142,8 +170,8 @@ class FaissVectors:
         if self.index_type == "ivfpq":
             wanted = max(wanted, VECTORS_PER_LIST * num_lists_of(num_rows))
         if num_rows <= wanted:
-            return self._fetch(slice(0, num_rows))
-        return self._fetch(np.linspace(0, num_rows - 1, wanted).astype(np.int64))
+            return self.fetch(slice(0, num_rows))
+        return self.fetch(np.linspace(0, num_rows - 1, wanted).astype(np.int64))
 
     def _build(self, sample: np.ndarray | None, num_rows: int) -> None:
         if self.index_type == "binary":
@@ -177,19 +205,20 @@ class FaissVectors:
             return np.packbits(vectors > self.thresholds, axis=1)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def _parameters(self, num_candidates: int, allowed_bits: np.ndarray | None):
+    def _parameters(self, num_candidates: int, allowed_bits: np.ndarray | None, nprobe: int):
         options = {} if allowed_bits is None else {"sel": faiss.IDSelectorBitmap(allowed_bits)}
         if self.index_type == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, 2 * num_candidates), **options)
         if self.index_type == "ivfpq":
-            return faiss.SearchParametersIVF(nprobe=nprobe_of(self.index.nlist), **options)
+            own = nprobe_of(self.index.nlist) if self.effort is None else self.effort.nprobe
+            return faiss.SearchParametersIVF(nprobe=nprobe or own, **options)
         return faiss.SearchParameters(**options)
 
     def _rescore(self, queries: np.ndarray, candidates: list[np.ndarray], top: int) -> tuple[np.ndarray, np.ndarray]:
         scores = np.full((len(queries), top), -np.inf, np.float32)
         positions = np.full((len(queries), top), -1, np.int64)
         for row, (query, found) in enumerate(zip(queries, candidates, strict=True)):
-            exact = self._fetch(found) @ query
+            exact = self.fetch(found) @ query
             best = np.argsort(-exact, kind="stable")[:top]
             scores[row, : len(best)], positions[row, : len(best)] = exact[best], found[best]
         return scores, positions

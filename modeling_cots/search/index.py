@@ -29,15 +29,17 @@ from ..image_reading_cots import read_pixels
 from ..processing_cots import TOKENIZER_LOCK
 from .conditions import Condition, as_conditions
 from .embedding import MAX_REPORTED, Embedder, ImageFolder, check_text, entry_names, row_ids_of
+from .index_types import TUNED_QUERIES
 from .options import THUMBNAIL_SIDE
 from .rows import CONTENT, join_tables
-from .stores import create_store, open_store
+from .stores import check_can_tune, create_store, open_store
 from .waiting import FAILED, new_moments, tell, wait_for
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 2  # 2: the model's identity covers its configuration
 ITEMS_PER_PART = 1_024  # a killed run loses at most one part in each process
+MIN_CAPTIONS = 50  # fewer say too little about the queries to come
 
 
 class SearchIndex:
@@ -64,7 +66,16 @@ class SearchIndex:
             raise
 
     @classmethod
-    def create(cls, index, model, processor, *, engine: str = "exact", model_name: str | None = None) -> "SearchIndex":
+    def create(
+        cls,
+        index,
+        model,
+        processor,
+        *,
+        engine: str = "exact",
+        model_name: str | None = None,
+        target_recall: float | None = None,
+    ) -> "SearchIndex":
         """
         Make an empty index.
 
@@ -74,10 +85,17 @@ class SearchIndex:
                 "halfvec". docs/search.md says when to use which.
             model_name: The folder or Hub id from which `cots-search` loads the model; by default the one from which
                 this model was loaded.
+            target_recall: Share of the ten best images that a search is to find, above 0 and at most 1; `add` then
+                chooses nprobe and candidates, see `tune`. FAISS' "ivfpq", "int8" and "binary" alone.
 
-        Raises `ValueError` for an index type that the store lacks and for a name in use.
+        Raises `ValueError` for an index type that the store lacks or that cannot have the target, and for a name in
+        use.
         """
-        create_store(index, describe_model(model, processor, model_name), engine).close()
+        info = describe_model(model, processor, model_name)
+        if target_recall is not None:
+            check_can_tune(index, engine, target_recall)
+            info["target_recall"] = target_recall
+        create_store(index, info, engine).close()
         return cls(index, model, processor)
 
     def __len__(self) -> int:
@@ -135,7 +153,10 @@ class SearchIndex:
                 ]
             embedder.report_skipped()
             # Here all processes wait for each other, before the main one builds the index alone.
-            return _count_added(list(chain.from_iterable(contents)), state)
+            num_added = _count_added(list(chain.from_iterable(contents)), state)
+        if state.is_main_process and (target := target_to_reach(self.store)) is not None:
+            logger.warning(self.tune(target))
+        return num_added
 
     def _present_and_deleted(self, row_ids: np.ndarray, restore: bool) -> tuple[np.ndarray, np.ndarray]:
         """Two (n,) booleans: which of these ids are in the index, and which were deleted and are to stay so."""
@@ -315,9 +336,45 @@ class SearchIndex:
         """
         return delete_entries(self.store, names, where)
 
-    def rebuild(self, engine: str) -> None:
-        """Change to another index type and free deleted entries; nothing is embedded again."""
+    def rebuild(self, engine: str, target_recall: float | None = None) -> None:
+        """Change to another index type and free deleted entries; nothing is embedded again.
+
+        A target of recall, this one or the one that the index has, is reached anew by `tune`. Raises `ValueError` for
+        an index type that cannot have it.
+        """
+        if target_recall is not None:
+            check_can_tune(self._name, engine, target_recall)
         self.store.rebuild(engine)
+        target = target_to_reach(self.store) if target_recall is None else target_recall
+        if target is not None:
+            logger.warning(self.tune(target))
+
+    def tune(self, target_recall: float) -> str:
+        """
+        Choose nprobe and the number of candidates, and store both in the index, whose queries use them from then on.
+
+        The cheapest pair wins that finds this share of the ten best images for about 200 captions of the index, which
+        are compared with all vectors exactly. Where it has fewer than 50, its vectors take their place.
+
+        Returns a sentence about the choice. Raises `ValueError` for an index that cannot be tuned or has no images.
+        """
+        check_can_tune(self._name, self.store.info["engine"], target_recall)
+        captions = self.store.sample_captions(TUNED_QUERIES)
+        if len(captions) < MIN_CAPTIONS:
+            return tune_by_vectors(self.store, target_recall, f"the index has {len(captions)} different captions")
+        tuned = self.store.tune(target_recall, self._embed_captions(captions))
+        return _choice(tuned, f"{len(captions)} of its captions")
+
+    @torch.no_grad()
+    def _embed_captions(self, captions: list[str], batch_size: int = 32) -> np.ndarray:
+        """(n, d) unit-length embeddings of texts."""
+        embeds = []
+        for start in range(0, len(captions), batch_size):
+            texts = captions[start : start + batch_size]
+            inputs = self.processor(text=texts, truncation=True, padding=True, return_tensors="pt")
+            inputs = inputs.to(self.model.device)
+            embeds.append(self.model.encode_text(inputs["input_ids"], inputs["attention_mask"]).cpu())
+        return torch.nn.functional.normalize(torch.cat(embeds), dim=1).float().numpy()
 
     def close(self) -> None:
         """Close files and connections."""
@@ -377,6 +434,23 @@ def chosen_entries(store, names: Sequence[str] | None = None, where=None) -> np.
 def delete_entries(store, names: Sequence[str] | None = None, where=None) -> int:
     """Remove entries as `SearchIndex.delete` does; needs no model."""
     return store.delete(chosen_entries(store, names, where))
+
+
+def target_to_reach(store) -> float | None:
+    """The target of recall that an index with images has not been tuned to yet; `None` if there is none."""
+    info = store.info
+    return info.get("target_recall") if "candidates" not in info and len(store) else None
+
+
+def tune_by_vectors(store, target_recall: float, reason: str) -> str:
+    """Tune an index by stored vectors in place of captions, and say the reason; needs no model."""
+    return _choice(store.tune(target_recall), f"its own vectors, as {reason}; texts may need more")
+
+
+def _choice(tuned, sample: str) -> str:
+    nprobe, candidates = tuned.effort
+    lists = f"nprobe {nprobe:,} and " if nprobe else ""
+    return f"Chosen: {lists}{candidates:,} candidates, with recall@10 {tuned.recall:.3f} on {sample}."
 
 
 def state_notes(store, name: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 FAISS, MILVUS_SERVER, MILVUS_LITE = "FAISS", "a Milvus server", "a Milvus Lite file"
 POSTGRES = "PostgreSQL"
 FEW_ROWS = 20_000  # a filter that leaves no more than these has them compared directly
+TUNED_TOP, TUNED_QUERIES = 10, 200  # nprobe and candidates are chosen for so many results of so many queries
 
 
 class Candidates(NamedTuple):
@@ -17,6 +18,14 @@ class Candidates(NamedTuple):
 
     times: int
     minimum: int
+
+
+class SearchEffort(NamedTuple):
+    """What `tuning.py` has chosen: the lists that a query compares (0 without lists), and the candidates that are
+    rescored for ten results, in proportion for more."""
+
+    nprobe: int
+    candidates: int
 
 
 class MilvusIndex(NamedTuple):
@@ -58,6 +67,11 @@ class IndexType:
     in_faiss: bool = True
     min_vectors: int = 1
     candidates: Candidates | None = None
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether `tuning.py` can choose what a search costs."""
+        return self.in_faiss and self.candidates is not None
 
     @property
     def stores(self) -> list[str]:
@@ -124,3 +138,21 @@ def check_index_type(name: str, store: str) -> None:
         return
     elsewhere = f", which needs {' or '.join(INDEX_TYPES[name].stores)}" if name in INDEX_TYPES else ""
     raise ValueError(f"With {store} the index type must be one of {', '.join(present)}; got {name!r}{elsewhere}.")
+
+
+def check_target_recall(target: float, index_type: str) -> None:
+    """Raise `ValueError` unless an index type of FAISS can be tuned to a target of recall, and it is a share."""
+    if not 0 < target <= 1:
+        raise ValueError(f"The target of recall is a share above 0 and at most 1, such as 0.95; got {target}.")
+    if not INDEX_TYPES[index_type].is_tunable:
+        tunable = ", ".join(name for name, what in INDEX_TYPES.items() if what.is_tunable)
+        what = "compares all vectors exactly" if index_type == "exact" else "rescores no candidates"
+        raise ValueError(
+            f"A target of recall needs one of the index types {tunable}; {index_type!r} {what}: choose another "
+            "--engine, or leave --target_recall out."
+        )
+
+
+def effort_of(info: dict) -> SearchEffort | None:
+    """What was chosen for an index, as its `info` says; `None` where its index type's defaults hold."""
+    return SearchEffort(info["nprobe"], info["candidates"]) if "candidates" in info else None

@@ -20,6 +20,7 @@ DESCRIPTION = """Index photographs and videos once, then find them by words, by 
     cots-search add IDX MORE_PHOTOS/
     cots-search delete IDX PHOTOS/blurred.jpg
     cots-search rebuild IDX --engine hnsw
+    cots-search rebuild IDX --engine ivfpq --target_recall 0.95
     cots-search embed "s3://photos/{00000..00999}.tar" --model MODEL --output s3://embeddings/photos \
         --checkpoint s3://checkpoints/photos --actors 8 --gpus_per_actor 1
     cots-search load IDX s3://embeddings/photos
@@ -108,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild = commands.add_parser("rebuild", help="change the index type and free deleted entries; embeds nothing")
     rebuild.add_argument("index", help="the index")
     rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
+    for command in (index, load, rebuild):
+        command.add_argument(
+            "--target_recall",
+            type=_target,
+            help="tune ivfpq, int8 or binary on the captions so that queries find this share of the ten best",
+        )
     for command in (add, query, serve):
         command.add_argument("--model", help="where to load the index's model from, if it has moved")
     for command in (index, add, embed, query, serve):
@@ -206,6 +213,13 @@ def _bounded(text: str, least: int, words: str, most: float = float("inf")) -> i
 
 def _share(text: str) -> float:
     return _number(text, 1, "a number between 0 (the text alone) and 1")
+
+
+def _target(text: str) -> float:
+    words = "a share above 0 and at most 1, such as 0.95"
+    if (target := _number(text, 1, words)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return target
 
 
 def _gpus(text: str) -> float:

@@ -389,6 +389,11 @@ class Rows:
             rows.append({**metadata.to_pylist()[0], **entry.to_pylist()[0]})
         return rows
 
+    def captions(self, positions: np.ndarray) -> Iterator[list[str]]:
+        """The captions of each of these rows."""
+        for position, number in zip(positions, self._batch_numbers(positions), strict=True):
+            yield self._batches[number].table["captions"][int(position - self._starts[number])].as_py() or []
+
     def living_tables(self) -> Iterator[Iterator[pa.Table]]:
         """For each part that has any, tables of its rows that are not deleted, to write them again."""
         start = 0

@@ -4,15 +4,19 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from .conditions import Condition
+from .index_types import check_target_recall
 from .milvus_store import MilvusStore, is_milvus_uri
 from .options import is_postgres_uri
 from .postgres_store import PostgresStore
+
+if TYPE_CHECKING:
+    from .tuning import Tuned  # needs FAISS
 
 EXTRAS = {  # the packages of the extras that stores need, as pip takes them
     "search": "faiss-cpu",
@@ -80,6 +84,12 @@ class VectorStore(Protocol):
     def rebuild(self, index_type: str) -> None:
         """Change the index type without embedding anything again, and drop deleted entries."""
 
+    def sample_captions(self, num: int) -> list[str]:
+        """At most `num` different captions of the entries; FAISS alone, as `tune`."""
+
+    def tune(self, target: float, queries: np.ndarray | None = None) -> "Tuned":
+        """Choose what a search costs for a target of recall; see `FaissStore.tune` and `check_can_tune`."""
+
     def close(self) -> None:
         """Close files and connections."""
 
@@ -97,6 +107,17 @@ def create_store(index: str | os.PathLike, info: dict, index_type: str) -> Vecto
 def check_can_create(index: str | os.PathLike, index_type: str) -> None:
     """Raise `ValueError` where `create_store` would, as far as that can be told without making anything."""
     _kind_of(index).check_can_create(os.fspath(index), index_type)
+
+
+def check_can_tune(index: str | os.PathLike, index_type: str, target: float) -> None:
+    """Raise `ValueError` unless an index of this name and type can have this target of recall."""
+    name = os.fspath(index)
+    if is_postgres_uri(name) or is_milvus_uri(name):
+        raise ValueError(
+            f"A target of recall needs an index in a folder (FAISS); {name!r} has its own settings: leave "
+            "--target_recall out."
+        )
+    check_target_recall(target, index_type)
 
 
 def open_store(index: str | os.PathLike) -> VectorStore:

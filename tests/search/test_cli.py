@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import socket
+from contextlib import closing
 from unittest.mock import Mock
 
 import pytest
@@ -17,6 +18,7 @@ from video_files import write_video
 from modeling_cots import COTSModel, ScenesDataset, SearchIndex
 from modeling_cots.search.cli import main
 from modeling_cots.search.embedding import ImageFolder
+from modeling_cots.search.stores import open_store
 
 pytest.importorskip("faiss")
 
@@ -224,6 +226,10 @@ def no_model(monkeypatch):
         ("add photos photos", "no index in 'photos'"),
         ("index nothing.parquet --model model --index NEW", "does not exist"),
         ("index photos --model model --index NEW --engine magic", "must be one of exact"),
+        ("index photos --model model --index NEW --target_recall 0.9", "'exact' compares all vectors exactly"),
+        ("index photos --model model --index IDX --target_recall 0.9", "'exact' compares all vectors exactly"),
+        ("rebuild IDX --engine hnsw --target_recall 0.9", "'hnsw' rescores no candidates"),
+        ("rebuild IDX --engine magic --target_recall 0.9", "must be one of exact"),
         ("index photos --model model --index IDX --engine hnsw", "rebuild IDX --engine hnsw"),
         ("index photos --model model --index photos", "name a new folder"),
         ("serve photos", "no index in 'photos'"),
@@ -334,3 +340,42 @@ def test_several_processes_make_one_index(folder, capsys):
     main("query IDX --image photos/train-00004.png --top 20".split())
     found = capsys.readouterr().out.splitlines()
     assert len(found) == 6 and "1.  1.000" in found[0] and "train-00004.png" in found[0]
+
+
+def test_a_target_of_recall_is_reached_by_captions_or_by_vectors(folder, capsys, monkeypatch, tiny_processor):
+    (folder / "data").mkdir()
+    rows = []
+    for item in ScenesDataset("train", 110, 32):
+        item["image"].save(folder / "data" / f"{item['name']}.png")
+        rows.append({"file_name": f"{item['name']}.png", "text": item["captions"]})
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    main("index data --model model --index IDX --engine int8 --target_recall 0.9".split())
+    with closing(open_store("IDX")) as store:
+        assert store.info["target_recall"] == 0.9 and store.info["candidates"] >= 10 and store.info["nprobe"] == 0
+    assert "Chosen:" not in capsys.readouterr().out
+    main("index data --model model --index IDX --target_recall 0.9".split())  # the same again is the same
+    with pytest.raises(ValueError, match="has the target of recall 0.9: .* rebuild IDX --target_recall 0.8"):
+        main("index data --model model --index IDX --target_recall 0.8".split())
+
+    main(["query", "IDX", "a red circle", "--top", "3"])
+    capsys.readouterr()
+    main("rebuild IDX --target_recall 1".split())
+    assert re.search(r"Chosen: \d+ candidates, with recall@10 1.000 on \d+ of its captions\.", capsys.readouterr().out)
+    main("rebuild IDX --engine binary".split())  # keeps its target, and chooses anew
+    assert "of its captions" in capsys.readouterr().out
+    (folder / "model").rename(folder / "moved")
+    main("rebuild IDX --engine int8 --target_recall 0.95".split())
+    assert re.search(r"on its own vectors, as its model .*model' cannot be loaded; texts", capsys.readouterr().out)
+    (folder / "moved").rename(folder / "model")
+    main("rebuild IDX --engine exact".split())
+    assert "Chosen" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'exact' compares all vectors exactly"):
+        main("rebuild IDX --target_recall 0.9".split())
+
+    (folder / "data" / "metadata.jsonl").unlink()
+    model = COTSModel.from_pretrained("model")
+    with SearchIndex.create("BARE", model, tiny_processor, engine="int8", target_recall=0.9) as index:
+        index.add(ImageFolder("data"), progress=False)
+        assert "on its own vectors, as the index has 0 different captions" in index.tune(0.95)
+        index.rebuild("int8", target_recall=0.8)
+        assert index.store.info["target_recall"] == 0.8 and "candidates" in index.store.info
