@@ -73,6 +73,7 @@ SMALL = {
 INSTEAD = {
     "--nproc_per_node 8": "--nproc_per_node 2",
     "checkpoint-900": "checkpoint-2",
+    "--engine ivfpq": "--engine int8",  # which needs no thousand images to be trained
     "my.yaml --text_model": "--dataset PHOTOS/ --output_dir runs/mine --text_model",  # my.yaml has a tiny model
     "--images FOLDER": "--images MORE",
     "--json benchmarks/results_cpu.json": "--json results_cpu.json",
@@ -85,6 +86,7 @@ BEFORE = {
         "python examples/run_pretraining.py --dataset PHOTOS/ --model_config examples/configs/quickstart_model.json "
         "--output_dir runs/mine --adaptive_filter true --filter_log runs/mine/filter_log"
     ],
+    "docs/scale.md": ["python examples/run_pretraining.py examples/configs/quickstart.yaml --output_dir runs/mine"],
     "demo/README.md": [
         "python examples/run_pretraining.py examples/configs/quickstart.yaml --output_dir runs/mine",
         "cots-search index PHOTOS/ --model runs/mine --index IDX",
