@@ -73,7 +73,7 @@ SMALL = {
 INSTEAD = {
     "--nproc_per_node 8": "--nproc_per_node 2",
     "checkpoint-900": "checkpoint-2",
-    "--engine ivfpq": "--engine int8",  # which needs no thousand images to be trained
+    "--engine ivfpq": "--engine hnsw",  # which needs no thousand images to be trained
     "my.yaml --text_model": "--dataset PHOTOS/ --output_dir runs/mine --text_model",  # my.yaml has a tiny model
     "--images FOLDER": "--images MORE",
     "--json benchmarks/results_cpu.json": "--json results_cpu.json",
