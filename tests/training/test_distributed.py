@@ -145,10 +145,7 @@ def test_when_one_process_hangs_the_other_ends_within_the_time_out(tmp_path):
 def test_a_mode_that_splits_the_model_is_refused(tmp_path):
     ended = launch(tmp_path / "run.pt", 1, "--batch", "4", "--fsdp", check=False)
     assert ended.returncode != 0
-    assert (
-        "ValueError: fsdp='full_shard' cannot be used: it knows nothing of the momentum copy, and does nothing on "
-        "CPUs; set shard_model to split both." in ended.stderr
-    )
+    assert "ValueError: fsdp='full_shard' cannot be used" in ended.stderr and "set shard_model" in ended.stderr
 
 
 def test_processes_of_one_launch_are_one_run_and_all_of_them_are_refused_beside_another(tmp_path):
