@@ -47,6 +47,7 @@ NOT_RUN = {
     r"stream_memory\.py --gigabytes": "reads ten gigabytes",
     r"draw_pages\.py": "needs Chromium, and is run by hand to draw",
     r"index \.\.\.$": "is a pattern",
+    r"--target_recall": "needs a thousand images: tests/search/test_cli.py",
     r"cots-search (embed|load)|--ray|ray start|^RAY_ADDRESS": "needs Ray: tests/search/test_ray_embedding.py, "
     "test_parquet_rows.py, tests/scripts/test_ray_tokens.py",
     r"examples/serve\.py": "is a server: tests/examples/test_serve.py",
