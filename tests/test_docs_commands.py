@@ -272,4 +272,4 @@ def test_the_commands_of_a_page_run(page, prepared, tmp_path):
 
 def is_whole(block: str) -> bool:
     """Whether a block of Python runs without a hub, and without what the reader has made before."""
-    return "you/" not in block and not block.startswith("videos = processor(")
+    return not any(sign in block for sign in ("you/", ", ...)")) and not block.startswith("videos = processor(")
