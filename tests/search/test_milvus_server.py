@@ -1,5 +1,6 @@
 """The contract of the vector stores on a real Milvus server, which is started here in a network of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ def network():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "COTS_TEST_MILVUS_SERVER" not in os.environ,
+    reason="takes longer than ten minutes, most of it waiting: COTS_TEST_MILVUS_SERVER=1 starts the server",
+)
 def test_the_contract_holds_on_a_real_server(network, tmp_path):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/search/test_stores.py"]
     # Without the tests that rebuild an index, which failed there once, on a machine too busy to tell why.
