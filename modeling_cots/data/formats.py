@@ -26,6 +26,29 @@ MAX_CSV_LINES = 100  # of one row, whose cells may hold line breaks
 Rows = Iterator[tuple[str, dict | BadRowError]]
 
 
+def rows_until_broken(rows: Rows, on_break: Callable[[Exception, int], None]) -> Rows:
+    """
+    The rows of a file that is open, up to its end or to where it breaks.
+
+    Args:
+        rows: What reads them. Every protocol and format has errors of its own.
+        on_break: Is told the error and how many rows came before it.
+    """
+    num_read = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except MemoryError:
+            raise
+        except Exception as error:
+            on_break(error, num_read)
+            return
+        num_read += 1
+        yield row
+
+
 def read_rows(stream: BinaryIO, suffix: str, columns: Columns, with_others: bool = False) -> Rows:
     """
     The key and the row of each sample of a file, in its order, or what is wrong with it in place of the row.

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset
 
+from .formats import Rows, rows_until_broken
 from .messages import printable
 from .rows import BadRowError, Columns, image_columns
 from .streaming.names import display_name
@@ -98,7 +99,7 @@ def shard_parts(
 
 def _shard_part(shards: FileShards, columns: Columns, ids_of: IdsOf) -> Iterator[pa.Table]:
     shard, seen, rows, size = shards.name(0), Counter(), [], 0
-    for key, row in _rows_until_broken(shards):
+    for key, row in _rows_of(shards):
         name = f"{shard}/{printable(key)}" if key else shard
         seen[name] += 1
         known = canonical_row(row, columns, name, partial(shards.read_file, 0))
@@ -120,21 +121,13 @@ def _shard_part(shards: FileShards, columns: Columns, ids_of: IdsOf) -> Iterator
         yield _shard_table(rows, ids_of)
 
 
-def _rows_until_broken(shards: FileShards) -> Iterator[tuple[str, dict | BadRowError]]:
+def _rows_of(shards: FileShards) -> Rows:
     """The rows of the only shard; where it breaks, the last one says so under no key."""
-    rows, num_read = shards.read(0), 0
-    while True:
-        try:
-            key, row = next(rows)
-        except StopIteration:
-            return
-        except MemoryError:
-            raise
-        except Exception as error:  # every protocol and format has its own; what follows is left for another run
-            yield "", BadRowError(broken_off(error, num_read))
-            return
-        num_read += 1
-        yield key, row
+    breaks: list[BadRowError] = []  # what follows one is left for another run
+    yield from rows_until_broken(
+        shards.read(0), lambda error, num_read: breaks.append(BadRowError(broken_off(error, num_read)))
+    )
+    yield from (("", broken) for broken in breaks)
 
 
 SHARD_SCHEMA = {

@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -249,6 +249,28 @@ def _compare_integers(column: pa.ChunkedArray, condition: Condition):
             holds = (bound > 0) == (operator in ("<", "<="))
             return pc.and_(pa.scalar(holds), column.is_valid())
     return COMPARISONS[operator](column.cast(pa.int64()), pa.scalar(bound, pa.int64()))
+
+
+def bind(
+    where: Sequence[Condition], kind_of: Callable[[str], Kind | None], columns: Callable[[], Sequence[str]]
+) -> list[Condition]:
+    """
+    The conditions with values of their columns' kinds, for a store that looks columns up.
+
+    Args:
+        where: The conditions.
+        kind_of: What a column holds; `None` where no entry has it.
+        columns: Gives the columns that there are, for the message.
+
+    Raises `ValueError` for a missing column and for a value of another kind.
+    """
+    bound = []
+    for condition in where:
+        kind = kind_of(condition.column)
+        if kind is None:
+            raise missing_column(condition.column, columns())
+        bound.append(as_kind(condition, kind))
+    return bound
 
 
 def missing_column(column: str, available: Sequence[str]) -> ValueError:

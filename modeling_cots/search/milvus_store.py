@@ -23,12 +23,11 @@ from .conditions import (
     TEXT,
     Condition,
     Kind,
-    as_kind,
+    bind,
     kind_of_type,
     kind_of_value,
     milvus_column,
     milvus_expression,
-    missing_column,
     mixed_kinds,
 )
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
@@ -343,12 +342,7 @@ class MilvusStore:
 
     def _filter(self, where: list[Condition]) -> str:
         """The filter for Milvus. Raises `ValueError` for a missing column and for a value of another kind."""
-        bound = []
-        for condition in where:
-            kind = self._kind_of(condition.column)
-            if kind is None:
-                raise missing_column(condition.column, self.columns)
-            bound.append(as_kind(condition, kind))
+        bound = bind(where, self._kind_of, lambda: self.columns)
         return milvus_expression(bound, TEXT_FIELDS)
 
     def _kind_of(self, column: str) -> Kind | None:

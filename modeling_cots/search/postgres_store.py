@@ -23,10 +23,9 @@ from .conditions import (
     TEXT,
     Condition,
     Kind,
-    as_kind,
+    bind,
     kind_of_type,
     kind_of_value,
-    missing_column,
     mixed_kinds,
     postgres_expression,
     without_nul,
@@ -302,12 +301,7 @@ class PostgresStore:
 
     def _filter(self, where: list[Condition]) -> tuple[str, list]:
         """The WHERE clause and its values. Raises `ValueError` for a missing column and a value of another kind."""
-        bound = []
-        for condition in where:
-            kind = self._kind_of(condition.column)
-            if kind is None:
-                raise missing_column(condition.column, self.columns)
-            bound.append(as_kind(condition, kind))
+        bound = bind(where, self._kind_of, lambda: self.columns)
         return postgres_expression(bound, TEXT_COLUMNS)
 
     def _kind_of(self, column: str) -> Kind | None:

@@ -11,9 +11,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
-from .frozen_layers import FrozenEncoders, Replay, replaced
+from .frozen_layers import FrozenEncoders, Replay, detached, replaced
 
 KINDS = "vision", "text"
 
@@ -43,7 +42,7 @@ class CopiedPass:
             return
         self._is_recording = False  # the unmasked pass comes first
         if self._generator is not None and torch.equal(self._generator, _generator_state(module)):
-            self._output = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
+            self._output = detached(output)
 
     @contextmanager
     def record(self, is_copy: bool) -> Iterator[None]:

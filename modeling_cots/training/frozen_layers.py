@@ -92,7 +92,7 @@ class FrozenLayers:
             if not self._is_recording:
                 return output
             # Activation checkpointing makes embeddings require a gradient; that of frozen layers reaches nothing.
-            output = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
+            output = detached(output)
             self._outputs.setdefault(name, output)  # the unmasked pass comes first
             return output
 
@@ -128,6 +128,11 @@ class FrozenLayers:
                 yield
             finally:
                 self._outputs.clear()
+
+
+def detached(output):
+    """An encoder's output, whose tensors pass no gradient."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
 
 
 def _count_layers(encoder: PreTrainedModel) -> int:

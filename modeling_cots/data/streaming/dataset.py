@@ -13,10 +13,12 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..formats import rows_until_broken
 from ..items import EpochSeeds
 from ..rows import BadRowError, Columns, cached_tokens, image_columns, read_row
 from ..skip_report import StreamReport
@@ -165,20 +167,9 @@ class StreamingPairs(PairStream):
 
     def read_shard(self, shard: int, is_wanted: Callable[[int], bool] = lambda row: True) -> Iterator[Sample | None]:
         """The samples of a shard, up to its end or to where it breaks. One refused, or not wanted, is `None`."""
-        rows = self._shards.read(shard)
-        num_read = 0
-        while True:
-            try:
-                key, row = next(rows)
-            except StopIteration:
-                return
-            except MemoryError:
-                raise
-            except Exception as error:  # every protocol and format has its own, and one bad shard must not end a run
-                self.report.add_shard(self._shards.name(shard), error, num_read)
-                return
-            num_read += 1
-            yield self._read_sample(shard, key, row) if is_wanted(num_read - 1) else None
+        report = partial(self.report.add_shard, self._shards.name(shard))  # one bad shard must not end a run
+        for number, (key, row) in enumerate(rows_until_broken(self._shards.read(shard), report)):
+            yield self._read_sample(shard, key, row) if is_wanted(number) else None
 
     def _read_sample(self, shard: int, key: str, row: dict | BadRowError) -> Sample | None:
         name = f"{self._shards.name(shard)}/{key}"
