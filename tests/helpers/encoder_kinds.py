@@ -1,5 +1,7 @@
 """Small configurations of every kind of encoder that COTS takes."""
 
+import torch
+
 from modeling_cots import COTSConfig
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -21,6 +23,25 @@ VISION_CONFIGS = {
     "dinov2": VISION_SIZES,
     "dinov2_with_registers": VISION_SIZES,
 }
+
+
+PAIRS_OF_KINDS = [
+    ("bert", "vit"),
+    ("mpnet", "beit"),
+    ("distilbert", "dinov2"),
+    ("modernbert", "dinov2_with_registers"),
+    ("electra", "deit"),
+    ("roberta", "vit"),
+]
+
+
+def masks_of(inputs: dict) -> dict:
+    """Every token of `tiny_inputs` masked."""
+    return {
+        "bool_masked_pos": torch.ones(4, 16, dtype=torch.bool),
+        "masked_input_ids": inputs["input_ids"].flip(1),
+        "masked_token_pos": inputs["attention_mask"].bool(),
+    }
 
 
 def cots_config(text: str = "bert", vision: str = "vit", **overrides) -> COTSConfig:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from encoder_kinds import cots_config
+from encoder_kinds import PAIRS_OF_KINDS, cots_config, masks_of
 from torch import nn
 from trainer_states import state_of
 
@@ -12,15 +12,6 @@ from modeling_cots import COTSForPreTraining
 from modeling_cots.method.momentum import MomentumEncoder
 from modeling_cots.training.copied_passes import CopiedPasses
 from modeling_cots.training.frozen_layers import FrozenEncoders
-
-KINDS = [
-    ("bert", "vit"),
-    ("mpnet", "beit"),
-    ("distilbert", "dinov2"),
-    ("modernbert", "dinov2_with_registers"),
-    ("electra", "deit"),
-    ("roberta", "vit"),
-]
 
 
 def without_dropout(config):
@@ -49,14 +40,6 @@ def count_runs(model: nn.Module) -> dict[str, int]:
     return runs
 
 
-def masks_of(inputs: dict) -> dict:
-    return {
-        "bool_masked_pos": torch.ones(4, 16, dtype=torch.bool),
-        "masked_input_ids": inputs["input_ids"].flip(1),
-        "masked_token_pos": inputs["attention_mask"].bool(),
-    }
-
-
 def encode_twice(model, copied, momentum, inputs, masks) -> tuple[torch.Tensor, ...]:
     with copied.record():
         model(**inputs, **masks)
@@ -67,7 +50,7 @@ def encode_twice(model, copied, momentum, inputs, masks) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("text", "vision"), KINDS)
+@pytest.mark.parametrize(("text", "vision"), PAIRS_OF_KINDS)
 def test_every_encoder_gives_what_its_copy_would_have_computed(tiny_inputs, text, vision, masked):
     torch.manual_seed(0)
     model = COTSForPreTraining(without_dropout(cots_config(text=text, vision=vision))).train()

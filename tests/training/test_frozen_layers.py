@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from encoder_kinds import SIZES, cots_config
+from encoder_kinds import PAIRS_OF_KINDS, SIZES, cots_config, masks_of
 from trainer_states import state_of
 from transformers import AlbertConfig
 
@@ -19,12 +19,7 @@ VISION_LAYER, TEXT_LAYER = "cots.vision_model.layers.{}.", "cots.text_model.enco
 
 
 def all_masked(inputs: dict) -> dict:
-    return {
-        **inputs,
-        "bool_masked_pos": torch.ones(4, 16, dtype=torch.bool),
-        "masked_input_ids": inputs["input_ids"].flip(1),
-        "masked_token_pos": inputs["attention_mask"].bool(),
-    }
+    return {**inputs, **masks_of(inputs)}
 
 
 def encode_both(model, momentum, frozen, inputs, masks) -> tuple[torch.Tensor, ...]:
@@ -39,17 +34,7 @@ def encode_both(model, momentum, frozen, inputs, masks) -> tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("freeze", ["1", "2", "all"])
-@pytest.mark.parametrize(
-    ("text", "vision"),
-    [
-        ("bert", "vit"),
-        ("mpnet", "beit"),
-        ("distilbert", "dinov2"),
-        ("modernbert", "dinov2_with_registers"),
-        ("electra", "deit"),
-        ("roberta", "vit"),
-    ],
-)
+@pytest.mark.parametrize(("text", "vision"), PAIRS_OF_KINDS)
 def test_every_encoder_gives_its_copy_what_the_copy_would_have_computed(tiny_inputs, text, vision, freeze, masked):
     torch.manual_seed(0)
     config = cots_config(text=text, vision=vision, tie_word_embeddings=text != "electra")
@@ -73,7 +58,7 @@ def test_every_encoder_gives_its_copy_what_the_copy_would_have_computed(tiny_inp
             momentum.encode_image(tiny_inputs["pixel_values"]),
             momentum.encode_text(tiny_inputs["input_ids"], tiny_inputs["attention_mask"]),
         )
-    masks = {name: value for name, value in all_masked(tiny_inputs).items() if name not in tiny_inputs}
+    masks = masks_of(tiny_inputs)
     got = encode_both(model, momentum, frozen, tiny_inputs, masks if masked else {})[2:]
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
