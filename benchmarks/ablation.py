@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -286,6 +287,31 @@ def trials_wanted() -> list[dict]:
     return [{"arm": arm, "overrides": each, "seed": 0} for pair in pairs for arm, each in zip(arms, pair, strict=True)]
 
 
+def read_into(results: dict, path: Path) -> None:
+    """Add what a file of results holds already."""
+    if path.exists():
+        results |= json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_settings(path: Path, results: dict, kind: str, settings: dict) -> None:
+    """Note the settings of the first runs of a kind. Raises `ValueError` for runs that were made with others."""
+    settings = json.loads(json.dumps(settings))
+    if results.setdefault(f"settings_of_{kind}", settings) != settings:
+        raise ValueError(f"{path} holds {kind} of another recipe or other arms: move it away, or name another.")
+
+
+def measure_missing(
+    path: Path, results: dict, kind: str, wanted: list[dict], measure: Callable[[dict], dict]
+) -> Iterator[tuple[dict, dict]]:
+    """Measure the wanted runs that are not there yet, each of which is written before it is given."""
+    done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]
+    for run in (run for run in wanted if run not in done):
+        metrics = measure(run)
+        results[kind].append({**run, "metrics": metrics})
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        yield run, metrics
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -298,20 +324,19 @@ def main() -> None:
 
     arms = read_arms()
     results = {"flop_per_step": {}, "runs": [], "trials": []}
-    if args.json.exists():
-        results |= json.loads(args.json.read_text(encoding="utf-8"))
+    read_into(results, args.json)
     encoders = {name: getattr(args, name) for name in ("vision_model", "text_model") if getattr(args, name)}
     ablation = Ablation(args.folder, "validation" if args.trials else "test", args.features, encoders)
-    settings = json.loads(json.dumps(ablation.settings(arms)))
     kind = "trials" if args.trials else "runs"
-    if results.setdefault(f"settings_of_{kind}", settings) != settings:
-        raise ValueError(f"{args.json} holds {kind} of another recipe or other arms: move it away, or name another.")
+    check_settings(args.json, results, kind, ablation.settings(arms))
     wanted = trials_wanted() if args.trials else runs_wanted(ablation, arms, results)
-    done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]
-    for run in (run for run in wanted if run not in done):
-        metrics = ablation.run(arms[run["arm"]], run["seed"], run["overrides"], run.get("noise", 0.0))
-        results[kind].append({**run, "metrics": metrics})
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for run, metrics in measure_missing(
+        args.json,
+        results,
+        kind,
+        wanted,
+        lambda run: ablation.run(arms[run["arm"]], run["seed"], run["overrides"], run.get("noise", 0.0)),
+    ):
         print(json.dumps({**run, "recall_sum": metrics["recall_sum"]}), flush=True)
 
 

@@ -16,7 +16,19 @@ import json
 import tempfile
 from pathlib import Path
 
-from ablation import CONFIGS, MCL, RECIPE, SEEDS, Ablation, Arm, PairsInMemory, read_arms
+from ablation import (
+    CONFIGS,
+    MCL,
+    RECIPE,
+    SEEDS,
+    Ablation,
+    Arm,
+    PairsInMemory,
+    check_settings,
+    measure_missing,
+    read_arms,
+    read_into,
+)
 from transformers import set_seed
 
 from modeling_cots import COTSForPreTraining, COTSTrainer
@@ -126,21 +138,19 @@ def main() -> None:
 
     arms = read_upper_layer_arms()
     results = {"runs": [], "trials": []}
-    if args.json.exists():
-        results |= json.loads(args.json.read_text(encoding="utf-8"))
+    read_into(results, args.json)
     encoders = {name: getattr(args, name) for name in ("vision_model", "text_model") if getattr(args, name)}
     split, kind = ("validation", "trials") if args.trials else ("test", "runs")
     first = Ablation(args.folder, split, args.features, {**encoders, **FIRST_STAGE})
-    settings = {**first.settings(arms), "second_stage": SECOND_STAGE}
-    settings = json.loads(json.dumps(settings))
-    if results.setdefault(f"settings_of_{kind}", settings) != settings:
-        raise ValueError(f"{args.json} holds {kind} of another recipe or other arms: move it away, or name another.")
+    check_settings(args.json, results, kind, {**first.settings(arms), "second_stage": SECOND_STAGE})
     stages = UpperLayers(first, args.folder, split, args.tokens)
-    done = [{name: value for name, value in run.items() if name != "metrics"} for run in results[kind]]
-    for run in (run for run in runs_wanted(arms, args.trials) if run not in done):
-        metrics = stages.run(arms[run["arm"]], run["seed"], run["overrides"])
-        results[kind].append({**run, "metrics": metrics})
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for run, metrics in measure_missing(
+        args.json,
+        results,
+        kind,
+        runs_wanted(arms, args.trials),
+        lambda run: stages.run(arms[run["arm"]], run["seed"], run["overrides"]),
+    ):
         print(json.dumps({**run, "recall_sum": metrics["recall_sum"], "before": metrics["before"]}), flush=True)
 
 
