@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed.distributed_c10d as c10d
 import torch.distributed.nn.functional
 from accelerate import Accelerator
+from torch import nn
 from transformers import TrainingArguments
 
 
@@ -48,6 +50,17 @@ class ProcessGroup:
 
 def _gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(torch.distributed.nn.functional.all_gather(tensor))
+
+
+@torch.no_grad()
+def share_weights_(model: nn.Module, args: TrainingArguments) -> None:
+    """Give every process the weights of the first: fresh ones differ where a user has set no seed."""
+    if args.world_size == 1:
+        return
+    for tensor in chain(model.parameters(), model.buffers()):
+        shared = tensor.data.to(args.device)
+        torch.distributed.broadcast(shared, src=0)
+        tensor.data.copy_(shared)
 
 
 def check_launch(args: TrainingArguments) -> None:

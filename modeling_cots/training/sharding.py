@@ -126,13 +126,6 @@ class Sharding:
             param_dtype=torch.bfloat16 if args.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
-    @staticmethod
-    @torch.no_grad()
-    def synchronize_(model: nn.Module) -> None:
-        """Give every process the weights of the first: fresh ones may differ, and parts of several are no model."""
-        for tensor in chain(model.parameters(), model.buffers()):
-            torch.distributed.broadcast(tensor.data, src=0)
-
     def shard_(self, model: nn.Module, momentum_model: nn.Module) -> None:
         """
         Split a [`COTSForPreTraining`], and the [`COTSModel`] of its momentum copy, each into its own parts.

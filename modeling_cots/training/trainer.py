@@ -55,6 +55,7 @@ from .processes import (
     destroy_process_group,
     mark_repeated_samples,
     set_timeout,
+    share_weights_,
     use_float16_on_cpu,
 )
 from .publishing import build_card, keep_edited_card, prepare_push, push_in_background, repository_name
@@ -182,6 +183,7 @@ class COTSTrainer(Trainer):
     def _build_method(self) -> None:
         """What belongs to one model and the arguments as they are: its collator, momentum copy, queues and losses."""
         args, model = self.args, pretraining_model_of(self.model)
+        share_weights_(self.model, args)  # before anything is made of them, as the momentum copy is
         self._find_features(model)
         if self._given_collator is None:
             self.data_collator = build_training_collator(
@@ -245,7 +247,7 @@ class COTSTrainer(Trainer):
         return self.momentum_state.encoder.is_copy and is_plain
 
     def _prepare_sharding(self) -> Sharding | None:
-        """With `shard_model`: the same weights in all processes, and what will split them; they are still whole."""
+        """With `shard_model`: what will split the weights; they are still whole."""
         if not self.args.shard_model:
             return None
         if self.features:
@@ -253,9 +255,7 @@ class COTSTrainer(Trainer):
                 "Encoders whose features are cached do not run, so there is nothing to split: leave shard_model out."
             )
         check_shardable(self.model)
-        sharding = Sharding(self.args)
-        sharding.synchronize_(self.model)
-        return sharding
+        return Sharding(self.args)
 
     def _whole_model(self, *, everywhere: bool = False) -> COTSForPreTraining | None:
         """

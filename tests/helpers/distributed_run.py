@@ -114,8 +114,8 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> COTSTrainer:
     others = {name: json.loads(value) for name, value in options.set}
-    # A model that is split takes the weights of the first process: the others may have forgotten the seed.
-    torch.manual_seed(int(os.environ.get("RANK", 0)) if others.get("shard_model") else 0)
+    # Weights are taken from the first process: the others may have forgotten the seed.
+    torch.manual_seed(int(os.environ.get("RANK", 0)))
     if options.compile is not None:
         others["compile_layers"] = True
         trainer_file.compile_layers = partial(compile_layers, backend=options.compile)
