@@ -24,6 +24,8 @@ from starlette.responses import JSONResponse
 from modeling_cots.hub.handler import INTERNAL_ERROR, EndpointHandler
 from modeling_cots.scripts.error_boundary import run_script
 
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # no line for each request
+
 
 class Model:
     """
@@ -71,14 +73,17 @@ def main() -> None:
     if "RAY_ADDRESS" not in os.environ:
         num_cpus = max(os.cpu_count() or 1, args.replicas + 2)  # beside the replicas, the proxy and the controller
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
-    serve.start(http_options={"host": args.host, "port": args.port}, logging_config={"enable_access_log": False})
+    serve.start(http_options={"host": args.host, "port": args.port}, logging_config=QUIET)
 
     # 2. The replicas.
     deployment = serve.deployment(
         Model,
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus_per_replica},
-        max_ongoing_requests=4 * args.max_batch_size,  # those being computed, and the next ones being read
+        # Those being computed and the next ones being read. Others wait in the proxy, which looks less and less often
+        # whether a replica takes them.
+        max_ongoing_requests=max(100, 4 * args.max_batch_size),
+        logging_config=QUIET,
     )
     model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
     application = deployment.bind(model, args.max_batch_size, args.max_wait)

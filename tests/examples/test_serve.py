@@ -33,12 +33,14 @@ def ask(address: str, body) -> tuple[int, object]:
 
 
 @pytest.mark.slow
-def test_many_clients_get_the_answers_of_the_handler(saved_model):
+def test_many_clients_get_the_answers_of_the_handler(saved_model, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "examples/serve.py", str(saved_model), "--port", str(port), "--max_wait", "0.05"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    environment, errors = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path / "errors.txt"
+    with errors.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file)
     try:
         said = b""
         while b"Ctrl-C ends it" not in said:
@@ -67,6 +69,7 @@ def test_many_clients_get_the_answers_of_the_handler(saved_model):
             {"error": "'text' has a string that is empty or not valid Unicode"},
         )
         assert ask(address, b"no JSON")[0] == 400
+        assert "POST" not in errors.read_text(), "no line for each request"
     finally:
         kill_with_children(process)
         process.stdout.close()
