@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -277,6 +277,30 @@ def missing_column(column: str, available: Sequence[str]) -> ValueError:
     """The error for a condition on a column that no entry has."""
     there = and_more(available, MAX_COLUMNS) or "none"
     return ValueError(f"There is no metadata {shown(column)} to filter by; there is {there}.")
+
+
+def check_kinds(
+    rows: pa.Table,
+    names: Sequence[str],
+    known: dict[str, Kind],
+    kinds_of: Callable[[Sequence[str]], Mapping[str, Kind]],
+) -> None:
+    """
+    Raise `ValueError` if a column of new entries holds another kind of values than in the index.
+
+    Args:
+        rows: The new entries.
+        names: The columns to compare; one without a value has no kind.
+        known: The kinds that earlier calls have found, to which this one adds its own: looking for a column that no
+            entry has may read the whole index.
+        kinds_of: What columns of the index hold, without those that no entry has.
+    """
+    new = {name: kind_of_type(rows[name].type) for name in names if rows[name].null_count < len(rows)}
+    if unknown := [name for name in new if name not in known]:
+        known.update({name: new[name] for name in unknown} | dict(kinds_of(unknown)))
+    for name, kind in new.items():
+        if known[name] != kind:
+            raise mixed_kinds(name, known[name], kind)
 
 
 def mixed_kinds(column: str, present: Kind, new: Kind) -> ValueError:

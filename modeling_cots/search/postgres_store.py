@@ -9,7 +9,7 @@ transaction happens as a whole or not at all, and many may write at once.
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -24,9 +24,8 @@ from .conditions import (
     Condition,
     Kind,
     bind,
-    kind_of_type,
+    check_kinds,
     kind_of_value,
-    mixed_kinds,
     postgres_expression,
     without_nul,
 )
@@ -192,7 +191,7 @@ class PostgresStore:
     def add(self, rows: pa.Table) -> None:
         """Write entries by COPY; one with the same id is replaced."""
         metadata = [name for name in rows.column_names if name not in FIXED_COLUMNS]
-        self._check_metadata(rows, metadata)
+        check_kinds(rows, metadata, self._kinds, self._kinds_of)
         columns = (*FIXED_COLUMNS, "metadata")
         column = _kind(self.info["engine"]).column
         changed = ", ".join(f"{name} = excluded.{name}" for name in columns if name != "row_id")
@@ -313,16 +312,9 @@ class PostgresStore:
         rows = self._rows(query, (name, name))
         return kind_of_value(_read_json(rows[0][0])) if rows else None
 
-    def _check_metadata(self, rows: pa.Table, names: list[str]) -> None:
-        """Raise `ValueError` if a column holds another kind of values than the same column here, as FAISS does."""
-        for name in names:
-            if rows[name].null_count == len(rows):
-                continue
-            new = kind_of_type(rows[name].type)
-            if name not in self._kinds:  # looking for a column that no entry has reads the whole table
-                self._kinds[name] = self._kind_of(name) or new
-            if self._kinds[name] != new:
-                raise mixed_kinds(name, self._kinds[name], new)
+    def _kinds_of(self, columns: Sequence[str]) -> dict[str, Kind]:
+        """What columns hold, without those that no entry has."""
+        return {column: kind for column in columns if (kind := self._kind_of(column)) is not None}
 
     def _has_table(self) -> bool:
         with self._transaction() as connection:
