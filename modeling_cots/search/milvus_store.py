@@ -10,7 +10,7 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -24,11 +24,10 @@ from .conditions import (
     Condition,
     Kind,
     bind,
-    kind_of_type,
+    check_kinds,
     kind_of_value,
     milvus_column,
     milvus_expression,
-    mixed_kinds,
 )
 from .index_types import INDEX_TYPES, MILVUS_LITE, MILVUS_SERVER, check_index_type
 from .rows import FIXED_COLUMNS, ROW_ID_DTYPE, as_hit
@@ -42,6 +41,7 @@ MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
 MAX_INFO = 4_096  # characters of the description
+ROWS_TO_FLUSH = 10_000  # of a run; fewer are compared one by one until the server itself ends their segment
 TEXT_FIELDS = ("name", "source")  # the fields of the collection that conditions may name
 METADATA = "$meta"  # the dynamic field, which has the metadata as its keys
 
@@ -113,6 +113,7 @@ class MilvusStore:
         if _is_lite(uri) and not os.path.exists(uri):
             raise ValueError(f"There is no index in {index!r}: make one with `cots-search index`.")
         self._removed = self.collection + REMOVED_SUFFIX
+        self._kinds: dict[str, Kind] = {}
         self._client = connect(uri)
         try:
             self._open()
@@ -195,8 +196,7 @@ class MilvusStore:
     @property
     def columns(self) -> list[str]:
         """The columns that conditions may name, collected from a thousand entries."""
-        rows = self._client.query(self.collection, filter="", output_fields=[METADATA], limit=ROWS_PER_CALL)
-        names = {name for row in rows for name in row}
+        names = {name for row in self._sample() for name in row}
         return [*TEXT_FIELDS, *sorted(names - set(FIXED_COLUMNS))]
 
     def has(self, row_ids: np.ndarray) -> np.ndarray:
@@ -220,6 +220,10 @@ class MilvusStore:
         """(n,) boolean: which of these ids `delete` has removed, and nobody has added again."""
         if not self._client.has_collection(self._removed):
             return np.zeros(len(row_ids), dtype=bool)
+        if not self._client.list_indexes(self._removed):
+            parameters = _index_params(self._client, "exact", REMOVED_DIM)
+            self._client.create_index(self._removed, parameters, sync=False)  # of no use, but needed to load
+        self._client.load_collection(self._removed)
         return self._present(self._removed, row_ids) & ~self.has(row_ids)
 
     @property
@@ -231,11 +235,19 @@ class MilvusStore:
 
     @contextmanager
     def adding(self, unfinished: Mapping[str, dict[str, int]] = MappingProxyType({})) -> Iterator[None]:
-        """Make what is added durable and indexed at the end. Milvus takes many writers, and stores each id once."""
+        """Announce a run, and have a large one indexed from its end on. Milvus takes many writers, and stores each id
+        once. What a call has added is durable and found when it returns.
+
+        A flush ends the segment that grows, which the server does by itself in time. It takes seconds, each makes a
+        segment of its own, and newer servers allow one in ten seconds. The embedded file is flushed always.
+        """
+        self.refresh()
         if unfinished:
             self._write_unfinished({**self.unfinished, **unfinished})
         yield
-        self._client.flush(self.collection)
+        num_new = sum(run["images"] - run["before"] for run in unfinished.values())
+        if _is_lite(self._uri) or num_new >= ROWS_TO_FLUSH:
+            self._client.flush(self.collection)
         if unfinished:
             self._write_unfinished({name: run for name, run in self.unfinished.items() if name not in unfinished})
 
@@ -243,12 +255,13 @@ class MilvusStore:
         self._client.alter_collection_properties(self.collection, {UNFINISHED_PROPERTY: json.dumps(runs)})
 
     def refresh(self) -> None:
-        """Nothing to do: every call asks the server."""
+        """Take part in the adding of another process."""
+        self._kinds = {}
 
     def add(self, rows: pa.Table) -> None:
         """Write entries; one with the same id is replaced."""
         names = [name for name in rows.column_names if name not in FIXED_COLUMNS]
-        self._check_metadata(rows, names)
+        check_kinds(rows, names, self._kinds, self._kinds_of)
         for start in range(0, len(rows), ROWS_PER_CALL):
             entities = [_entity(row, names) for row in rows.slice(start, ROWS_PER_CALL).to_pylist()]
             self._client.upsert(self.collection, entities)
@@ -284,12 +297,8 @@ class MilvusStore:
         """Remove entries; returns how many of these ids were in the index."""
         present = row_ids[self.has(row_ids)]
         if len(present) and not self._client.has_collection(self._removed):
-            self._client.create_collection(
-                self._removed,
-                schema=_removed_schema(),
-                index_params=_index_params(self._client, "exact", REMOVED_DIM),
-                consistency_level="Strong",
-            )
+            # `was_deleted` loads it, which takes seconds that a deletion can do without.
+            self._client.create_collection(self._removed, schema=_removed_schema(), consistency_level="Strong")
         for start in range(0, len(present), ROWS_PER_CALL):
             ids = present[start : start + ROWS_PER_CALL].astype(str).tolist()
             self._client.upsert(self._removed, [{"row_id": row_id, "embedding": [1.0, 0.0]} for row_id in ids])
@@ -321,8 +330,6 @@ class MilvusStore:
             self._client.load_collection(self.collection)
         else:  # a rebuild was killed
             self._build_index(info)
-        if self._client.has_collection(self._removed):
-            self._client.load_collection(self._removed)
 
     def _check_row_ids(self) -> None:
         """Raise `ValueError` for a collection of an older version, whose ids are integers."""
@@ -356,12 +363,21 @@ class MilvusStore:
             return None
         return TEXT if is_field else kind_of_value(rows[0][column])
 
-    def _check_metadata(self, rows: pa.Table, names: list[str]) -> None:
-        """Raise `ValueError` if a column holds another kind of values than the same column here, as FAISS does."""
-        for name in names:
-            present, new = self._kind_of(name), kind_of_type(rows[name].type)
-            if rows[name].null_count < len(rows) and present not in (None, new):
-                raise mixed_kinds(name, present, new)
+    def _kinds_of(self, columns: Sequence[str]) -> dict[str, Kind]:
+        """What columns of metadata hold, without those that no entry has.
+
+        A thousand entries show most of them by one query. Milvus 2.3 does not parse `exists` of several columns.
+        """
+        rows = self._sample()
+        kinds = {column: kind_of_value(row[column]) for row in rows for column in columns if column in row}
+        if len(rows) < ROWS_PER_CALL:  # these are all
+            return kinds
+        left = [column for column in columns if column not in kinds]
+        return kinds | {column: kind for column in left if (kind := self._kind_of(column)) is not None}
+
+    def _sample(self) -> list[dict]:
+        """The metadata of a thousand entries, or of all where there are fewer."""
+        return self._client.query(self.collection, filter="", output_fields=[METADATA], limit=ROWS_PER_CALL)
 
     def _search_params(self, top: int) -> dict:
         params = INDEX_TYPES[self.info["engine"]].milvus.search_params

@@ -1,10 +1,11 @@
 """Runs a command beside a real Milvus server, the standalone one of the package `milvus`. The command
 finds its address in COTS_TEST_MILVUS:
 
-    unshare --net --pid --fork --kill-child python tests/helpers/milvus_server.py FOLDER python -m pytest ...
+    unshare --net --pid --fork --kill-child --mount-proc python tests/helpers/milvus_server.py FOLDER pytest ...
 
 The server listens at all addresses of its machine. In a network of its own, which `unshare` makes, nobody reaches it
-but the command; there the loopback interface is down at first.
+but the command; there the loopback interface is down at first. It looks up by its number how much memory it takes, and
+so needs a /proc of its own processes: in another one it finds none, and tries without an end to load a collection.
 """
 
 import fcntl
@@ -15,9 +16,14 @@ import subprocess
 import sys
 
 VARIABLE = "COTS_TEST_MILVUS"
-IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", "--pid", "--fork", "--kill-child"]
+IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 IN_A_NETWORK_OF_ITS_OWN += [] if os.geteuid() == 0 else ["--map-root-user"]
 PATIENCE = 600  # seconds; 22 on a machine with nothing else to do
+QUICK = {  # milliseconds between two looks at what there is to do, for a server that has little of it
+    "proxy.timeTickInterval": 50,  # each read waits for the next tick, as collections are strongly consistent
+    "queryCoord.checkInterval": 100,
+    "queryCoord.distPullInterval": 100,
+}
 SET_FLAGS, IS_UP = 0x8914, 0x1  # SIOCSIFFLAGS and IFF_UP
 
 
@@ -33,6 +39,8 @@ def main() -> int:
     bring_loopback_up()
     server = MilvusServer(wait_for_started=False)
     server.set_base_dir(folder)
+    for name, milliseconds in QUICK.items():
+        server.config.set(name, milliseconds)
     server.start()
     try:
         server.wait_started(timeout=1_000 * PATIENCE)

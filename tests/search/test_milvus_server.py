@@ -1,6 +1,5 @@
 """The contract of the vector stores on a real Milvus server, which is started here in a network of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ pytest.importorskip("pymilvus")
 
 
 ROOT = Path(__file__).parents[2]
+FILES = ["tests/search/test_stores.py", "tests/search/test_milvus_store.py"]
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +27,9 @@ def network():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "COTS_TEST_MILVUS_SERVER" not in os.environ,
-    reason="takes longer than ten minutes, most of it waiting: COTS_TEST_MILVUS_SERVER=1 starts the server",
-)
 def test_the_contract_holds_on_a_real_server(network, tmp_path):
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/search/test_stores.py"]
-    # Without the tests that rebuild an index, which failed there once, on a machine too busy to tell why.
-    chosen = "server and not refusals and not two_handles"
-    command = [*network, sys.executable, server, str(tmp_path / "data"), *tests, "-k", chosen]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "server", *FILES]
+    command = [*network, sys.executable, server, str(tmp_path / "data"), *tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1_800)
     assert result.returncode == 0, result.stdout[-6_000:] + result.stderr[-2_000:]
     assert " passed" in result.stdout

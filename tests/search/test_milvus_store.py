@@ -1,5 +1,6 @@
 """What only Milvus has: names of indexes, the token, several collections in one file. test_stores.py has the rest."""
 
+import os
 from unittest.mock import Mock
 
 import pytest
@@ -127,3 +128,16 @@ def test_a_password_in_the_address_is_refused():
     with pytest.raises(ValueError, match="MILVUS_TOKEN") as caught:
         connect("http://root:hidden@localhost:19530")
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.skipif("COTS_TEST_MILVUS" not in os.environ, reason="no server: test_milvus_server.py starts one")
+def test_only_a_large_run_ends_with_a_flush_on_a_server(new_place, monkeypatch):
+    monkeypatch.setattr("modeling_cots.search.milvus_store.ROWS_TO_FLUSH", 20)
+    store = MilvusStore.create(new_place("server"), INFO, "exact")
+    for num, first, flushed in ((19, 0, 0), (20, 19, 39)):
+        with store.adding({"run": {"images": num + 5, "before": 5, "entries": 0}}):
+            store.add(make_rows(make_vectors(num), first=first))
+        assert len(store) == num + first
+        segments = store._client.list_persistent_segments(store.collection)
+        assert sum(segment.num_rows for segment in segments) == flushed
+    store.close()
