@@ -58,7 +58,9 @@ def read_fields(path: str | None) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"model_config={path} cannot be read: {error.strerror}.") from error
+        raise ValueError(
+            f"model_config={path} cannot be read: {error.strerror}. Give the name of a JSON file of COTSConfig fields."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file of COTSConfig fields: {error}.") from error
     if not isinstance(content, dict):

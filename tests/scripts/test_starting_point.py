@@ -85,6 +85,12 @@ def test_a_width_that_is_none_is_refused(tmp_path, width):
         parse(tmp_path, "--model_config", str(path))
 
 
+@pytest.mark.parametrize("fields", ['{"projection_dim": 8}', '{"text_config": ' + "8" * 300 + "}"])
+def test_fields_in_place_of_a_file_of_them_are_refused(tmp_path, fields):
+    with pytest.raises(ValueError, match="cannot be read: .* Give the name of a JSON file of COTSConfig fields"):
+        parse(tmp_path, "--model_config", fields)
+
+
 def test_fresh_encoders_start_at_a_deviation_for_their_width(tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
     path = tmp_path / "sizes.json"
