@@ -1,4 +1,4 @@
-"""Memory of a pre-training pair, ratio 5: plain and with the layers' activations computed again.
+"""Memory of a pre-training pair, ratio 5: plain, and with activations computed again, the cheap ones or all.
 
     python benchmarks/memory.py                  # the base model: what autograd keeps of a step, counted on shapes
     python benchmarks/memory.py --device cuda    # the peak of the real step of COTSTrainer, beside the estimate
@@ -30,10 +30,18 @@ from modeling_cots.scripts.factory import train_tokenizer
 
 SMALL_ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 TEXT_LENGTH, QUEUE_SIZE, MEGABYTE = 64, 12_800, 1e6  # of examples/configs/pretrain_5m.yaml
-GOALS = {"plain": 350, "bfloat16 weights": 350, "checkpointed": 85}  # megabytes
+GOALS = {  # megabytes
+    "plain": 350,
+    "recomputed activations": 350,
+    "bfloat16 weights": 350,
+    "bfloat16 weights, recomputed activations": 350,
+    "checkpointed": 85,
+}
 OPTIONS: dict[str, dict] = {
     "plain": {"bf16": True},
+    "recomputed activations": {"bf16": True, "recompute_activations": True},
     "bfloat16 weights": {"param_dtype": "bfloat16"},
+    "bfloat16 weights, recomputed activations": {"param_dtype": "bfloat16", "recompute_activations": True},
     "checkpointed": {"bf16": True, "gradient_checkpointing": True},
 }
 
@@ -121,7 +129,7 @@ def measured_on_cpu(options: dict, quick: bool) -> tuple[float, str]:
     config = small_config(quick)
     base = config if quick else COTSConfig()
     megabytes = estimate(base, **options).bytes_per_pair / MEGABYTE
-    if "gradient_checkpointing" in options:  # what is computed again is held in the backward pass, uncounted
+    if {"gradient_checkpointing", "recompute_activations"} & options.keys():  # it holds more in the backward pass
         return megabytes, "counted, the layer that is being computed again included; a peak needs a GPU"
     own = {name: value for name, value in options.items() if name != "bf16"}  # a CPU's step, in float32
     real = kept_by_real_step(config, 8 if quick else 32, **own)

@@ -74,14 +74,14 @@ def choose_sizes(device: str, quick: bool) -> Sizes:
     if device == "cpu":
         # All layers, so that encoders, image tokenizer and optimizer keep their proportions; few and small images.
         return Sizes(vision={"image_size": 192}, batch=2, text_length=16, rounds=5)
-    # Row 5 counts 474 MB a pair: 256 of them need 121 GB, and an H100 has 80.
-    return Sizes(batch=256 if torch.cuda.mem_get_info()[1] > 120 * GIB else 128)
+    # Row 5 counts 515 MB a pair: 256 of them need 132 GB, and an H100 has 80.
+    return Sizes(batch=256 if torch.cuda.mem_get_info()[1] > 128 * GIB else 128)
 
 
 class Step:
     """A trainer with one batch, and its step as the training loop takes it."""
 
-    def __init__(self, device: str, sizes: Sizes, folder: str, optim: str = "adamw_torch_fused"):
+    def __init__(self, device: str, sizes: Sizes, folder: str, optim: str = "adamw_torch_fused", **arguments):
         torch.manual_seed(0)
         config = COTSConfig(text_config=sizes.text, vision_config=sizes.vision)
         config.image_vocab_size = sizes.image_vocab_size
@@ -98,6 +98,7 @@ class Step:
                 bf16=device == "cuda",
                 use_cpu=device == "cpu",
                 report_to="none",
+                **arguments,
             ),
             train_dataset=ScenesDataset("train", sizes.batch, config.image_size[0]),
             processing_class=processor,
@@ -361,6 +362,15 @@ def compiled_row(device: str, sizes: Sizes, folder: str) -> dict:
     return row("compile", title, times["compiled"] / times["eager"], goal, note)
 
 
+def recomputed_row(device: str, sizes: Sizes, folder: str) -> dict:
+    """The step that computes what is cheap again, to save its memory; layers are set for good, hence two trainers."""
+    sizes = sizes if device == "cpu" else sizes.halve()
+    plain, again = (Step(device, sizes, folder, recompute_activations=flag) for flag in (False, True))
+    times = medians({"plain": plain.take, "again": again.take}, device, sizes.rounds)
+    title = "step: activations computed again / kept"
+    return row("recompute", title, times["again"] / times["plain"], "none", sizes.describe())
+
+
 def first_rows(device: str, sizes: Sizes) -> list[dict]:
     """The speed of a step, and of one with compiled layers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -376,7 +386,10 @@ def other_rows(device: str, sizes: Sizes) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         step = Step(device, sizes, folder)
         rows = step_rows(device, sizes, step) + pass_rows(device, sizes, step)
-        return [*rows, optimizer_row(device, sizes, step, folder)]
+        rows.append(optimizer_row(device, sizes, step, folder))
+        del step
+        free(device)
+        return [*rows, recomputed_row(device, sizes, folder)]
 
 
 def of_largest_batch(rows_of: Callable[[str, Sizes], list[dict]], device: str, quick: bool) -> list[dict]:

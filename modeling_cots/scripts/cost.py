@@ -32,6 +32,7 @@ from ..training.layer_compiling import encoder_layers
 from ..training.master_weights import BFLOAT16, to_bfloat16_
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
+from ..training.recomputed_activations import recompute_activations_
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
 # bfloat16 weights and gradients with float32 master weights take as much.
@@ -307,15 +308,20 @@ class _FakeStep:
     def bytes_per_pair(self) -> int:
         """Bytes that autograd keeps of one pair between forward and backward pass.
 
-        With activation checkpointing: that, and the one layer of the vision encoder that is being recomputed.
+        Where activations are computed again: that, and those of the one vision layer which is just now.
         """
-        if not self.args.gradient_checkpointing:
+        args = self.args
+        if not (args.gradient_checkpointing or args.recompute_activations):
             return self._per_pair(self.losses)
         images = 1 if self.num_frames is None else self.num_frames
         num_trained = self.frozen.num_trained_vision_layers(self.model.config.vision_config.num_hidden_layers)
-        layer = images * self._per_pair(self.masked_images) // max(1, num_trained)
-        self.model.gradient_checkpointing_enable()
-        return layer + self._per_pair(self.losses)
+        again = self._per_pair(self.masked_images)
+        if args.recompute_activations:
+            recompute_activations_(self.model)
+            again -= self._per_pair(self.masked_images)
+        else:
+            self.model.gradient_checkpointing_enable()
+        return images * again // max(1, num_trained) + self._per_pair(self.losses)
 
     def _per_pair(self, run: Callable[[int], object]) -> int:
         few, many = MEASURED_BATCH_SIZES

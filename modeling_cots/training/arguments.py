@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .base_arguments import check_base_arguments, check_numbers, check_precision, choose_measure, refuse_unused
 from .frozen_layers import ALL, NONE, check_freeze
 from .master_weights import FLOAT32, check_param_dtype
+from .recomputed_activations import check_recompute
 from .sharding import check_shard_arguments
 
 MAX_KEY_DRIFT = 0.08
@@ -187,6 +188,14 @@ class COTSTrainingArguments(TrainingArguments):
         },
     )
 
+    recompute_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep of each layer the results of matrix products and attention, and compute normalization, "
+            "activation functions and dropout again in the backward pass: less memory a pair, equal gradients."
+        },
+    )
+
     # Set by the training scripts and told by the card; "" where nobody said.
     starting_point: str = field(default="", init=False)
 
@@ -279,6 +288,7 @@ class COTSTrainingArguments(TrainingArguments):
         check_param_dtype(self)
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile are two ways to compile the same layers: set one.")
+        check_recompute(self)
         check_shard_arguments(self)
         if self.filter_rule not in FILTER_RULES:
             raise ValueError(f"filter_rule must be one of {', '.join(FILTER_RULES)}, got {self.filter_rule}.")

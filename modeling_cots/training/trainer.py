@@ -60,6 +60,7 @@ from .processes import (
 )
 from .publishing import build_card, keep_edited_card, prepare_push, push_in_background, repository_name
 from .queue_freshness import QueueFreshness
+from .recomputed_activations import recompute_activations_
 from .recovery import RunCheckpoints, check_loaded_weights, save_arguments
 from .setup import (
     build_training_collator,
@@ -213,6 +214,8 @@ class COTSTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
             compile_layers(self.momentum_state.encoder)
+        if args.recompute_activations:
+            recompute_activations_(model)
         self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
         if self.sharding is not None:
             self.momentum_state.encoder.separate_all_(model.cots)

@@ -22,7 +22,7 @@ def step(monkeypatch):
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
     rows = list(step.measure("cpu", quick=True))
-    optimizations = {"views", "optim", "update", "texts", "dvae", "compile"}
+    optimizations = {"views", "optim", "update", "texts", "dvae", "compile", "recompute"}
     assert {entry["id"] for entry in rows} == {"3a", "3b", "3c", "4", *optimizations}
     for entry in rows:
         assert set(entry) == {"id", "title", "ratio", "goal", "note"}

@@ -148,7 +148,10 @@ def test_hours_follow_from_pairs_rate_and_devices(estimate):
 
 def test_a_batch_that_will_not_fit_is_said(estimate):
     assert "will not fit" not in estimate()
-    assert "will not fit" in estimate("--gpu_memory_gib", "0.2", "--per_device_train_batch_size", "512")
+    small = "--gpu_memory_gib", "0.2", "--per_device_train_batch_size", "512"
+    assert "512 will not fit: set recompute_activations or" in estimate(*small)
+    again = estimate(*small, "--recompute_activations", "true")
+    assert "512 will not fit: set gradient_checkpointing instead or" in again
 
 
 def test_without_the_number_of_pairs_there_are_no_hours(estimate):

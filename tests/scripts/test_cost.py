@@ -91,19 +91,48 @@ def test_cached_features_cost_no_encoder(make_trainer, arguments, tiny_config, t
     assert cost.flop_per_pair["vision, momentum"] == 2 * 32 * 16
 
 
-@pytest.mark.parametrize("options", [{}, *FROZEN], ids=str)
-def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config, options):
-    trainer = make_trainer(**options)
-    batch = real_batch(trainer)
+def kept_by_real_step(trainer, batch: dict) -> float:
+    """Bytes of one pair more."""
     half = {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()}
     whole_size, half_size = (
         kept_bytes(lambda part=part: trainer.compute_loss(trainer.model, part), trainer.model)
         for part in (batch, half)
     )
-    measured = (whole_size - half_size) / (len(batch["valid"]) - len(half["valid"]))
-    text_length = batch["input_ids"].shape[1]
+    return (whole_size - half_size) / (len(batch["valid"]) - len(half["valid"]))
+
+
+@pytest.mark.parametrize("options", [{}, *FROZEN], ids=str)
+def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny_config, options):
+    trainer = make_trainer(**options)
+    batch = real_batch(trainer)
+    measured, text_length = kept_by_real_step(trainer, batch), batch["input_ids"].shape[1]
     cost = estimate_training_cost(tiny_config, arguments(queue_size=20, **options), text_length=text_length)
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, FROZEN[1]], ids=str)
+def test_what_is_computed_again_counts_for_one_layer(make_trainer, arguments, tiny_config, options):
+    def pass_of(model) -> float:
+        return kept_bytes(lambda: model.cots.vision_model(torch.zeros(4, 3, 32, 32)), model) / 4
+
+    plain = make_trainer(**options).model
+    trainer = make_trainer(**options, recompute_activations=True)
+    trainer.frozen.eval_()  # as every step does
+    num_layers = 1 if options else 2
+    layer = (pass_of(plain) - pass_of(trainer.model)) / num_layers
+    batch = real_batch(trainer)
+    measured, text_length = kept_by_real_step(trainer, batch) + layer, batch["input_ids"].shape[1]
+    costs = [
+        estimate_training_cost(
+            tiny_config,
+            arguments(queue_size=20, recompute_activations=recompute, **options),
+            text_length=text_length,
+        )
+        for recompute in (False, True)
+    ]
+    assert costs[1].bytes_per_pair == pytest.approx(measured, rel=0.1)
+    assert costs[1].bytes_per_pair < costs[0].bytes_per_pair
+    assert costs[1].flop_per_pair == costs[0].flop_per_pair
 
 
 def test_a_split_model_leaves_a_device_its_part_and_what_runs_just_now(tiny_config, arguments):
@@ -128,13 +157,13 @@ def test_a_split_model_leaves_a_device_its_part_and_what_runs_just_now(tiny_conf
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a peak of memory needs a GPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_what_a_gpu_allocates(monkeypatch, checkpointing):
+@pytest.mark.parametrize("option", [None, "recompute_activations", "gradient_checkpointing"])
+def test_memory_is_what_a_gpu_allocates(monkeypatch, option):
     """The base model's pair, as the slope between two batches: to a tenth, as the estimate promises."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from memory import estimate, peak_bytes
 
-    options = {"gradient_checkpointing": True} if checkpointing else {}
+    options = {} if option is None else {option: True}
     few, many = (peak_bytes(COTSConfig(), batch_size, **options) for batch_size in (16, 32))
     assert estimate(COTSConfig(), bf16=True, **options).bytes_per_pair == pytest.approx((many - few) / 16, rel=0.1)
 

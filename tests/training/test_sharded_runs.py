@@ -40,6 +40,7 @@ ALIKE = {
 # What makes no difference to a single process.
 SAME = {
     "checkpointed layers": (*SGD, "--set", "gradient_checkpointing", "true"),
+    "recomputed activations": (*SGD, "--set", "recompute_activations", "true"),
     "one pass after the other": (*SGD, "--split_passes"),
     "compiled layers": (*SGD, "--compile", "aot_eager"),
 }
