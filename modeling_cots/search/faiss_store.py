@@ -238,17 +238,19 @@ class FaissStore:
     def search(self, queries: np.ndarray, top: int, where: list[Condition]) -> list[list[dict]]:
         """The best entries for each query; see `VectorStore`."""
         newest = self._visible(with_vectors=True)
-        allowed = newest.rows.is_alive
+        rows, vectors = newest.rows, newest.vectors()
+        allowed = rows.is_alive
         if where:
-            allowed = allowed & matching_rows(newest.rows.filterable, where, allowed)
+            allowed = allowed & matching_rows(rows.filterable, where, allowed)
         if not allowed.any():
             return [[] for _ in queries]
-        scores, positions = newest.vectors().search(queries, top, allowed)
+        is_everything = not where and rows.are_all_alive and len(vectors) == len(rows)
+        scores, positions = vectors.search(queries, top, None if is_everything else allowed)
         results = []
         for row_scores, row_positions in zip(scores, positions, strict=True):
             found = row_positions >= 0
-            rows = newest.rows.take(row_positions[found])
-            results.append([as_hit(row, float(score)) for row, score in zip(rows, row_scores[found], strict=True)])
+            entries = rows.take(row_positions[found])
+            results.append([as_hit(row, float(score)) for row, score in zip(entries, row_scores[found], strict=True)])
         return results
 
     def find(self, where: list[Condition]) -> np.ndarray:

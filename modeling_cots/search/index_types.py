@@ -97,7 +97,7 @@ INDEX_TYPES = {
         postgres=PostgresIndex("vector", "vector_ip_ops", 2_000),
     ),
     "ivfpq": IndexType(
-        "half a byte for two numbers, in lists of which nprobe are compared; candidates rescored",
+        "half a byte for two numbers, in lists; candidates rescored",
         milvus=MilvusIndex("IVF_PQ", {"nlist": 1024, "nbits": 8}, {"nprobe": 32}),
         # Milvus Lite takes the name, compares all vectors, and fails when the file is next opened.
         in_milvus_lite=False,
@@ -105,16 +105,16 @@ INDEX_TYPES = {
         candidates=Candidates(times=10, minimum=200),
     ),
     "int8": IndexType(
-        "a byte a number, all compared; candidates rescored",
+        "a byte a number, in lists; candidates rescored",
         milvus=MilvusIndex("IVF_SQ8", {"nlist": 1024}, {"nprobe": 32}),
         min_vectors=100,
         candidates=Candidates(times=4, minimum=40),
     ),
     "binary": IndexType(
-        "a bit a number, all compared; candidates rescored",
+        "a bit a number, in lists; candidates rescored",
         milvus=None,
         min_vectors=100,
-        candidates=Candidates(times=50, minimum=1_000),
+        candidates=Candidates(times=10, minimum=200),
     ),
     "halfvec": IndexType(
         "two bytes a number, and a graph through the vectors",

@@ -288,6 +288,11 @@ class Batch:
         (column,) = self.table["embedding"].chunks
         return column.flatten().to_numpy().reshape(self.num_rows, -1)
 
+    @cached_property
+    def first_number(self) -> int:
+        """Where the embeddings begin in the file, counted in numbers of four bytes; Arrow aligns them to eight."""
+        return (self.embeddings.ctypes.data - self._content.address) // 4
+
 
 class Part:
     """
@@ -309,8 +314,14 @@ class Part:
         content = open_file(folder, arrow_file, self.stored[0])
         looked_at = pq.read_table(pa.BufferReader(checked_bytes(folder, parquet_file, self.stored[1])))
         described = json.loads(looked_at.schema.metadata[ARROW_FILE])
+        self._content = content
         self.batches = [Batch(content, each, folder, arrow_file) for each in described["batches"]]
         self.looked_at = looked_at.replace_schema_metadata(None)
+
+    def runs_of_numbers(self, length: int) -> np.ndarray:
+        """(n, `length`) float32, memory-mapped: row i are the numbers of the Arrow file from the i-th on."""
+        numbers = np.frombuffer(self._content, np.float32, self._content.size // 4)
+        return np.lib.stride_tricks.sliding_window_view(numbers, length)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows of each batch with all columns, as `write_part` takes them."""
@@ -359,9 +370,18 @@ class Rows:
             self.removed = ids_in(pq.read_table(pa.BufferReader(content))["row_id"])
         self._batches = [batch for part in self.parts.values() for batch in part.batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        # For `embeddings`: the part of each batch, where its embeddings begin in the file, and the file's numbers.
+        self._in_part = np.repeat(np.arange(len(self.parts)), [len(part.batches) for part in self.parts.values()])
+        self._first_numbers = np.full(len(self._batches), -1)  # -1: not checked yet
+        self._runs: list[np.ndarray | None] = [None] * len(self.parts)
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @cached_property
+    def are_all_alive(self) -> bool:
+        """Whether no entry is deleted."""
+        return bool(self.is_alive.all())
 
     def positions_of(self, row_ids: np.ndarray) -> np.ndarray:
         """The positions of the rows with these ids, without deleted ones."""
@@ -373,10 +393,21 @@ class Rows:
             positions = np.arange(*positions.indices(len(self)))
         vectors = np.empty((len(positions), self.dim), np.float32)
         numbers = self._batch_numbers(positions)
-        for number in np.unique(numbers):
-            inside = numbers == number
-            vectors[inside] = self._batches[number].embeddings[positions[inside] - self._starts[number]]
+        for number in np.unique(numbers[self._first_numbers[numbers] < 0]):
+            self._first_numbers[number] = self._batches[number].first_number
+        # One step for each file and not for each batch: candidates come from almost as many batches as they are many.
+        first = self._first_numbers[numbers] + (positions - self._starts[numbers]) * self.dim
+        in_part = self._in_part[numbers]
+        for number in np.unique(in_part):
+            inside = in_part == number
+            vectors[inside] = self._runs_of_part(number)[first[inside]]
         return vectors
+
+    def _runs_of_part(self, number: int) -> np.ndarray:
+        runs = self._runs[number]
+        if runs is None:
+            runs = self._runs[number] = list(self.parts.values())[number].runs_of_numbers(self.dim)
+        return runs
 
     def take(self, positions: np.ndarray) -> list[dict]:
         """Rows as dictionaries, with metadata and without embeddings."""

@@ -54,21 +54,20 @@ def choose_effort(vectors: FaissVectors, sample: Sample, allowed: np.ndarray, ta
     """
     nearest = nearest_of(vectors, sample, allowed)
     num_allowed = int(np.count_nonzero(allowed))
+    mask = None if num_allowed == len(allowed) else allowed
     best: Tuned | None = None
     least = math.inf
     for nprobe in tqdm(nprobes_of(vectors), desc="Choosing nprobe and candidates", unit="nprobe", leave=False):
-        effort = _enough_candidates(
-            vectors, sample, nearest, allowed, nprobe, min(MAX_CANDIDATES, num_allowed), target
-        )
+        effort = _enough_candidates(vectors, sample, nearest, mask, nprobe, min(MAX_CANDIDATES, num_allowed), target)
         if effort is None:
             continue
-        seconds = _seconds_of(vectors, sample, allowed, effort.effort)
+        seconds = _seconds_of(vectors, sample, mask, effort.effort)
         if seconds < least:
             best, least = effort, seconds
         elif seconds > TOO_SLOW * least:
             break
     if best is None:  # all lists, and as many candidates as it takes; all of them are exact
-        best = _enough_candidates(vectors, sample, nearest, allowed, nprobes_of(vectors)[-1], num_allowed, target)
+        best = _enough_candidates(vectors, sample, nearest, mask, nprobes_of(vectors)[-1], num_allowed, target)
     assert best is not None
     return best
 
@@ -130,7 +129,7 @@ def _ranks(
     return sorted(ranks)
 
 
-def _seconds_of(vectors: FaissVectors, sample: Sample, allowed: np.ndarray, effort: SearchEffort) -> float:
+def _seconds_of(vectors: FaissVectors, sample: Sample, allowed: np.ndarray | None, effort: SearchEffort) -> float:
     """The median processor time of a query."""
     tuned = vectors.over(vectors.fetch, effort)
     seconds = []

@@ -351,7 +351,7 @@ def test_a_target_of_recall_is_reached_by_captions_or_by_vectors(folder, capsys,
     (folder / "data" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     main("index data --model model --index IDX --engine int8 --target_recall 0.9".split())
     with closing(open_store("IDX")) as store:
-        assert store.info["target_recall"] == 0.9 and store.info["candidates"] >= 10 and store.info["nprobe"] == 0
+        assert store.info["target_recall"] == 0.9 and store.info["candidates"] >= 10 and store.info["nprobe"] in (1, 2)
     assert "Chosen:" not in capsys.readouterr().out
     main("index data --model model --index IDX --target_recall 0.9".split())  # the same again is the same
     with pytest.raises(ValueError, match="has the target of recall 0.9: .* rebuild IDX --target_recall 0.8"):
@@ -360,7 +360,9 @@ def test_a_target_of_recall_is_reached_by_captions_or_by_vectors(folder, capsys,
     main(["query", "IDX", "a red circle", "--top", "3"])
     capsys.readouterr()
     main("rebuild IDX --target_recall 1".split())
-    assert re.search(r"Chosen: \d+ candidates, with recall@10 1.000 on \d+ of its captions\.", capsys.readouterr().out)
+    assert re.search(
+        r"Chosen: nprobe \d and \d+ candidates, with recall@10 1.000 on \d+ of its captions\.", capsys.readouterr().out
+    )
     main("rebuild IDX --engine binary".split())  # keeps its target, and chooses anew
     assert "of its captions" in capsys.readouterr().out
     (folder / "model").rename(folder / "moved")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from forks import ClientError, server_with_package
-from search_stores import DIM, INFO, fill, make_rows, make_vectors, names
+from search_stores import DIM, INFO, build_without_lists, fill, make_rows, make_vectors, names
 
 pytest.importorskip("faiss")
 
@@ -22,6 +22,7 @@ from modeling_cots.search import rows as search_rows
 from modeling_cots.search.conditions import as_conditions
 from modeling_cots.search.embedding import row_ids_of
 from modeling_cots.search.faiss_store import FaissStore
+from modeling_cots.search.faiss_vectors import FaissVectors
 from modeling_cots.search.rows import write_part
 from modeling_cots.search.stores import store_exists
 
@@ -35,6 +36,33 @@ def test_plain_datasets_searches_the_folder(tmp_path):
     opened.load_faiss_index("embedding", str(next((tmp_path / "index").glob("vectors-*.faiss"))))
     _, found = opened.get_nearest_examples("embedding", vectors[7], k=1)
     assert found["name"] == ["pic7"]
+
+
+@pytest.mark.parametrize("index_type", ["int8", "binary"])
+@pytest.mark.parametrize("target", [None, 0.9])
+def test_codes_of_before_are_searched_and_added_to_until_they_are_rebuilt(tmp_path, monkeypatch, index_type, target):
+    """An index of a version whose int8 and binary codes were in no lists keeps these, and what was chosen for it."""
+    monkeypatch.setattr("modeling_cots.search.faiss_vectors.FEW_ROWS", 10)  # so that few vectors reach the codes
+    vectors, folder = make_vectors(700), tmp_path / "index"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FaissVectors, "_build", build_without_lists)
+        store = FaissStore.create(folder, INFO, index_type)
+        fill(store, make_rows(vectors[:600]))
+        chosen = None if target is None else store.tune(target).effort
+
+    def recall() -> float:
+        answers = FaissStore(folder).search(vectors[:50], 10, [])
+        exact = np.argsort(-(vectors[:50] @ vectors.T), axis=1)[:, :10]
+        found = [{int(name.removeprefix("pic")) for name in names(hits)} for hits in answers]
+        return float(np.mean([len(a & set(b)) / 10 for a, b in zip(found, exact, strict=True)]))
+
+    store = FaissStore(folder)
+    fill(store, make_rows(vectors[600:], first=600))
+    held = store._newest().vectors()
+    assert held.num_lists == 0 and held.effort == chosen and recall() > (0.99 if target is None else 0.8)
+    assert len(list(folder.glob("thresholds-*"))) == (index_type == "binary")
+    store.rebuild(index_type)
+    assert store._newest().vectors().num_lists > 1 and not list(folder.glob("thresholds-*")) and recall() > 0.95
 
 
 class Stopped(BaseException):
@@ -357,9 +385,10 @@ def test_does_not_write_into_another_folder(tmp_path):
         FaissStore.create(tmp_path, INFO, "exact")
 
 
-@pytest.mark.parametrize(("index_type", "more"), [("exact", set()), ("binary", {"thresholds"})])
+@pytest.mark.parametrize(("index_type", "more"), [("int8", set()), ("binary", {"thresholds"})])
 def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch, index_type, more):
     """Every file that the package writes is flushed when whole, and renamed after that."""
+    monkeypatch.setattr(FaissVectors, "_build", build_without_lists)  # thresholds belong to binary codes of before
     flushed, renamed = {}, set()
     fsync, replace = os.fsync, os.replace
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from search_stores import INFO, fill, make_rows, make_vectors
+from search_stores import INFO, build_without_lists, fill, make_rows, make_vectors
 
 from modeling_cots import COTSModel
 from modeling_cots.search.cli import main
@@ -19,16 +19,19 @@ from modeling_cots.search.manifest import DamagedIndexError, Manifest, parse_man
 pytest.importorskip("faiss")
 
 from modeling_cots.search.faiss_store import FaissStore
+from modeling_cots.search.faiss_vectors import FaissVectors
 
 VECTORS = make_vectors(130)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two parts, deleted rows, and codes with thresholds."""
+    """Two parts, deleted rows, and binary codes of before, which have thresholds."""
     folder = tmp_path_factory.mktemp("whole") / "index"
     store = FaissStore.create(folder, INFO, "binary")
-    fill(store, make_rows(VECTORS[:100], year=[number % 4 for number in range(100)]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FaissVectors, "_build", build_without_lists)
+        fill(store, make_rows(VECTORS[:100], year=[number % 4 for number in range(100)]))
     fill(store, make_rows(VECTORS[100:], first=100))
     store.delete(row_ids_of(["pic3", "pic101"]))
     return folder
@@ -120,7 +123,8 @@ def test_swapped_files_are_noticed(whole, tmp_path):
             shutil.rmtree(folder)
 
 
-def test_files_of_another_index_are_noticed(whole, tmp_path):
+def test_files_of_another_index_are_noticed(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(FaissVectors, "_build", build_without_lists)
     other = FaissStore.create(tmp_path / "other", INFO, "binary")
     fill(other, make_rows(make_vectors(130, seed=1), year=[2] * 130))
     for pattern in ("index.json", "data-*.arrow", "metadata/*.parquet", "vectors-*.faiss", "thresholds-*.npy"):

@@ -31,6 +31,22 @@ def manifest(tmp_path):
     return written(tmp_path, make_rows(make_vectors(5), year=[1, 2, 3, 4, 5]), make_rows(make_vectors(3, 1), first=5))
 
 
+def test_embeddings_of_any_rows_in_any_order(tmp_path, monkeypatch):
+    """Rows are taken from the files at once, in parts of several batches, with captions of any length between them."""
+    monkeypatch.setattr("modeling_cots.search.rows.ROWS_PER_BATCH", 7)
+    vectors, tables = make_vectors(60), []
+    for start, stop in ((0, 1), (1, 24), (24, 60)):
+        table = make_rows(vectors[start:stop], first=start)
+        captions = pa.array([["a" * number] for number in range(start, stop)], table["captions"].type)
+        tables.append(table.set_column(table.column_names.index("captions"), "captions", captions))
+    rows = Rows(tmp_path, written(tmp_path, *tables))
+    assert [len(part.batches) for part in rows.parts.values()] == [1, 4, 6]
+    positions = np.random.default_rng(0).integers(0, 60, 200)  # some more than once
+    np.testing.assert_array_equal(rows.embeddings(positions), vectors[positions])
+    np.testing.assert_array_equal(rows.embeddings(slice(5, 40)), vectors[5:40])
+    assert rows.embeddings(np.zeros(0, np.int64)).shape == (0, DIM)
+
+
 def test_datasets_opens_the_parts(manifest, tmp_path):
     rows = Rows(tmp_path, manifest)
     describe_for_datasets(tmp_path, manifest)

@@ -42,7 +42,7 @@ def test_reaches_the_target_with_the_fewest_candidates(index_type, target):
     effort, recall = choose_effort(vectors, Sample(queries, np.full(60, -1)), allowed, target)
     assert recall >= target
     assert recall == pytest.approx(recall_of(vectors, queries, effort, allowed))
-    assert (effort.nprobe > 0) == (index_type == "ivfpq")
+    assert 0 < effort.nprobe <= vectors.num_lists
     # FAISS' fast scan orders codes of equal scores anew where fewer are asked for.
     fewer = effort.candidates // 2 if index_type == "ivfpq" else effort.candidates - 1
     if fewer >= 10:
@@ -70,7 +70,8 @@ def test_neighbors_of_a_stored_vector_are_others_and_copies_count_alike(monkeypa
 def test_every_nprobe_up_to_all_lists():
     vectors = make("ivfpq")
     assert nprobes_of(vectors)[:8] == [1, 2, 3, 4, 6, 8, 12, 16] and nprobes_of(vectors)[-1] == vectors.num_lists
-    assert nprobes_of(make("int8")) == [0]
+    exact = make("exact")
+    assert exact.num_lists == 0 and nprobes_of(exact) == [0]
 
 
 def test_queries_use_the_effort_and_more_results_more_candidates():
