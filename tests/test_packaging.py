@@ -9,6 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import modeling_cots
+from modeling_cots.hub_export import REQUIREMENTS
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -28,6 +29,17 @@ def test_the_lowest_versions_are_the_lower_bounds_of_the_dependencies_and_extras
     assert set(pins) == set(bounds)
     for name, pin in pins.items():
         assert Version(pin) == Version(bounds[name]) or (pin + ".0").startswith(bounds[name] + "."), name
+
+
+def test_the_demo_and_an_exported_model_ask_for_the_same_bounds():
+    project = PYPROJECT["project"]
+    every = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    bounds = {parsed.name: parsed.specifier for parsed in map(Requirement, every)}
+    lines = (ROOT / "demo/requirements.txt").read_text(encoding="utf-8").splitlines() + REQUIREMENTS.splitlines()
+    bounded = [parsed for parsed in map(Requirement, lines) if parsed.specifier]
+    assert {parsed.name for parsed in bounded} == {"gradio", "transformers"}
+    for parsed in bounded:
+        assert parsed.specifier == bounds[parsed.name], parsed.name
 
 
 def test_a_job_installs_every_extra_that_it_tests_with_at_its_lowest_version():

@@ -26,6 +26,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_torch_greater_or_equal
 from transformers.utils.logging import tqdm
 
 from ..hub_export import (
@@ -264,7 +265,9 @@ def _plain_model(model: PreTrainedModel) -> PreTrainedModel:
             raise ValueError(
                 f"The {name} encoder has {num_bytes / 2**30:.1f} GB in float32, and an ONNX file holds at most 2 GB."
             )
-    model.set_attn_implementation("sdpa")
+    # Before torch 2.9 its exporter makes NaN of a token that sees padding alone, as in a sliding window, and of all
+    # others with it (tests/hub/test_onnx_export.py).
+    model.set_attn_implementation("sdpa" if is_torch_greater_or_equal("2.9", accept_dev=True) else "eager")
     return model
 
 

@@ -36,7 +36,9 @@ def compile_layers(model: nn.Module, **compile_options) -> None:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers of transformers' encoders to compile.")
     _try_compiler(next(model.parameters()).device, compile_options)
-    torch._dynamo.config.recompile_limit = max(MAX_PROGRAMS, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
+    setattr(config, limit, max(MAX_PROGRAMS, getattr(config, limit)))
     for layer in layers:
         layer.compile(**compile_options)
 

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_torch_greater_or_equal
+
+from modeling_cots.training.recomputed_activations import MIN_TORCH
 
 pytest.importorskip("faiss")
 
@@ -26,12 +29,15 @@ def write(path: Path, **changes) -> Path:
     return path
 
 
+OF_ALL_ROWS = pytest.mark.skipif(not is_torch_greater_or_equal(MIN_TORCH), reason=f"needs torch {MIN_TORCH}")
+
+
 @pytest.mark.parametrize(
     ("topic", "ids"),
     [
         ("encode", {"1a", "1b", "1c", "2"}),
         ("encode_cpu", {"1q"}),
-        ("memory", {"5"}),
+        pytest.param("memory", {"5"}, marks=OF_ALL_ROWS),
         ("search", {"6"}),
         ("cross_encoder", {"7"}),
     ],
@@ -115,6 +121,7 @@ def test_what_only_a_gpu_can_tell_comes_first():
     assert run_all.plan("cpu", ["step", "memory"]) == [("step", "measure"), ("memory", "measure")]
 
 
+@OF_ALL_ROWS
 def test_the_first_rows_are_those_that_need_a_gpu():
     first = [
         entry["id"]

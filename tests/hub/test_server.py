@@ -4,6 +4,7 @@ Functions without a `test_` prefix run in the client's process. Those that meet 
 the client's attempts (`impatiently`): on the loopback there is nothing to wait for.
 """
 
+import inspect
 import re
 import time
 from pathlib import Path
@@ -204,6 +205,10 @@ def write_card(repo_id: str) -> str:
     return ModelCard.load(repo_id).content
 
 
+@pytest.mark.skipif(
+    "https://huggingface.co" in inspect.getsource(ModelCard.validate),
+    reason="this huggingface-hub lets huggingface.co check a card, whatever HF_ENDPOINT says",
+)
 def test_a_card_is_pushed_and_read(hub):
     repo_id = hub.new_repo_id()
     hub.run(create, repo_id)

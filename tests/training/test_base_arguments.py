@@ -210,10 +210,10 @@ def test_the_table_knows_the_field(name):
 
 @pytest.mark.parametrize("name", sorted(EFFECTS))
 def test_what_is_passed_on_has_its_effect(train, name):
-    assert name in PASSED
     arguments, seen = EFFECTS[name]
     if missing := set(arguments) - {field.name for field in dataclasses.fields(COTSTrainingArguments)}:
         pytest.skip(f"this release of transformers has no {missing}")
+    assert name in PASSED
     assert seen(train(**arguments))
 
 

@@ -5,11 +5,14 @@ import torch
 from encoder_kinds import PAIRS_OF_KINDS, SIZES, TEXT_CONFIGS, VISION_CONFIGS, cots_config, masks_of
 from torch import nn
 from trainer_states import state_of
+from transformers.utils import is_torch_greater_or_equal
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainer, compile_layers, lora_config
 from modeling_cots.scripts.cost import flop_counter, kept_bytes
 from modeling_cots.training.layer_compiling import encoder_layers
-from modeling_cots.training.recomputed_activations import recompute_activations_
+from modeling_cots.training.recomputed_activations import MIN_TORCH, recompute_activations_
+
+pytestmark = pytest.mark.skipif(not is_torch_greater_or_equal(MIN_TORCH), reason=f"needs torch {MIN_TORCH}")
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 # Each kind of encoder has its own names of the same things, and ignores or refuses others.
