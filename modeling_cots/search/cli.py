@@ -276,6 +276,10 @@ def run_load(args: argparse.Namespace) -> None:
     """Take what `embed` has written into an index; this needs no model."""
     from .parquet_rows import check_same_model, load_files, open_files, read_info
 
+    if args.bulk_import is not None and not args.index.startswith(("http://", "https://")):
+        raise ValueError(
+            f"--bulk_import is of a Milvus server (http://...), and {args.index!r} is none: leave it out."
+        )
     files = open_files(args.files)
     info = read_info(files)
     if not store_exists(args.index):
@@ -286,7 +290,7 @@ def run_load(args: argparse.Namespace) -> None:
         _check_engine(args)
     with closing(open_store(args.index)) as store:
         check_same_model(args.index, store.info, files)
-        num_added = load_files(store, files, restore=args.restore)
+        num_added = load_files(store, files, restore=args.restore, bulk_import=args.bulk_import)
         print(f"Added {num_added:,} images; {args.index} has {len(store):,}.")
         if (target_recall := target_to_reach(store)) is not None:
             print(_tune(args, store, target_recall))

@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     load.add_argument("index", help="the index to make or to continue")
     load.add_argument("files", nargs="+", help="parquet files of `embed`: files, globs, folders or addresses")
     load.add_argument("--engine", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md")
+    load.add_argument(
+        "--bulk_import",
+        metavar="FOLDER",
+        help="a folder in a Milvus server's own storage (s3://bucket/prefix), for its bulk import; see docs/scale.md",
+    )
     for command in (index, add, embed):
         _add_data_options(command)
     for command in (index, add):

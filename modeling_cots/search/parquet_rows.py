@@ -117,7 +117,14 @@ def check_same_model(name: str, stored: dict, files: list[EmbeddingFile]) -> Non
         )
 
 
-def load_files(store, files: list[EmbeddingFile], *, restore: bool = False, progress: bool = True) -> int:
+def load_files(
+    store,
+    files: list[EmbeddingFile],
+    *,
+    restore: bool = False,
+    bulk_import: str | None = None,
+    progress: bool = True,
+) -> int:
     """
     Add the entries that an index does not have yet; this also continues a stopped run.
 
@@ -125,10 +132,17 @@ def load_files(store, files: list[EmbeddingFile], *, restore: bool = False, prog
         store: The index.
         files: See `open_files`.
         restore: Whether to add also what was deleted from the index, which otherwise stays deleted.
+        bulk_import: A folder in the storage of a Milvus server, for its bulk import; see `BulkImport`.
         progress: Whether to show bars.
 
-    Returns how many entries were added. Raises `ValueError` for a column of another kind than in the index.
+    Returns how many entries were added. Raises `ValueError` for a column of another kind than in the index, and where
+    there is no bulk import.
     """
+    importer = None
+    if bulk_import is not None:
+        from .milvus_import import BulkImport
+
+        importer = BulkImport(store, bulk_import, progress)  # before the index is asked what it has
     row_ids, sources, codes = _look_through(files, progress)
     is_first = np.zeros(len(row_ids), dtype=bool)
     is_first[np.unique(row_ids, return_index=True)[1]] = True
@@ -143,14 +157,23 @@ def load_files(store, files: list[EmbeddingFile], *, restore: bool = False, prog
         }
         for code, source in enumerate(sources)
     }
-    hidden = not progress
-    with store.adding(runs), tqdm(total=int(is_new.sum()), desc="Loading", unit="image", disable=hidden) as bar:
+    num_new = int(is_new.sum())
+    with store.adding(runs):
         for note in notes_before(int((is_first & is_in).sum()), int((is_first & is_gone).sum()), int(is_first.sum())):
-            bar.write(note)
-        for rows in _joined(_new_rows(files, is_new)):
+            tqdm.write(note)
+        tables = _joined(_new_rows(files, is_new))
+        if importer is None:
+            _insert(store, tables, num_new, progress)
+        else:
+            importer.add(tables, num_new)
+    return num_new
+
+
+def _insert(store, tables: Iterator[pa.Table], num_rows: int, progress: bool) -> None:
+    with tqdm(total=num_rows, desc="Loading", unit="image", disable=not progress) as bar:
+        for rows in tables:
             store.add(rows)
             bar.update(len(rows))
-    return int(is_new.sum())
 
 
 def _look_through(files: list[EmbeddingFile], progress: bool) -> tuple[np.ndarray, list[str], np.ndarray]:

@@ -19,10 +19,13 @@ VARIABLE = "COTS_TEST_MILVUS"
 IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 IN_A_NETWORK_OF_ITS_OWN += [] if os.geteuid() == 0 else ["--map-root-user"]
 PATIENCE = 600  # seconds; 22 on a machine with nothing else to do
-QUICK = {  # milliseconds between two looks at what there is to do, for a server that has little of it
-    "proxy.timeTickInterval": 50,  # each read waits for the next tick, as collections are strongly consistent
+SETTINGS = {
+    # Milliseconds between two looks at what there is to do, for a server that has little of it. Each read waits for
+    # the next tick, as collections are strongly consistent.
+    "proxy.timeTickInterval": 50,
     "queryCoord.checkInterval": 100,
     "queryCoord.distPullInterval": 100,
+    "common.session.ttl": 600,  # seconds after which its parts are given up; a busy machine lets them wait
 }
 SET_FLAGS, IS_UP = 0x8914, 0x1  # SIOCSIFFLAGS and IFF_UP
 
@@ -39,8 +42,8 @@ def main() -> int:
     bring_loopback_up()
     server = MilvusServer(wait_for_started=False)
     server.set_base_dir(folder)
-    for name, milliseconds in QUICK.items():
-        server.config.set(name, milliseconds)
+    for name, value in SETTINGS.items():
+        server.config.set(name, value)
     server.start()
     try:
         server.wait_started(timeout=1_000 * PATIENCE)

@@ -1,4 +1,4 @@
-"""The contract of the vector stores on a real Milvus server, which is started here in a network of its own."""
+"""The contract of the vector stores, `load` and bulk imports on a real Milvus server in a network of its own."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytest.importorskip("pymilvus")
 
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/search/test_stores.py", "tests/search/test_milvus_store.py"]
+FILES = [f"tests/search/test_{name}.py" for name in ("stores", "milvus_store", "milvus_import", "parquet_rows")]
 
 
 @pytest.fixture(scope="module")

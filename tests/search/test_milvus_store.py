@@ -110,6 +110,15 @@ def test_long_texts_are_cut_to_what_fits(tmp_path):
     store.close()
 
 
+def test_what_json_lacks_is_missing(tmp_path):
+    store = MilvusStore.create(f"{tmp_path}/a.db", INFO, "exact")
+    fill(store, make_rows(make_vectors(3), share=[float("nan"), float("inf"), 0.5]))
+    hits = store.search(make_vectors(3), 3, [])[0]
+    assert sorted((hit["name"], hit.get("share")) for hit in hits) == [("pic0", None), ("pic1", None), ("pic2", 0.5)]
+    assert store.columns == ["name", "source", "share"]
+    store.close()
+
+
 def test_the_token_is_in_no_message(monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "root:very-secret")
 
