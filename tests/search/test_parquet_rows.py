@@ -1,7 +1,7 @@
 """`cots-search load`: files of embeddings go into indexes of every kind, and those of another model into none."""
 
-import importlib.util
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from search_stores import DIM, INFO, make_rows, make_vectors
 
 from modeling_cots.search.cli import main
+from modeling_cots.search.conditions import as_conditions
 from modeling_cots.search.index import FORMAT
 from modeling_cots.search.parquet_rows import INFO_KEY, load_files, open_files
 from modeling_cots.search.rows import FIXED_COLUMNS
@@ -21,6 +22,7 @@ pytest.importorskip("faiss")
 MODEL = {**INFO, "format": FORMAT, "model_commit": None}
 PER_FILE = 110  # int8 needs a hundred to train its codes
 NUM_ROWS = 3 * PER_FILE
+SERVER = ["server"] if os.environ.get("COTS_TEST_MILVUS") else []  # of Milvus; test_milvus_server.py starts one
 
 
 @pytest.fixture
@@ -39,14 +41,13 @@ def write(path, table: pa.Table, info: dict) -> None:
     pq.write_table(table.replace_schema_metadata({INFO_KEY: json.dumps(info)}), path)
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw", "int8", "milvus"])
-def test_files_become_an_index_of_any_kind(files, kind, capsys):
-    if kind == "milvus":
-        if importlib.util.find_spec("pymilvus") is None:
-            pytest.skip("pymilvus is not installed")
-        index, engine = "photos.db", "exact"
-    else:
-        index, engine = "IDX", kind
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [("faiss", "exact"), ("faiss", "hnsw"), ("faiss", "int8")]
+    + [(kind, engine) for kind in ("milvus", "postgres", *SERVER) for engine in ("exact", "hnsw")],
+)
+def test_files_become_an_index_of_any_kind(files, new_place, kind, engine, capsys):
+    index = new_place(kind)
     main(["load", index, "out/0.parquet", "--engine", engine])
     assert f"Added 110 images; {index} has 110." in capsys.readouterr().out
     main(["load", index, "out"])
@@ -60,22 +61,32 @@ def test_files_become_an_index_of_any_kind(files, kind, capsys):
         assert [hit[0]["name"] for hit in hits] == ["pic0", "pic110", "pic220"]
         assert hits[0][0]["score"] == pytest.approx(1, abs=1e-2)
         assert hits[2][0]["year"] == 2001.5 and hits[0][0]["captions"] == ["caption of pic0", "b"]
+        assert hits[1][0]["thumbnail"]["bytes"] == b"jpeg" and "year" not in {k for k, v in hits[1][0].items() if v}
+        assert len(store.find(as_conditions("year > 2000"))) == PER_FILE
         assert store.unfinished == {}
     finally:
         store.close()
 
 
-def test_what_is_there_or_was_deleted_is_not_taken_again(files, capsys):
-    main("load IDX out/*.parquet".split())
-    main(["delete", "IDX", "pic3"])
+@pytest.mark.parametrize("kind", ["faiss", "milvus", "postgres", *SERVER])
+def test_what_is_there_or_was_deleted_is_not_taken_again(files, new_place, kind, capsys):
+    index = new_place(kind)
+    main(["load", index, *map(str, sorted(files.iterdir()))])
+    main(["delete", index, "pic3"])
     capsys.readouterr()
-    main("load IDX out".split())
+    main(["load", index, "out"])
     said = capsys.readouterr()
-    assert "Added 0 images; IDX has 329." in said.out
+    assert f"Added 0 images; {index} has 329." in said.out
     assert "329 of 330 images are in the index already" in said.out + said.err
     assert "1 of 330 images were deleted from it and stay so" in said.out + said.err
-    main("load IDX out --restore".split())
-    assert "Added 1 images; IDX has 330." in capsys.readouterr().out
+    main(["load", index, "out", "--restore"])
+    assert f"Added 1 images; {index} has 330." in capsys.readouterr().out
+
+
+def test_only_a_milvus_server_has_a_bulk_import(files):
+    with pytest.raises(ValueError, match=r"--bulk_import is of a Milvus server \(http://...\), and 'IDX' is none"):
+        main("load IDX out --bulk_import s3://bucket/loads".split())
+    assert not os.path.exists("IDX")
 
 
 def test_a_name_that_stands_in_two_files_is_one_entry(files, capsys):
