@@ -10,8 +10,8 @@ belong to one image tokenizer, image size and patch size. With --without_images 
 their tokens alone, and a stream of the same images takes them by `--streaming --image_tokens photos_tokenized`. After
 an interruption, run the same command again: it writes what is missing.
 
-With --ray the actors of a Ray cluster share the images, and the files hold `row_id`, `name` and tokens alone. PHOTOS/
-may then also be addresses of shards:
+With --ray the actors of a Ray cluster share the images, and the files hold ids, names and tokens alone. PHOTOS/ may
+then also be addresses of shards:
 
     python examples/tokenize_images.py "s3://photos/{00000..00999}.tar" --output_dir s3://tokens/photos \
         --ray --checkpoint s3://checkpoints/tokens --actors 8 --gpus_per_actor 1
@@ -84,6 +84,8 @@ def main() -> None:
         parser.error("Shards at addresses are read with --ray alone: add it, or name files on this machine.")
     if args.ray and importlib.util.find_spec("ray") is None:
         parser.error("--ray needs Ray: pip install 'modeling_cots[ray]'.")
+    if args.ray and args.without_images:
+        parser.error("--ray writes no images in any case: leave --without_images out.")
     if args.ray and args.device is not None:
         parser.error("--device is for one machine: with --ray give --gpus_per_actor, or nothing for CPUs.")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

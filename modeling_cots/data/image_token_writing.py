@@ -184,18 +184,20 @@ class TokenWorker:
             DataLoader,
             batch_size=batch_size,
             num_workers=num_workers,
-            collate_fn=_PixelCollator(ImageTransform(source.image_size, [0.5] * 3, min_crop_scale=1.0)),
+            collate_fn=_IdCollator(ImageTransform(source.image_size, [0.5] * 3, min_crop_scale=1.0)),
         )
 
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
         """The table of ids, names and tokens of what can be read, and the names of the rest with the reasons."""
-        tokens, valid, skipped = [], [], []
+        tokens, pair_ids, valid, skipped = [], [], [], []
         for batch in self._load(self._read(rows)):
             tokens += _tokens_of(self._image_tokenizer, batch["pixel_values"], self._source.patch_size, self._flipped)
+            pair_ids += batch["pair_ids"]
             valid += batch["valid"]
             skipped += batch["skipped"]
-        table = rows.select(["row_id", "name"]).append_column(IMAGE_TOKENS, pa.array(tokens, TOKENS_TYPE))
+        table = rows.select(["row_id", "name"]).append_column(PAIR_ID, pa.array(pair_ids, pa.int64()))
+        table = table.append_column(IMAGE_TOKENS, pa.array(tokens, TOKENS_TYPE))
         sources = pa.array([self._source.to_json()] * len(table), pa.string())
         return table.append_column(TOKEN_SOURCE, sources).filter(pa.array(valid, pa.bool_())), skipped
 
@@ -265,6 +267,19 @@ class _Collator:
             **batch,
             "images": [{"bytes": encoded_image(item["image"]), "path": item["name"]} for item in items],
             "captions": [item["captions"] for item in items],
+        }
+
+
+class _IdCollator:
+    """Turns items into raw pixels and the ids of their images, in the data loader's workers."""
+
+    def __init__(self, transform: ImageTransform):
+        self.collate_pixels = _PixelCollator(transform)
+
+    def __call__(self, items: list[dict]) -> dict:
+        return {
+            **self.collate_pixels(items),
+            "pair_ids": [pair_id_of(encoded_image(item["image"])) for item in items],
         }
 
 

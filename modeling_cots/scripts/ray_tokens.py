@@ -25,9 +25,10 @@ def tokenize_with_ray(
     image_tokenizer,
 ) -> tuple[int, int]:
     """
-    Write `row_id`, `name`, `image_tokens` and `image_tokens_source` of every image to parquet files.
+    Write `row_id`, `name`, `pair_id`, `image_tokens` and `image_tokens_source` of every image to parquet files.
 
-    The ids are those of an index. An image of a shard has the name that it has in a stream of the shards.
+    Row ids and names are those of an index; the pair id is the one by which a stream of the images finds the tokens,
+    wherever its shards are.
 
     Args:
         args: The options of the script.

@@ -20,7 +20,7 @@ from modeling_cots.data import image_token_writing
 from modeling_cots.data.image_token_cache import TokenSource
 from modeling_cots.data.image_token_writing import TokenWorker, TokenWriter, encoded_image
 from modeling_cots.data.pairs import open_pairs
-from modeling_cots.data.streaming.dataset import open_stream
+from modeling_cots.data.streaming.dataset import open_stream, pair_id_of
 
 SIZE, PATCH = (32, 32), (8, 8)
 
@@ -164,7 +164,9 @@ def test_a_worker_gives_the_same_tokens_without_the_images(folder, tmp_path, ima
     worker = TokenWorker(lambda: image_tokenizer, lambda rows: [pairs[i] for i in range(3)], source, True, 2, 0)
     table, skipped = worker(rows)
     expected = [item for item in open_pairs(str(tmp_path / "out"), "train") if item["image_tokens"] is not None]
-    assert table.column_names == ["row_id", "name", "image_tokens", "image_tokens_source"]
+    assert table.column_names == ["row_id", "name", "pair_id", "image_tokens", "image_tokens_source"]
+    images = [Path(pairs[number]["image"]["path"]).read_bytes() for number in (0, 2)]
+    assert table["pair_id"].to_pylist() == [pair_id_of(image) for image in images]
     assert table["image_tokens"].to_pylist() == [np.asarray(item["image_tokens"]).tolist() for item in expected]
     assert table["row_id"].to_pylist() == ["0", "2"] and [name for name, _ in skipped] == [pairs[1]["name"]]
     other = ImageTokenizer.random(40, [0.5] * 3, [0.5] * 3)

@@ -1,5 +1,6 @@
 """`tokenize_images.py --ray`: the tokens of the script without it, each image once, and no images."""
 
+import shutil
 import sys
 from collections import Counter
 
@@ -35,6 +36,10 @@ def folder(tmp_path, tiny_config, monkeypatch):
         ("--ray", "--ray and --checkpoint belong together"),
         ("--checkpoint noted", "--ray and --checkpoint belong together"),
         ("--actors 2", "are for --ray"),
+        (
+            "--ray --checkpoint noted --without_images",
+            "--ray writes no images in any case: leave --without_images out",
+        ),
         ("--ray --checkpoint noted --device cpu", "--device is for one machine"),
     ],
 )
@@ -60,8 +65,11 @@ def test_actors_write_the_tokens_of_the_script(folder, monkeypatch, capsys, ray_
         tokenize(monkeypatch, folder, place, *ray_options)
         assert f"tokens of {num_written} images; out has 12." in capsys.readouterr().out
     rows = [row for path in (folder / "out").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    assert set(rows[0]) == {"row_id", "name", "image_tokens", "image_tokens_source"}
+    assert set(rows[0]) == {"row_id", "name", "pair_id", "image_tokens", "image_tokens_source"}
     streamed = Counter(item["name"] for item in open_stream(place, "train", shuffle_buffer=0))
-    assert Counter(row["name"] for row in rows) == streamed, "so that training finds them by the name"
+    assert Counter(row["name"] for row in rows) == streamed
+    shutil.copytree("data", "moved")  # training finds the tokens by the images
+    items = open_stream(f"file://{folder}/moved/*.tar", "train", shuffle_buffer=0, image_tokens="out")
+    assert sum(1 for _ in items) == 12
     found = {row["name"].rpartition("/")[2] + ".png": row["image_tokens"] for row in rows}
     assert found == {name: [list(row) for row in tokens] for name, tokens in expected.items()}

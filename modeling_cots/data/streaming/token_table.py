@@ -21,8 +21,8 @@ class TokenTable:
     The tokens of images by the images' ids, memory-mapped; of an image, 12 bytes are in memory.
 
     Args:
-        path: A folder, as `tokenize_images.py` writes it with `--without_images` (rows have a `pair_id`) or on a
-            cluster (rows have a `name`), here or at an address.
+        path: A folder, as `tokenize_images.py` writes it with `--without_images` or on a cluster, here or at an
+            address. Rows have a `pair_id`, or else a `name`, as earlier versions wrote on a cluster.
 
     Raises `ValueError` for what is no such data.
     """
