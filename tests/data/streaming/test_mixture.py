@@ -13,7 +13,7 @@ from stream_files import number_of, png, shard_bytes
 from torch.utils.data import DataLoader
 
 from modeling_cots.data.rows import IMAGE_TOKENS, TOKEN_SOURCE
-from modeling_cots.data.streaming.dataset import READER_STATE, EndlessPairs, SkippingCollator
+from modeling_cots.data.streaming.dataset import READER_STATE, EndlessPairs, SkippingCollator, open_stream, pair_id_of
 from modeling_cots.data.streaming.mixture import is_mixture, open_mixture
 
 pytest.importorskip("torchdata.nodes", reason="needs torchdata: pip install 'modeling-cots[mixtures]'")
@@ -79,6 +79,36 @@ def test_ids_of_sources_do_not_collide_where_keys_do(tmp_path):
     names = {item["captions"][0]: item["name"] for item in items}
     assert len(ids) == 6 and len(set(ids.values())) == 5 and ids["a 2"] == ids["b 2"]
     assert len(set(names.values())) == 6
+
+
+@pytest.mark.parametrize("kind", ["pair_id", "name"])
+def test_sources_with_equal_shards_keys_and_images_find_their_own_tokens(tmp_path, monkeypatch, kind):
+    """Shards and keys are alike, image 7 is in both; its pairs are the same image, and no negatives of each other."""
+    monkeypatch.chdir(tmp_path)
+    for source, numbers in {"a": (0, 1, 7), "b": (2, 3, 7)}.items():
+        for folder in (source, f"{source}_tokens"):
+            (tmp_path / folder).mkdir()
+        images = [{"image": png(number), "caption": f"{source}{number}"} for number in numbers]
+        pq.write_table(pa.Table.from_pylist(images), tmp_path / source / "train.parquet")
+        names = [item["name"] for item in open_stream(source, "train", shuffle_buffer=0)]
+        rows = [
+            {
+                kind: name if kind == "name" else pair_id_of(png(number)),
+                IMAGE_TOKENS: [[number, ord(source)]],
+                TOKEN_SOURCE: "{}",
+            }
+            for name, number in zip(names, numbers, strict=True)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{source}_tokens" / "part.parquet")
+    listed = [f"{name}: {{dataset: {name}, weight: 1, image_tokens: {name}_tokens}}\n" for name in "ab"]
+    (tmp_path / "mix.yaml").write_text("".join(listed))
+    batches = read(EndlessPairs(open_mixture("mix.yaml", "train"), 5), 20)
+    items = {item["captions"][0]: item for batch in batches for item in batch["items"]}
+    assert {caption: item[IMAGE_TOKENS] for caption, item in items.items()} == {
+        caption: [[int(caption[1:]), ord(caption[0])]] for caption in ("a0", "a1", "a7", "b2", "b3", "b7")
+    }
+    assert len({item["pair_id"] for item in items.values()}) == 5
+    assert items["a7"]["pair_id"] == items["b7"]["pair_id"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
