@@ -9,6 +9,7 @@ for, and their head start does not count. Crops are drawn as in training, from h
 same on both sides. Our tensors keep the images' order of memory, (H, W, 3), and the device transposes them.
 """
 
+import importlib.metadata
 import io
 import os
 import random
@@ -76,7 +77,11 @@ def over(images: list[bytes], transform):
 
 
 def timm_transform(side: int, normalize: bool):
-    """The training transform of timm: PIL's crop and resize, to bytes or to normalized floats."""
+    """
+    The training transform of timm: PIL's crop and resize, to bytes or to normalized floats.
+
+    timm's own loader takes bytes, which its prefetcher normalizes on the device; a loader of the user's gets floats.
+    """
     return create_transform(
         (3, side, side),
         is_training=True,
@@ -121,8 +126,10 @@ def decoding_rows(side: int, quick: bool) -> list[dict]:
             times = medians(sides, "cpu", 1 if quick else 11)
         bits = 8 * statistics.mean(map(len, images)) / (width * (width * 3 // 4))
         note = f"random crops to {side} px, JPEGs of {bits:.1f} bits a pixel, {len(images)} images, one thread"
-        compared = [("PIL", "PIL and timm", ">= 3", f"{note}; {used_decoder()}")]
-        compared.append(("floats", "the same, normalized", "none", "before pixels were normalized on the device"))
+        compared = [
+            ("PIL", "PIL and timm, bytes", ">= 3", f"{note}; theirs as timm's prefetcher takes it; {used_decoder()}"),
+            ("floats", "PIL and timm, normalized", ">= 3", "theirs by timm's default, without its prefetcher"),
+        ]
         compared.append(("without", "ours without simplejpeg", "none", "the decoder of PIL"))
         compared += [(name, NAMES[name], "none", NOTES[name]) for name in DECODERS]
         title = f"JPEG of {width} px to training pixels, images/s a core, ours"
@@ -192,8 +199,16 @@ def load_turbojpeg():
         return None
     try:
         return turbojpeg.TurboJPEG()
-    except RuntimeError:  # without libturbojpeg 3, which no package of Python brings
+    except RuntimeError:  # without libturbojpeg, which no package of Python brings
         return None
+
+
+def version_of(package: str) -> str:
+    """Its version, or nothing where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 TURBOJPEG = load_turbojpeg()
@@ -212,13 +227,13 @@ NAMES = {
 NOTES = {
     "opencv": f"opencv-python-headless {cv2.__version__ if cv2 else ''}, and our resize",
     "vips": f"pyvips {pyvips.__version__ if pyvips else ''}, and our resize; all of its threads counted",
-    "turbojpeg": "and our resize",
+    "turbojpeg": f"PyTurboJPEG {version_of('PyTurboJPEG')} with the system's libjpeg-turbo, and our resize",
     "torchvision": "and our resize; deprecated since torchvision 0.29; reads every image in full",
 }
 MISSING = {
     "opencv": "pip install opencv-python-headless",
     "vips": "pip install pyvips pyvips-binary",
-    "turbojpeg": "PyTurboJPEG needs libturbojpeg 3, which is not installed",
+    "turbojpeg": "it needs libturbojpeg, which no package of Python brings",
 }
 
 

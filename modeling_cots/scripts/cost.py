@@ -32,7 +32,7 @@ from ..training.layer_compiling import encoder_layers
 from ..training.master_weights import BFLOAT16, to_bfloat16_
 from ..training.objective import COTSObjective
 from ..training.processes import ProcessGroup
-from ..training.recomputed_activations import recompute_activations_
+from ..training.recomputed_activations import IS_SEEN, recompute_activations_
 
 # float32 weights, gradients and Adam's two moments, and the momentum copy; with autocast also a cast of each weight.
 # bfloat16 weights and gradients with float32 master weights take as much.
@@ -115,8 +115,13 @@ def estimate_training_cost(
         num_devices (`int`, defaults to 1): Among which `shard_model` splits what is fixed.
 
     Raises `ValueError` for a text length without room for the two special tokens and a word, for videos of no frame,
-    and for videos with the masked losses, which are of images.
+    for videos with the masked losses, which are of images, and for recomputed activations with an older torch.
     """
+    if args.recompute_activations and not IS_SEEN:
+        raise ValueError(
+            "What recompute_activations keeps can be counted with torch 2.14, not with "
+            f"{torch.__version__}: leave it out."
+        )
     if text_length < 3:
         raise ValueError(f"text_length must be at least 3 ([CLS], a word, [SEP]), got {text_length}.")
     if num_frames is not None:

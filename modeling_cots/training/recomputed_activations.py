@@ -5,6 +5,7 @@ functions, dropout, sums and casts are computed again from them (selective activ
 al., 2022). Gradients are the same bit for bit. `gradient_checkpointing` keeps less and computes whole layers again.
 """
 
+import inspect
 from functools import partial
 
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 from transformers import TrainingArguments
-from transformers.utils import is_torch_greater_or_equal
 
 from .layer_compiling import encoder_layers
 
-MIN_TORCH = "2.14"  # the one that it was tried with
+# Whether hooks on saved tensors see what is kept, as they must for it to be counted; torch 2.6 keeps it unseen.
+IS_SEEN = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
 # What torch counts FLOP for, and the CPU's fused attention, for which it counts none (scripts/cost.py).
 DEAR = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
@@ -35,8 +36,6 @@ def check_recompute(args: TrainingArguments) -> None:
             "torch_compile chooses by itself what it computes again: leave recompute_activations out, or take "
             "compile_layers."
         )
-    if not is_torch_greater_or_equal(MIN_TORCH):
-        raise ValueError(f"recompute_activations needs torch {MIN_TORCH} or later, got {torch.__version__}.")
 
 
 def recompute_activations_(model: nn.Module) -> None:
@@ -52,7 +51,7 @@ def recompute_activations_(model: nn.Module) -> None:
         checkpoint,
         use_reentrant=False,
         context_fn=partial(create_selective_checkpoint_contexts, _choose),
-        respect_saved_tensors_hooks=True,
+        **({"respect_saved_tensors_hooks": True} if IS_SEEN else {}),
     )
     for layer in layers:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import is_torch_greater_or_equal
 
 from modeling_cots import COTSConfig, COTSForPreTraining, COTSTrainingArguments
+from modeling_cots.scripts import cost
 from modeling_cots.scripts.cost import estimate_training_cost, flop_counter, kept_bytes
-from modeling_cots.training.recomputed_activations import MIN_TORCH
+from modeling_cots.training.recomputed_activations import IS_SEEN
 
 UNFROZEN = {"freeze_vision": "none", "freeze_text": "none"}
 FROZEN = [
@@ -112,7 +112,7 @@ def test_memory_is_what_a_real_training_step_keeps(make_trainer, arguments, tiny
     assert cost.bytes_per_pair == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.skipif(not is_torch_greater_or_equal(MIN_TORCH), reason=f"needs torch {MIN_TORCH}")
+@pytest.mark.skipif(not IS_SEEN, reason="this torch does not tell what it keeps")
 @pytest.mark.parametrize("options", [{}, FROZEN[1]], ids=str)
 def test_what_is_computed_again_counts_for_one_layer(make_trainer, arguments, tiny_config, options):
     def pass_of(model) -> float:
@@ -233,6 +233,12 @@ def test_checkpointing_trades_memory_for_flop(arguments, tiny_config):
     checkpointed = estimate_training_cost(tiny_config, arguments(queue_size=20, gradient_checkpointing=True))
     assert checkpointed.bytes_per_pair < plain.bytes_per_pair
     assert checkpointed.total_flop > plain.total_flop
+
+
+def test_what_torch_does_not_tell_is_not_counted(arguments, tiny_config, monkeypatch):
+    monkeypatch.setattr(cost, "IS_SEEN", False)
+    with pytest.raises(ValueError, match="can be counted with torch 2.14, not with 2"):
+        estimate_training_cost(tiny_config, arguments(recompute_activations=True))
 
 
 def test_batch_and_rate_follow_from_the_counts(arguments, tiny_config):
