@@ -6,10 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.utils import is_torch_greater_or_equal
 
 from modeling_cots import modeling_cots_pretraining
-from modeling_cots.training.recomputed_activations import MIN_TORCH
 
 
 @pytest.fixture
@@ -21,7 +19,6 @@ def step(monkeypatch):
     del sys.modules["step"], sys.modules["side_by_side"]
 
 
-@pytest.mark.skipif(not is_torch_greater_or_equal(MIN_TORCH), reason=f"needs torch {MIN_TORCH}")
 def test_measures_every_row_and_leaves_the_package_as_it_was(step):
     limit = modeling_cots_pretraining.MAX_JOINED_POSITIONS
     rows = list(step.measure("cpu", quick=True))
