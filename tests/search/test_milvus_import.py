@@ -1,11 +1,13 @@
 """Bulk imports into a Milvus server: equal to inserts, each image once, and what happens where they fail.
 
-`test_milvus_server.py` starts the server; COTS_TEST_MILVUS names another one, on a machine that shares /tmp with this.
+`test_milvus_server.py` starts the server. COTS_TEST_MILVUS names another one, on a machine that shares /tmp with this,
+or whose storage COTS_TEST_MILVUS_STORAGE names.
 """
 
 import json
 import os
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 from search_stores import INFO, fill, make_rows, make_vectors, names
@@ -50,6 +52,7 @@ def entries_of(store) -> list[dict]:
 
 @on_a_server
 def test_an_import_into_a_server_equals_inserts(new_place, files, tmp_path, capsys):
+    folder = os.environ.get("COTS_TEST_MILVUS_STORAGE", str(tmp_path / "storage"))
     stores = [create_store(new_place("server"), INFO, "exact") for _ in range(2)]
     for store in stores:
         fill(store, make_rows(make_vectors(NUM)[7:9], first=7, year=[1, 2]))  # two of them are there already
@@ -57,7 +60,7 @@ def test_an_import_into_a_server_equals_inserts(new_place, files, tmp_path, caps
         store.delete(row_ids_of([f"pic{NUM - 1}"]))
     numbers = [
         load_files(store, [*files, *files[:1]], bulk_import=folder, progress=False)
-        for store, folder in zip(stores, (None, str(tmp_path / "storage")), strict=True)
+        for store, folder in zip(stores, (None, folder), strict=True)
     ]
     said = capsys.readouterr().out
     assert said.count("2 of 60 images are in the index already") == 2 and "deleted from it and stay so" in said
@@ -71,7 +74,8 @@ def test_an_import_into_a_server_equals_inserts(new_place, files, tmp_path, caps
     assert [names(hits) for hits in stores[0].search(queries, 5, [])] == [
         names(hits) for hits in stores[1].search(queries, 5, [])
     ]
-    assert list((tmp_path / "storage").iterdir()) == []
+    storage, root = fsspec.core.url_to_fs(folder)
+    assert not storage.exists(f"{root}/cots_import_{stores[1].collection}")
     for store in stores:
         store.close()
 

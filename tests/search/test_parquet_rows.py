@@ -89,6 +89,16 @@ def test_only_a_milvus_server_has_a_bulk_import(files):
     assert not os.path.exists("IDX")
 
 
+@pytest.mark.parametrize("kind", ["milvus", *SERVER])
+def test_a_large_load_into_a_server_names_its_bulk_import(files, new_place, kind, monkeypatch, capsys):
+    monkeypatch.setattr("modeling_cots.search.cli.WORTH_AN_IMPORT", NUM_ROWS)
+    index = new_place(kind)
+    main(["load", index, "out/0.parquet"])
+    assert "bulk_import" not in capsys.readouterr().out
+    main(["load", index, "out"])
+    assert ("Images are inserted. A Milvus server" in capsys.readouterr().out) == (kind == "server")
+
+
 def test_a_name_that_stands_in_two_files_is_one_entry(files, capsys):
     shutil.copy(files / "0.parquet", files / "3.parquet")
     main("load IDX out".split())
