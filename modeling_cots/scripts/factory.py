@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import SizeDict
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..configuration_cots import COTSConfig, encoder_sides
 from ..data.revisions import check_revision
@@ -72,10 +72,15 @@ def build_config(
         image_size: Side of the images, where it is not that of the checkpoint, the encoder or the file.
         fields: Of [`COTSConfig`], the others of `CONFIG_OPTIONS`; or `None`.
 
-    Raises `ValueError` where two sources differ, with both values, and for values that no model can be built from.
+    Raises `ValueError` where two sources differ, with both values, for a folder without a model, and for values that
+    no model can be built from.
     """
     given: dict = {}
     if model is not None:
+        if Path(model).is_dir() and not (Path(model) / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"There is no COTS model in {model}: it has no {CONFIG_NAME}. Give a folder that has one."
+            )
         config = COTSConfig.from_pretrained(model, revision=revisions.get("model", MAIN))
     else:
         given = read_fields(model_config)

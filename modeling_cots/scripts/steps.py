@@ -265,8 +265,11 @@ def parse_options(
     if has_model:
         options = next(each for each in script_args if isinstance(each, ModelArguments))
         args.starting_point = name_start(options)
-        if args.process_index == 0:
+        trains = all(getattr(each, "train_split", None) != "none" for each in script_args)
+        if args.process_index == 0 and trains:
             print(describe_start(options, given.chosen))
+        elif args.process_index == 0 and options.model is not None:
+            print(f"Nothing is trained: {name_start(options)} is measured.")
     for name, is_set in {
         "do_train": args.do_train,
         "do_eval": args.do_eval and args.eval_strategy == "no",  # else it follows from the strategy

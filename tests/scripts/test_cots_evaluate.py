@@ -25,8 +25,11 @@ def run(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [(), ("retrieval",)])
-def test_it_writes_results_and_a_card_and_trains_nothing(run, trained, words):
+def test_it_writes_results_and_a_card_and_trains_nothing(run, trained, words, capsys):
     folder = run("scenes", *words)
+    printed = capsys.readouterr().out
+    assert f"Nothing is trained: the checkpoint {trained} is measured." in printed
+    assert "Training starts from" not in printed and "Defaults" not in printed
     results = json.loads((folder / "results.json").read_text())
     assert results["trained_on"] is None and results["num_images"] == 200 and results["model"] == str(trained)
     assert (folder / "README.md").exists() and not (folder / "model.safetensors").exists()

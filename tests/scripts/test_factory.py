@@ -159,6 +159,13 @@ def test_the_configuration_of_an_exported_model_is_a_file_of_fields(tiny_config,
     assert build_config(None, str(path), None, None).vision_config.hidden_size == tiny_config.vision_config.hidden_size
 
 
+def test_a_folder_without_a_model_is_said_to_have_none(tmp_path):
+    """As a run leaves it that ends before its first checkpoint."""
+    (tmp_path / "training.lock").touch()
+    with pytest.raises(ValueError, match=r"^There is no COTS model in .*: it has no config\.json\."):
+        build_config(str(tmp_path), None, None, None)
+
+
 def test_what_a_file_says_of_a_given_encoder_is_compared_with_it_alone(tmp_path):
     """Sides that the paper's patches of 16 do not divide are those of the encoder all the same."""
     path = tmp_path / "model.json"
