@@ -10,41 +10,47 @@ vector with noise; it is farther from all vectors than these are from each other
 --plain the vectors have no structure: no neighbor is much nearer than the rest, the worst case of approximate search.
 
 Recall@10 is the share of the ten nearest vectors that a search returns among its ten. Speed is the median time of a
-query in FAISS' flat index over that in the index type, in the same run, as process time on one thread. The index types
-take turns by blocks of 20 queries, because the flat index reads a gigabyte for each query and empties the caches.
-Memory is the size of the index file as a share of the flat one's; the float32 embeddings that rescoring reads from the
-disk are not counted.
+query in FAISS' flat index over that in the index type, in the same run, as process time on one thread. All take turns
+by blocks of 20 queries, because the flat index reads a gigabyte for each query and empties the caches. Memory is the
+size of the index file as a share of the flat one's; the float32 embeddings that rescoring reads from the disk are not
+counted.
 
-In the table of docs/performance.md row 6 is the index type "ivfpq", and row 6p is an index of FAISS alone.
+In the table of docs/performance.md rows 6 are our index types with their defaults and with `--target_recall 0.95`,
+which is tuned on 200 captions that are no queries. Rows 6p are other libraries (`search_peers.py`), each with the
+fastest setting by which these queries reach a recall of 0.95. Embeddings and the peers' graphs are kept in a folder
+under runs/, whose name has the digest of the model; a graph takes minutes to build.
 """
 
 import argparse
+import hashlib
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from embeddings import DIM, MODEL, NUM_IMAGES, embed_scenes, enlarge, train_model
-from side_by_side import optional, row
+from embeddings import DIM, MODEL, NUM_IMAGES, ROOT, embed_scenes, enlarge, train_model
+from search_peers import PEERS, Peer, faiss
+from side_by_side import row
 
 from modeling_cots.scripts.error_boundary import run_script
 
-faiss = optional("faiss")
 if faiss is not None:
     from modeling_cots.search.faiss_vectors import FaissVectors
-    from modeling_cots.search.index_types import FAISS, INDEX_TYPES
+    from modeling_cots.search.index_types import FAISS, INDEX_TYPES, TUNED_QUERIES
+    from modeling_cots.search.tuning import Sample, choose_effort
 
     IN_FAISS = [name for name, index_type in INDEX_TYPES.items() if FAISS in index_type.stores]
 
-TOP = 10
+TOP, TARGET = 10, 0.95
 QUICK_SIZES = 3_000, 32, 20  # vectors, their numbers, queries
-BLOCK = 20  # queries of one index type in a row, which find the index in the caches, as in a server
-REFINED = "IVF1024,PQ128x4fsr,RFlat"  # FAISS' own: 4-bit codes of residuals; rescores from vectors held in memory
-REFINED_NPROBE, REFINED_FACTOR = 16, 20
-MEASURED = "ivfpq", REFINED  # the rows of the table; building hnsw takes longer than all others together
+BLOCK = 20  # queries of one index in a row, which find it in the caches, as in a server
+OURS = "ivfpq", "int8", "binary"
+TUNED = f" --target_recall {TARGET}"
+MEASURED = [*OURS, *(name + TUNED for name in OURS), *PEERS]  # building our hnsw, too, would take minutes each time
 
 
 def draw_vectors(num: int, dim: int, rng: np.random.Generator, groups, plain: bool) -> np.ndarray:
@@ -72,72 +78,138 @@ def draw_queries(vectors: np.ndarray, num: int, rng: np.random.Generator) -> np.
 
 
 @dataclass
+class Contender:
+    """
+    An index that is measured.
+
+    Args:
+        search: Takes a query (1, d) and returns the positions of its ten results.
+        num_bytes: The size of its file.
+        building: Seconds of building it; `None` for a peer.
+        setting: What it searches with, for the note.
+    """
+
+    search: Callable[[np.ndarray], np.ndarray]
+    num_bytes: int
+    building: float | None
+    setting: str
+
+
+@dataclass
 class Found:
-    """The figures of one index type."""
+    """The figures of one index; `building` is in queries of the flat index."""
 
     recall: float
     speed: float  # times as fast as FAISS' flat index
-    memory: float  # size of the file over that of the flat index
-    building: float  # seconds of building over those of one query of the flat index
+    num_bytes: int
+    building: float | None
+    setting: str
 
 
-class RefinedVectors:
-    """The peer of row 6p: product codes that FAISS itself refines. It has the methods of `FaissVectors` used here."""
+@dataclass
+class Data:
+    """
+    What is searched.
 
-    def __init__(self, dim: int, fetch):
-        name = REFINED.replace("1024", "16").replace("128", str(dim // 2)) if dim != DIM else REFINED
-        self.index, self._fetch = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT), fetch
+    Args:
+        stored: (N, d) vectors, mapped from a file.
+        queries: (Q, d) captions.
+        sample: (S, d) other captions, for `--target_recall`.
+        kept: A folder where graphs are kept.
+    """
 
-    def grow(self, num: int) -> None:
-        vectors = np.ascontiguousarray(self._fetch(slice(0, num)))
-        self.index.train(vectors[:: max(1, num // 250_000)])
-        self.index.add(vectors)
-
-    def search(self, queries, top: int, allowed):
-        base = faiss.SearchParametersIVF(nprobe=REFINED_NPROBE)
-        parameters = faiss.IndexRefineSearchParameters(k_factor=REFINED_FACTOR, base_index_params=base)
-        return self.index.search(queries, top, params=parameters)
-
-    def save(self, vectors: Path, thresholds: Path) -> None:
-        faiss.write_index(self.index, str(vectors))
+    stored: np.ndarray
+    queries: np.ndarray
+    sample: np.ndarray
+    kept: Path
 
 
-def build(names: list[str], stored: np.ndarray, folder: str) -> dict[str, tuple]:
-    """For each name: the index of all vectors, the seconds of building it, the bytes of its file."""
-    built = {}
-    for name in names:
-        dim, fetch = stored.shape[1], lambda positions: np.asarray(stored[positions])
-        index = RefinedVectors(dim, fetch) if name == REFINED else FaissVectors(name, dim, fetch)
+def nearest_of(data: Data) -> list[set[int]]:
+    """The positions of the ten nearest vectors of each query, by FAISS' flat index."""
+    flat = faiss.IndexFlatIP(data.stored.shape[1])
+    flat.add(np.ascontiguousarray(data.stored))
+    return [set(found) for found in flat.search(data.queries, TOP)[1].tolist()]
+
+
+def recall_of(search: Callable[[np.ndarray], np.ndarray], data: Data, nearest: list[set[int]]) -> float:
+    """The mean share of the ten nearest vectors that a search finds."""
+    found = [set(search(query[None]).tolist()) for query in data.queries]
+    return float(np.mean([len(each & near) / TOP for each, near in zip(found, nearest, strict=True)]))
+
+
+def build_ours(names: list[str], data: Data) -> dict[str, Contender]:
+    """Our index types, by their names, with ` --target_recall 0.95` where they are tuned."""
+    contenders = {}
+    for index_type in dict.fromkeys(name.removesuffix(TUNED) for name in names):
+        vectors = FaissVectors(index_type, data.stored.shape[1], lambda positions: np.asarray(data.stored[positions]))
         start = time.process_time()
-        index.grow(len(stored))
+        vectors.grow(len(data.stored))
         seconds = time.process_time() - start
-        paths = Path(folder, "vectors.faiss"), Path(folder, "thresholds.npy")
-        index.save(*paths)
-        built[name] = index, seconds, os.path.getsize(paths[0])
-    return built
+        with tempfile.TemporaryDirectory() as folder:
+            num_bytes = os.path.getsize(vectors.save(Path(folder, "vectors.faiss"), Path(folder, "thresholds.npy"))[0])
+        if index_type in names:
+            contenders[index_type] = Contender(_searching(vectors), num_bytes, seconds, "by default")
+        if index_type + TUNED in names:
+            own, everything = np.full(len(data.sample), -1), np.ones(len(data.stored), dtype=bool)
+            effort = choose_effort(vectors, Sample(data.sample, own), everything, TARGET).effort
+            setting = f"nprobe {effort.nprobe} and {effort.candidates} candidates, chosen on other captions"
+            tuned = vectors.over(vectors.fetch, effort)
+            contenders[index_type + TUNED] = Contender(_searching(tuned), num_bytes, seconds, setting)
+    return contenders
 
 
-def compare(names: list[str], stored: np.ndarray, queries: np.ndarray, folder: str) -> dict[str, Found]:
-    """Measure every index type on every query, in turns by blocks; "exact", FAISS' flat index, is always included."""
+def _searching(vectors) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda query: vectors.search(query, TOP, None)[1][0]
+
+
+def build_peer(name: str, data: Data, nearest: list[set[int]]) -> Contender | None:
+    """A peer with the fastest of its settings that reach the target; `None` where it is not installed."""
+    module, _, build, file = PEERS[name]
+    if module is None:
+        return None
+    peer = build(data.stored, data.kept / file)
+    seconds = {}
+    for setting in peer.settings:
+        begin = time.process_time()
+        if recall_of(_searching_peer(peer, setting), data, nearest) >= TARGET:
+            seconds[str(setting)] = time.process_time() - begin, setting
+            if isinstance(setting, int):  # settings in order: the first one that reaches the target is the fastest
+                break
+    if not seconds:
+        return None
+    _, setting = min(seconds.values(), key=lambda each: each[0])
+    return Contender(_searching_peer(peer, setting), peer.num_bytes, None, f"{peer.name} {setting}")
+
+
+def _searching_peer(peer: Peer, setting) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda query: np.asarray(peer.search(query, TOP, setting))
+
+
+def compare(names: list[str], data: Data) -> dict[str, Found | None]:
+    """Measure every index on every query, in turns by blocks; "exact", FAISS' flat index, is always included.
+
+    A peer that is not installed, or that reaches the target by none of its settings, gives `None`.
+    """
     faiss.omp_set_num_threads(1)
-    built = build(["exact", *(name for name in names if name != "exact")], stored, folder)
-    everything = np.ones(len(stored), dtype=bool)
-    seconds, hits = {name: [] for name in built}, {name: [] for name in built}
-    nearest: list[set[int]] = []
-    for start in range(0, len(queries), BLOCK):
-        for name, (index, _, _) in built.items():
-            for number, query in enumerate(queries[start : start + BLOCK], start):
+    nearest = nearest_of(data)
+    contenders = build_ours(["exact", *(name for name in names if name not in PEERS and name != "exact")], data)
+    peers = {name: build_peer(name, data, nearest) for name in names if name in PEERS}
+    contenders |= {name: peer for name, peer in peers.items() if peer is not None}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    hits: dict[str, list[float]] = {name: [] for name in contenders}
+    for start in range(0, len(data.queries), BLOCK):
+        for name, contender in contenders.items():
+            for number, query in enumerate(data.queries[start : start + BLOCK], start):
                 begin = time.process_time()
-                positions = index.search(query[None], TOP, everything)[1][0]
+                positions = contender.search(query[None])
                 seconds[name].append(time.process_time() - begin)
-                if name == "exact":
-                    nearest.append(set(positions))
-                hits[name].append(len(set(positions) & nearest[number]) / TOP)
-    flat, size = statistics.median(seconds["exact"]), built["exact"][2]
-    return {
-        name: Found(float(np.mean(hits[name])), flat / statistics.median(seconds[name]), num_bytes / size, took / flat)
-        for name, (_, took, num_bytes) in built.items()
-    }
+                hits[name].append(len(set(positions.tolist()) & nearest[number]) / TOP)
+    flat = statistics.median(seconds["exact"])
+    found: dict[str, Found | None] = dict.fromkeys(names)
+    for name, each in contenders.items():
+        speed, building = flat / statistics.median(seconds[name]), each.building and each.building / flat
+        found[name] = Found(float(np.mean(hits[name])), speed, each.num_bytes, building, each.setting)
+    return found
 
 
 def synthetic_vectors(num: int, dim: int, num_queries: int, plain: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -150,39 +222,53 @@ def synthetic_vectors(num: int, dim: int, num_queries: int, plain: bool) -> tupl
     return vectors, draw_queries(vectors, num_queries, rng)
 
 
-def real_vectors(num: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+def real_data(num: int, num_queries: int) -> Data:
     """A trained model's embeddings of images, enlarged, and of captions; trains the model if it is missing."""
     if not (MODEL / "model.safetensors").is_file():
         train_model(MODEL)
-    real, queries = embed_scenes(MODEL, min(NUM_IMAGES, num), num_queries)
-    return enlarge(real, num, np.random.default_rng(0)), queries
+    digest = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()[:8]
+    folder = ROOT / "runs" / f"search_{digest}_{num}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "captions.npy").is_file():
+        images, captions = embed_scenes(MODEL, min(NUM_IMAGES, num), 1_000)
+        np.save(folder / "images.npy", enlarge(images, num, np.random.default_rng(0)))
+        np.save(folder / "captions.npy", captions)
+    captions = np.load(folder / "captions.npy")
+    stored = np.load(folder / "images.npy", mmap_mode="r")
+    return Data(stored, captions[:num_queries], captions[-TUNED_QUERIES:], folder)
+
+
+def drawn_data(num: int, dim: int, num_queries: int, plain: bool, folder: str) -> Data:
+    """`synthetic_vectors`, mapped from a file of the folder."""
+    vectors, queries = synthetic_vectors(num, dim, num_queries + TUNED_QUERIES, plain)
+    np.save(Path(folder, "images.npy"), vectors)
+    stored = np.load(Path(folder, "images.npy"), mmap_mode="r")
+    return Data(stored, queries[:num_queries], queries[num_queries:], Path(folder))
 
 
 def measure(device: str, quick: bool) -> list[dict]:
-    """Row 6, the index type "ivfpq", and row 6p, FAISS' own index with such codes."""
+    """Rows 6, our index types, and rows 6p, other libraries."""
     if faiss is None:
         return [search_row(name, None, "FAISS is not installed") for name in MEASURED]
-    if quick:
-        vectors, queries = synthetic_vectors(*QUICK_SIZES, plain=False)
-    else:
-        vectors, queries = real_vectors(1_000_000, 200)
-    note = f"{len(vectors):,} x {vectors.shape[1]}, FAISS {faiss.__version__}, one CPU thread"
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(list(MEASURED), on_disk(vectors, folder), queries, folder)
-    return [search_row(name, found[name].speed, f"recall@10 {found[name].recall:.3f}; {note}") for name in MEASURED]
+        data = drawn_data(*QUICK_SIZES, False, folder) if quick else real_data(1_000_000, 500)
+        found = compare(MEASURED, data)
+    sizes = f"{len(data.stored):,} x {data.stored.shape[1]}, FAISS {faiss.__version__}, one CPU thread"
+    return [_row_of(name, found[name], len(data.stored), sizes) for name in MEASURED]
+
+
+def _row_of(name: str, found: Found | None, num: int, sizes: str) -> dict:
+    if found is None:
+        missing = f"{PEERS[name][1]} is not installed" if PEERS[name][0] is None else f"never reaches {TARGET}"
+        return search_row(name, None, missing)
+    num_bytes = f"{found.num_bytes / num:,.0f} bytes a vector in memory"
+    return search_row(name, found.speed, f"recall@10 {found.recall:.3f}, {num_bytes}; {found.setting}; {sizes}")
 
 
 def search_row(name: str, ratio: float | None, note: str) -> dict:
-    id, goal = ("6", ">= 100 at recall@10 >= .95") if name == "ivfpq" else ("6p", "peer")
-    title = f"search by captions: FAISS flat / {name if name == REFINED else f'index type {name}'}"
-    return row(id, title, ratio, goal, note)
-
-
-def on_disk(vectors: np.ndarray, folder: str) -> np.ndarray:
-    """The vectors memory-mapped from a file, as in a search index."""
-    path = os.path.join(folder, "embeddings.npy")
-    np.save(path, vectors)
-    return np.load(path, mmap_mode="r")
+    is_peer = name in PEERS
+    title = f"search by captions: FAISS flat / {name if is_peer else f'index type {name}'}"
+    return row("6p" if is_peer else "6", title, ratio, "peer" if is_peer else ">= 150 at recall@10 >= .95", note)
 
 
 def main() -> None:
@@ -191,27 +277,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--engines", nargs="+", choices=[*IN_FAISS, REFINED], default=[*IN_FAISS, REFINED])
+    choices = [*IN_FAISS, *(name + TUNED for name in OURS), *PEERS]
+    parser.add_argument("--engines", nargs="+", choices=choices, default=choices)
     parser.add_argument("--synthetic", action="store_true", help="random vectors in groups, not a model's")
     parser.add_argument("--plain", action="store_true", help="random vectors without structure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, no ratio worth telling")
     args = parser.parse_args()
-    if args.quick:
-        vectors, queries = synthetic_vectors(*QUICK_SIZES, args.plain)
-    elif args.synthetic or args.plain:
-        vectors, queries = synthetic_vectors(args.num, DIM, args.queries, args.plain)
-    else:
-        vectors, queries = real_vectors(args.num, args.queries)
-    shape = f"{len(vectors):,} vectors of {vectors.shape[1]}, {len(queries)} queries"
-    print(f"{shape}, FAISS {faiss.__version__}", flush=True)
-    print("| index type | recall@10 | times as fast as exact | memory | building, in exact queries |")
-    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, figures in compare(args.engines, on_disk(vectors, folder), queries, folder).items():
-            print(
-                f"| {name} | {figures.recall:.3f} | {figures.speed:.1f} | {figures.memory:.3f} | "
-                f"{figures.building:,.0f} |"
-            )
+        if args.quick:
+            data = drawn_data(*QUICK_SIZES, args.plain, folder)
+        elif args.synthetic or args.plain:
+            data = drawn_data(args.num, DIM, args.queries, args.plain, folder)
+        else:
+            data = real_data(args.num, args.queries)
+        shape = f"{len(data.stored):,} vectors of {data.stored.shape[1]}, {len(data.queries)} queries"
+        print(f"{shape}, FAISS {faiss.__version__}", flush=True)
+        print("| index | recall@10 | times as fast as exact | memory | building, in exact queries | searched |")
+        print("|---|---|---|---|---|---|")
+        found = compare(args.engines, data)
+        flat = found["exact"]
+        for name, each in found.items():
+            if each is None:
+                print(f"| {name} | not measured | | | | |")
+                continue
+            building = "" if each.building is None else f"{each.building:,.0f}"
+            memory = each.num_bytes / flat.num_bytes
+            print(f"| {name} | {each.recall:.3f} | {each.speed:.1f} | {memory:.3f} | {building} | {each.setting} |")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from modeling_cots.scripts.error_boundary import run_script
 
 PEERS = ("timm", "transformers", "open_clip_torch", "sentence-transformers", "faiss-cpu", "onnxruntime", "torch")
-PEERS += ("torchvision", "pillow", "simplejpeg", "opencv-python-headless", "pyvips")
+PEERS += ("torchvision", "pillow", "simplejpeg", "opencv-python-headless", "pyvips", "usearch", "scalable-vs")
 ALSO_CALLED = {"faiss-cpu": ("faiss-gpu", "faiss-gpu-cu12")}  # other packages with the same module
 HEAD_START, TIMED, LEFT = 2, 10, 2  # batches of a worker: prefetched before the timing, timed, left after the timing
 

@@ -154,8 +154,6 @@ class SearchIndex:
             embedder.report_skipped()
             # Here all processes wait for each other, before the main one builds the index alone.
             num_added = _count_added(list(chain.from_iterable(contents)), state)
-        if state.is_main_process and (target := target_to_reach(self.store)) is not None:
-            logger.warning(self.tune(target))
         return num_added
 
     def _present_and_deleted(self, row_ids: np.ndarray, restore: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -185,6 +183,7 @@ class SearchIndex:
             shares, run = self._shares(dataset, source, restore, 1)
             with self.store.adding({source: run}):
                 yield shares[0]
+            self._reach_target()
             return
         begun, ended = new_moments("begun", "ended")
         if not state.is_main_process:
@@ -198,11 +197,17 @@ class SearchIndex:
             with self.store.adding({source: run}):
                 tell(begun)
                 yield _scatter(shares)
+            self._reach_target()
             tell(ended)
         except BaseException:
             for moment in (begun, ended):
                 tell(moment, FAILED)
             raise
+
+    def _reach_target(self) -> None:
+        """Reach the index's target of recall, if it has one and has not been tuned to it yet."""
+        if (target := target_to_reach(self.store)) is not None:
+            logger.warning(self.tune(target))
 
     def _shares(self, dataset, source: str, restore: bool, num: int) -> tuple[list["Share"], dict[str, int]]:
         """What each of `num` processes is to embed, and the numbers of the run, as `VectorStore.adding` takes them."""

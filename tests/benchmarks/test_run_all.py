@@ -37,7 +37,7 @@ OF_ALL_ROWS = pytest.mark.skipif(not IS_SEEN, reason="this torch does not tell w
         ("encode", {"1a", "1b", "1c", "2"}),
         ("encode_cpu", {"1q"}),
         pytest.param("memory", {"5"}, marks=OF_ALL_ROWS),
-        ("search", {"6"}),
+        ("search", {"6", "6p"}),
         ("cross_encoder", {"7"}),
     ],
 )
@@ -45,7 +45,7 @@ def test_a_topic_gives_its_rows(topic, ids):
     rows = list(importlib.import_module(topic).measure("cpu", True))
     assert ids <= {entry["id"] for entry in rows}
     missing = {entry["id"] for entry in rows if entry["ratio"] is None}
-    assert missing <= {"1b", "1p", "1q", "2p"}  # a GPU's, and peers that are not installed
+    assert missing <= {"1b", "1p", "1q", "2p", "6p"}  # a GPU's, and peers that are not installed
     assert all(entry["ratio"] > 0 for entry in rows if entry["ratio"] is not None)
 
 
@@ -153,9 +153,23 @@ def test_search_without_faiss_says_so(monkeypatch):
 
     monkeypatch.setattr(search, "faiss", None)
     rows = search.measure("cpu", True)
-    assert [(entry["id"], entry["ratio"], entry["note"]) for entry in rows] == [
-        (id, None, "FAISS is not installed") for id in ("6", "6p")
+    assert {entry["id"] for entry in rows} == {"6", "6p"}
+    assert {(entry["ratio"], entry["note"]) for entry in rows} == {(None, "FAISS is not installed")}
+
+
+def test_a_library_of_search_that_is_missing_is_not_measured(monkeypatch):
+    import search
+
+    for name, (_, package, build, file) in search.PEERS.items():
+        if package != "faiss-cpu":
+            monkeypatch.setitem(search.PEERS, name, (None, package, build, file))
+    rows = search.measure("cpu", True)
+    assert [entry["note"] for entry in rows if entry["ratio"] is None] == [
+        "usearch is not installed",
+        "scalable-vs is not installed",
     ]
+    (ours,) = (entry for entry in rows if entry["title"].endswith("index type ivfpq --target_recall 0.95"))
+    assert "chosen on other captions" in ours["note"] and "bytes a vector in memory" in ours["note"]
 
 
 def test_captions_of_a_real_step_are_as_long_as_the_estimate_counts(tmp_path):

@@ -306,6 +306,57 @@ def test_processes_share_the_images(model, tiny_processor, tmp_path):
         assert found[0]["name"] == f"scenes: scene {number}"
 
 
+TUNE = """
+import os, sys, threading
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+PartialState(cpu=True)
+from modeling_cots import COTSModel, COTSProcessor, ScenesDataset, SearchIndex
+from modeling_cots.search.faiss_store import FaissStore
+tune, fault = FaissStore.tune, sys.argv[3:]
+def tuning_is_slow(*args):
+    assert os.environ["RANK"] == "0"
+    threading.Event().wait(1)
+    if fault:
+        raise ValueError("the index cannot be tuned")
+    return tune(*args)
+FaissStore.tune = tuning_is_slow
+model, processor = COTSModel.from_pretrained(sys.argv[1]), COTSProcessor.from_pretrained(sys.argv[1])
+index = SearchIndex(sys.argv[2], model, processor)
+with open(f"{sys.argv[2]}-{os.environ['RANK']}.txt", "w") as file:
+    try:
+        added = index.add(ScenesDataset("train", 240, 32), batch_size=16, progress=False)
+        info = index.store.info
+        hit = index.search(image=ScenesDataset("train", 240, 32)[7]["image"], top=1)[0]["name"]
+        file.write(f"added {added}, {info['target_recall']}, {info['nprobe']}, {info['candidates']}, {hit}")
+    except ValueError as error:
+        file.write(str(error))
+PartialState().destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [False, True])
+def test_processes_have_a_tuned_index_when_adding_ends(model, tiny_processor, tmp_path, fault):
+    """The main process alone embeds captions and chooses; the others go on when the choice is stored."""
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    SearchIndex.create(tmp_path / "index", model, tiny_processor, engine="int8", target_recall=0.9).close()
+    (tmp_path / "run.py").write_text(TUNE)
+    run_python("-m", *TORCHRUN, "2", tmp_path / "run.py", tmp_path / "model", tmp_path / "index", *["fault"] * fault)
+    said = [(tmp_path / f"index-{rank}.txt").read_text() for rank in range(2)]
+    index = SearchIndex(tmp_path / "index", model, tiny_processor)
+    assert len(index) == 240
+    if fault:
+        assert said == ["the index cannot be tuned", "The main process has failed; its own message says why."]
+        index.add(ScenesDataset("train", 240, 32), progress=False)  # the same again chooses, without any fault
+    info = index.store.info
+    assert info["target_recall"] == 0.9 and 1 <= info["nprobe"] <= 6 and info["candidates"] >= 10
+    if not fault:
+        assert said == [f"added 240, 0.9, {info['nprobe']}, {info['candidates']}, data: row 7"] * 2
+
+
 BUILD = """
 import datetime, os, sys, threading
 import torch
