@@ -41,6 +41,7 @@ REMOVED_DIM = 2  # the fewest numbers that a vector of Milvus may have
 MAX_TEXT = 65_535  # bytes of a VARCHAR
 MAX_NAME = 4_096
 ROWS_PER_CALL = 1_000  # gRPC limits the size of a message, and Milvus the rows that a query may return
+IDS_PER_CALL = 10_000  # without anything else; each call of a server waits for its next tick
 MAX_INFO = 4_096  # characters of the description
 ROWS_TO_FLUSH = 10_000  # of a run; fewer are compared one by one until the server itself ends their segment
 ENTITY_FIELDS = ("row_id", "name", "source", "captions", "thumbnail")  # the fields of the collection that hold texts
@@ -211,12 +212,14 @@ class MilvusStore:
         return self._present(self.collection, row_ids)
 
     def _present(self, collection: str, row_ids: np.ndarray) -> np.ndarray:
-        present = {row["row_id"] for row in self._get(collection, row_ids, "row_id")}
+        present = {row["row_id"] for row in self._get(collection, row_ids, "row_id", IDS_PER_CALL)}
         return np.fromiter((row_id in present for row_id in row_ids.astype(str).tolist()), bool, len(row_ids))
 
-    def _get(self, collection: str, row_ids: np.ndarray, field: str) -> Iterator[dict]:
-        for start in range(0, len(row_ids), ROWS_PER_CALL):
-            ids = row_ids[start : start + ROWS_PER_CALL].astype(str).tolist()
+    def _get(
+        self, collection: str, row_ids: np.ndarray, field: str, num_per_call: int = ROWS_PER_CALL
+    ) -> Iterator[dict]:
+        for start in range(0, len(row_ids), num_per_call):
+            ids = row_ids[start : start + num_per_call].astype(str).tolist()
             yield from self._client.get(collection, ids, output_fields=[field])
 
     def names_of(self, row_ids: np.ndarray) -> list[str]:
@@ -252,7 +255,7 @@ class MilvusStore:
         if unfinished:
             self._write_unfinished({**self.unfinished, **unfinished})
         yield
-        num_new = sum(run["images"] - run["before"] for run in unfinished.values())
+        num_new = sum(run.get("images", 0) - run.get("before", 0) for run in unfinished.values())
         if self.is_embedded or num_new >= ROWS_TO_FLUSH:
             self._client.flush(self.collection)
         if unfinished:
