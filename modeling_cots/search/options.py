@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--model", required=True, help="a COTS checkpoint: folder or Hub id")
     index.add_argument("--index", required=True, help="the index to make or to continue")
-    index.add_argument("--engine", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md")
+    index.add_argument(
+        "--engine", "--index_type", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md"
+    )
     add = commands.add_parser("add", help="embed more images, with the index's own model")
     add.add_argument("index", help="the index")
     add.add_argument("data", help="as for `index`")
@@ -76,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     load = commands.add_parser("load", help="take what `embed` has written into an index; embeds nothing")
     load.add_argument("index", help="the index to make or to continue")
     load.add_argument("files", nargs="+", help="parquet files of `embed`: files, globs, folders or addresses")
-    load.add_argument("--engine", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md")
+    load.add_argument(
+        "--engine", "--index_type", help=f"index type of a new index: {INDEX_TYPES} (exact); see docs/search.md"
+    )
     load.add_argument(
         "--bulk_import",
         metavar="FOLDER",
@@ -113,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     rebuild = commands.add_parser("rebuild", help="change the index type and free deleted entries; embeds nothing")
     rebuild.add_argument("index", help="the index")
-    rebuild.add_argument("--engine", help="the new index type; by default the index keeps its own")
+    rebuild.add_argument("--engine", "--index_type", help="the new index type; by default the index keeps its own")
     for command in (index, load, rebuild):
         command.add_argument(
             "--target_recall",

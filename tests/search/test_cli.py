@@ -366,7 +366,7 @@ def test_a_target_of_recall_is_reached_by_captions_or_by_vectors(folder, capsys,
     main("rebuild IDX --engine binary".split())  # keeps its target, and chooses anew
     assert "of its captions" in capsys.readouterr().out
     (folder / "model").rename(folder / "moved")
-    main("rebuild IDX --engine int8 --target_recall 0.95".split())
+    main("rebuild IDX --index_type int8 --target_recall 0.95".split())  # another name of --engine
     assert re.search(r"on its own vectors, as its model .*model' cannot be loaded; texts", capsys.readouterr().out)
     (folder / "moved").rename(folder / "model")
     main("rebuild IDX --engine exact".split())
