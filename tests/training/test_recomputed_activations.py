@@ -161,7 +161,6 @@ def test_a_run_with_adapters_is_the_same(make_trainer):
     assert_equal(states[1], states[0])
 
 
-@pytest.mark.skipif(not IS_SEEN, reason="layers are compiled by a newer torch")
 def test_compiled_layers_compute_the_same(tiny_config, tiny_inputs):
     torch.compiler.reset()
     inputs = {**tiny_inputs, **masks_of(tiny_inputs)}
