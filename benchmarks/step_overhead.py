@@ -1,4 +1,4 @@
-"""Where the time of the quick start's step goes, and what the momentum pass costs while it equals the online one.
+"""Where the time of the quick start's step goes, and what passes that are left out, or padding, would cost.
 
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py
 
@@ -29,6 +29,7 @@ from modeling_cots.method.feature_queue import PairQueue
 from modeling_cots.method.momentum import MomentumEncoder
 from modeling_cots.scripts.pretraining import ScriptArguments
 from modeling_cots.scripts.steps import build_parts, parse_options, read_config
+from modeling_cots.training import short_captions
 from modeling_cots.training.finite_check import FiniteCheck, StepSnapshot
 from modeling_cots.training.log import TrainingLog
 from modeling_cots.training.objective import COTSObjective
@@ -187,6 +188,34 @@ def copied_row(text_dropout: float, rounds: int) -> dict:
     return row("copied", title, times["once"] / times["twice"], "<= 1", "64 pairs of the quick start, one thread")
 
 
+def lengths_row(rounds: int) -> dict:
+    """A whole step whose captions run by length, beside one whose captions run together."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(folder, 64)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+
+        def take(num_groups: int) -> None:
+            short_captions.NUM_GROUPS = num_groups
+            trainer.finite_check.begin_step()
+            trainer.training_step(trainer.model, batch)
+            trainer.check_step(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0))
+            trainer.optimizer.step()
+            trainer.model.zero_grad()
+
+        num_groups = short_captions.NUM_GROUPS
+        try:
+            times = medians({"by length": lambda: take(num_groups), "together": lambda: take(1)}, "cpu", rounds)
+        finally:
+            short_captions.NUM_GROUPS = num_groups
+    title = f"step: captions in {num_groups} groups by length / together"
+    return row(
+        "lengths", title, times["by length"] / times["together"], "<= 1", "64 pairs of the quick start, one thread"
+    )
+
+
 def measure(device: str, quick: bool) -> Iterator[dict]:
     """Shares of the step, and the ratio of steps."""
     if device != "cpu":
@@ -196,6 +225,7 @@ def measure(device: str, quick: bool) -> Iterator[dict]:
     yield from overhead_rows(64 if quick else NUM_SCENES)
     for text_dropout in (0.0, 0.1):
         yield copied_row(text_dropout, 2 if quick else ROUNDS)
+    yield lengths_row(2 if quick else ROUNDS)
 
 
 if __name__ == "__main__":

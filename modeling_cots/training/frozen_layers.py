@@ -153,11 +153,14 @@ def _find_layers(encoder: PreTrainedModel, kind: str) -> tuple[str, nn.ModuleLis
 def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Inside, `module` runs `forward`, and not what it may have been compiled to."""
     compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    own = module.__dict__.get("forward")  # of an encoder that runs by length
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own
         module._compiled_call_impl = compiled
 
 

@@ -43,7 +43,7 @@ from .cached_features import MeasuredFeatures, choose_features, with_cached_feat
 from .copied_passes import CopiedPasses
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
-from .frozen_layers import FrozenEncoders
+from .frozen_layers import NONE, FrozenEncoders
 from .layer_compiling import compile_layers
 from .learning_watch import is_recall_chance, loss_warnings, recall_warning
 from .log import TrainingLog
@@ -79,6 +79,7 @@ from .setup import (
 )
 from .sharded_state import has_sharded_state, load_sharded_state, remove_sharded_state, save_sharded_state
 from .sharding import Sharding, check_shardable, full_tensor, load_whole_
+from .short_captions import run_by_length_
 from .standardization import fit_standardization_, needs_fitting
 from .stream_loading import StreamPlace, build_stream_loader, stream_counts
 
@@ -216,6 +217,9 @@ class COTSTrainer(Trainer):
             compile_layers(self.momentum_state.encoder)
         if args.recompute_activations:
             recompute_activations_(model)
+        if self._runs_by_length():
+            for each in (model.cots, self.momentum_state.encoder.model):
+                run_by_length_(each.text_model)
         self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
         if self.sharding is not None:
             self.momentum_state.encoder.separate_all_(model.cots)
@@ -243,6 +247,12 @@ class COTSTrainer(Trainer):
         if self.args.param_dtype == BFLOAT16:
             processes = replace(processes, autocast=partial(torch.autocast, self.args.device.type, torch.bfloat16))
         return processes
+
+    def _runs_by_length(self) -> bool:
+        """Whether texts run in groups: on a CPU, where no part of the encoder has to see the whole batch at once."""
+        args = self.args
+        others = args.freeze_text != NONE, args.shard_model, args.torch_compile, args.neftune_noise_alpha
+        return args.device.type == "cpu" and not any(others)
 
     def _has_copy(self) -> bool:
         """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""

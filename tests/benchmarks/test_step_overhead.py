@@ -6,6 +6,7 @@ import pytest
 import step_overhead
 
 from modeling_cots import COTSTrainer
+from modeling_cots.training import short_captions
 
 
 def test_every_part_has_its_share_and_nothing_stays_timed():
@@ -14,7 +15,8 @@ def test_every_part_has_its_share_and_nothing_stays_timed():
     shares = [entry for entry in rows if entry["id"] == "overhead"]
     *parts, ours = [entry["ratio"] for entry in shares]
     assert sum(parts) == pytest.approx(100) and min(parts) > 0 and 0 < ours < 100
-    assert [entry["id"] for entry in rows[len(shares) :]] == ["copied", "copied"]
+    assert [entry["id"] for entry in rows[len(shares) :]] == ["copied", "copied", "lengths"]
+    assert short_captions.NUM_GROUPS == 4
     assert before == {name: getattr(owner, name) for parts in step_overhead.PARTS.values() for owner, name in parts}
 
 

@@ -1,0 +1,76 @@
+"""`run_by_length_`: a text encoder that runs the captions of a batch in groups of similar length, with less padding.
+
+A batch of training is padded to its longest caption. On a CPU, with a text encoder as large as that of images, padding
+is an eighth of a step. The result is the same but for rounding, and the order of the data stays as it is. A GPU would
+lose by more and smaller calls what it gains.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+NUM_GROUPS = 4
+MIN_SAVED = 256  # tokens; below, further calls cost more than they save
+
+
+def run_by_length_(encoder: PreTrainedModel) -> None:
+    """Let `encoder` run captions by length; hooks, names, saving and copies stay as they are."""
+    encoder.forward = ByLength(encoder)
+
+
+class ByLength:
+    """
+    The `forward` of a text encoder, for as many captions as it is called with.
+
+    Args:
+        encoder: Whose class has the `forward` that runs.
+    """
+
+    def __init__(self, encoder: PreTrainedModel):
+        self.encoder = encoder  # a copy of the encoder has a copy of this
+        self.__wrapped__ = type(encoder).forward  # for those who ask for the names of its arguments
+
+    def __call__(self, input_ids=None, attention_mask=None, **kwargs):
+        """What the encoder gives; of groups `last_hidden_state` alone, 0 where a caption has no tokens."""
+        run = partial(type(self.encoder).forward, self.encoder)
+        groups = group_by_length(input_ids, attention_mask, kwargs)
+        if groups is None:
+            return run(input_ids, attention_mask=attention_mask, **kwargs)
+        given = {"attention_mask": attention_mask, **kwargs}
+        outputs = []
+        for rows, length in groups:
+            part = {name: each[rows, :length] if _is_tensor(each) else each for name, each in given.items()}
+            states = run(input_ids[rows, :length], **part).last_hidden_state
+            outputs.append(F.pad(states, (0, 0, 0, input_ids.shape[1] - length)))
+        order = torch.cat([rows for rows, _ in groups])
+        return BaseModelOutput(last_hidden_state=torch.cat(outputs)[order.argsort()])
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def group_by_length(input_ids, attention_mask, others: dict) -> list[tuple[torch.Tensor, int]] | None:
+    """
+    The rows of each group and the length of its longest caption; `None` where a batch has to run whole,
+    as when captions are padded on the left.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): Of a tokenizer.
+        others (`dict`): Further arguments of the encoder, with tensors of this shape alone.
+    """
+    if input_ids is None or attention_mask is None:
+        return None
+    tensors = [attention_mask, *filter(_is_tensor, others.values())]
+    is_padded_left = bool((attention_mask[..., :-1] < attention_mask[..., 1:]).any())
+    wants_layers = others.get("output_hidden_states") or others.get("output_attentions")
+    if is_padded_left or wants_layers or any(each.shape != input_ids.shape for each in tensors):
+        return None
+    lengths, order = attention_mask.sum(1).sort(stable=True)
+    chunks = zip(order.chunk(NUM_GROUPS), lengths.chunk(NUM_GROUPS), strict=True)
+    groups = [(rows, max(1, int(ascending[-1]))) for rows, ascending in chunks]
+    saved = input_ids.numel() - sum(len(rows) * length for rows, length in groups)
+    return groups if saved >= MIN_SAVED else None
