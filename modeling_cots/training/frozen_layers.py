@@ -153,14 +153,14 @@ def _find_layers(encoder: PreTrainedModel, kind: str) -> tuple[str, nn.ModuleLis
 def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Inside, `module` runs `forward`, and not what it may have been compiled to."""
     compiled, module._compiled_call_impl = module._compiled_call_impl, None
-    own = module.__dict__.get("forward")  # of an encoder that runs by length
+    outer = module.__dict__.get("forward")  # this may be inside of another replacement
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if outer is not None:
+            module.forward = outer
         module._compiled_call_impl = compiled
 
 

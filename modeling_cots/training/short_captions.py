@@ -1,24 +1,32 @@
-"""`run_by_length_`: a text encoder that runs the captions of a batch in groups of similar length, with less padding.
+"""`run_by_length`: text encoders run the captions of a batch in groups of similar length, with less padding.
 
 A batch of training is padded to its longest caption. On a CPU, with a text encoder as large as that of images, padding
 is an eighth of a step. The result is the same but for rounding, and the order of the data stays as it is. A GPU would
 lose by more and smaller calls what it gains.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from .frozen_layers import replaced
 
 NUM_GROUPS = 4
 MIN_SAVED = 256  # tokens; below, further calls cost more than they save
 
 
-def run_by_length_(encoder: PreTrainedModel) -> None:
-    """Let `encoder` run captions by length; hooks, names, saving and copies stay as they are."""
-    encoder.forward = ByLength(encoder)
+@contextmanager
+def run_by_length(encoders: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, text encoders run captions by length; elsewhere, as in an export, they are what they were."""
+    with ExitStack() as stack:
+        for encoder in encoders:
+            stack.enter_context(replaced(encoder, ByLength(encoder)))
+        yield
 
 
 class ByLength:
@@ -29,8 +37,8 @@ class ByLength:
         encoder: Whose class has the `forward` that runs.
     """
 
-    def __init__(self, encoder: PreTrainedModel):
-        self.encoder = encoder  # a copy of the encoder has a copy of this
+    def __init__(self, encoder: nn.Module):
+        self.encoder = encoder
         self.__wrapped__ = type(encoder).forward  # for those who ask for the names of its arguments
 
     def __call__(self, input_ids=None, attention_mask=None, **kwargs):

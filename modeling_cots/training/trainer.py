@@ -79,7 +79,7 @@ from .setup import (
 )
 from .sharded_state import has_sharded_state, load_sharded_state, remove_sharded_state, save_sharded_state
 from .sharding import Sharding, check_shardable, full_tensor, load_whole_
-from .short_captions import run_by_length_
+from .short_captions import run_by_length
 from .standardization import fit_standardization_, needs_fitting
 from .stream_loading import StreamPlace, build_stream_loader, stream_counts
 
@@ -217,9 +217,6 @@ class COTSTrainer(Trainer):
             compile_layers(self.momentum_state.encoder)
         if args.recompute_activations:
             recompute_activations_(model)
-        if self._runs_by_length():
-            for each in (model.cots, self.momentum_state.encoder.model):
-                run_by_length_(each.text_model)
         self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
         if self.sharding is not None:
             self.momentum_state.encoder.separate_all_(model.cots)
@@ -248,11 +245,14 @@ class COTSTrainer(Trainer):
             processes = replace(processes, autocast=partial(torch.autocast, self.args.device.type, torch.bfloat16))
         return processes
 
-    def _runs_by_length(self) -> bool:
-        """Whether texts run in groups: on a CPU, where no part of the encoder has to see the whole batch at once."""
+    def _encoders_by_length(self) -> list[torch.nn.Module]:
+        """Text encoders that run in groups: on a CPU, where no part of them has to see the whole batch at once."""
         args = self.args
         others = args.freeze_text != NONE, args.shard_model, args.torch_compile, args.neftune_noise_alpha
-        return args.device.type == "cpu" and not any(others)
+        if args.device.type != "cpu" or any(others):
+            return []
+        models = pretraining_model_of(self.model).cots, self.momentum_state.encoder.model
+        return [model.text_model for model in models]
 
     def _has_copy(self) -> bool:
         """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""
@@ -457,7 +457,8 @@ class COTSTrainer(Trainer):
         """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
         if model.training:
             self.frozen.eval_()
-        result = self.cots_objective(model, inputs, self.state.global_step)
+        with run_by_length(self._encoders_by_length()):
+            result = self.cots_objective(model, inputs, self.state.global_step)
         self.training_log.add(result, self.queue)
         if model.training:
             self.finite_check.add(result.losses, result.logits, inputs)

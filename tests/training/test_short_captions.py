@@ -7,9 +7,10 @@ import torch
 from encoder_kinds import PAIRS_OF_KINDS, cots_config
 from trainer_states import state_of
 
-from modeling_cots import COTSForPreTraining, COTSModel, ScenesDataset
+from modeling_cots import COTSModel, ScenesDataset
 from modeling_cots.training import short_captions
-from modeling_cots.training.short_captions import ByLength, group_by_length, run_by_length_
+from modeling_cots.training.frozen_layers import replaced
+from modeling_cots.training.short_captions import group_by_length, run_by_length
 
 LENGTHS = [3, 12, 5, 4, 12, 3, 9, 7]
 
@@ -37,12 +38,12 @@ def test_gives_every_kind_of_encoder_the_same_embeddings_and_gradients(texts, te
     torch.manual_seed(0)
     plain = COTSModel(cots_config(text)).eval()
     grouped = copy.deepcopy(plain)
-    run_by_length_(grouped.text_model)
     sizes: list[tuple] = []
     grouped.text_model.get_input_embeddings().register_forward_hook(lambda m, args, out: sizes.append(out.shape[:2]))
     found = []
     for model in (plain, grouped):
-        output = model.run_text_model(**texts)
+        with run_by_length([model.text_model] if model is grouped else []):
+            output = model.run_text_model(**texts)
         real = output.last_hidden_state * texts["attention_mask"].unsqueeze(-1)
         (output.pooler_output.sin().sum() + real.cos().sum()).backward()
         gradients = {name: p.grad for name, p in model.text_model.named_parameters() if p.grad is not None}
@@ -67,10 +68,10 @@ def test_gives_every_kind_of_encoder_the_same_embeddings_and_gradients(texts, te
 def test_whatever_cannot_be_grouped_runs_as_it_is(texts, change):
     encoder = COTSModel(cots_config()).eval().text_model
     expected = encoder(**{**texts, **change})
-    run_by_length_(encoder)
     runs: list[tuple] = []
     encoder.embeddings.register_forward_hook(lambda module, args, output: runs.append(output.shape[:2]))
-    found = encoder(**{**texts, **change})
+    with run_by_length([encoder]):
+        found = encoder(**{**texts, **change})
     assert runs == [(8, 12)] and torch.equal(found.last_hidden_state, expected.last_hidden_state)
     assert found.keys() == expected.keys()
 
@@ -81,23 +82,28 @@ def test_little_padding_is_not_worth_a_further_call(texts, monkeypatch):
     assert group_by_length(**texts, others={}) is None
 
 
-def test_a_copy_runs_its_own_encoder(texts):
+def test_outside_of_the_context_the_encoder_runs_whole(texts):
+    """Inside of another replacement, as a frozen encoder has, too: what was there before comes back."""
     encoder = COTSModel(cots_config()).eval().text_model
-    run_by_length_(encoder)
-    copied = copy.deepcopy(encoder)
-    assert copied.forward.encoder is copied
-    with torch.no_grad():
-        next(copied.parameters()).zero_()
-        assert not torch.equal(copied(**texts).last_hidden_state, encoder(**texts).last_hidden_state)
+    runs: list[tuple] = []
+    encoder.embeddings.register_forward_hook(lambda module, args, output: runs.append(output.shape[:2]))
+    with run_by_length([encoder]):
+        with replaced(encoder, lambda **given: None):
+            assert encoder(**texts) is None
+        encoder(**texts)
+        assert len(runs) == 4
+    encoder(**texts)
+    assert runs[4:] == [(8, 12)] and "forward" not in vars(encoder)
 
 
 def test_token_types_are_those_of_the_captions(texts):
     texts["token_type_ids"] = torch.arange(96).reshape(8, 12) % 2
     encoder = COTSModel(cots_config()).eval().text_model
     expected = encoder(**texts).last_hidden_state
-    run_by_length_(encoder)
     real = texts["attention_mask"].bool()
-    torch.testing.assert_close(encoder(**texts).last_hidden_state[real], expected[real], rtol=1e-4, atol=1e-5)
+    with run_by_length([encoder]):
+        found = encoder(**texts).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 class ShortCaptions(ScenesDataset):
@@ -109,8 +115,8 @@ class ShortCaptions(ScenesDataset):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"momentum": 0.0}, {"bf16": True}, {"cmlm_weight": 0, "cmvm_weight": 0}])
-def test_training_is_that_of_whole_batches(make_trainer, monkeypatch, tmp_path, arguments):
-    """Weights, momentum copy and queue after three steps, and what is exported from them."""
+def test_training_is_that_of_whole_batches(make_trainer, monkeypatch, arguments):
+    """Weights, momentum copy and queue after three steps."""
     states, counts = [], []
     group = short_captions.group_by_length
     for is_grouped in (True, False):
@@ -121,17 +127,14 @@ def test_training_is_that_of_whole_batches(make_trainer, monkeypatch, tmp_path, 
         trainer = make_trainer(
             train_dataset=ShortCaptions("train", 24, 32), adam_epsilon=1e-4, learning_rate=1e-4, **arguments
         )
-        assert isinstance(trainer.model.cots.text_model.forward, ByLength)
         trainer.train()
         states.append(state_of(trainer))
         counts.append(sum(groups is not None for groups in runs))
-        assert isinstance(trainer.momentum_state.encoder.model.text_model.forward, ByLength)
+        assert "forward" not in vars(trainer.model.cots.text_model)
     assert counts[0] >= 3 and counts[1] == 0
     tolerance = 2e-2 if "bf16" in arguments else 1e-5
     for name, tensor in states[1].items():
         torch.testing.assert_close(states[0][name], tensor, rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
-    trainer.export_model(str(tmp_path / "exported"))
-    assert "forward" not in vars(COTSForPreTraining.from_pretrained(tmp_path / "exported").cots.text_model)
 
 
 def _grouped(group, is_grouped: bool, runs: list, *args):
@@ -144,4 +147,4 @@ def _grouped(group, is_grouped: bool, runs: list, *args):
 )
 def test_what_sees_the_whole_batch_keeps_it_whole(make_trainer, arguments):
     trainer = make_trainer(**arguments)
-    assert "forward" not in vars(trainer.model.cots.text_model)
+    assert trainer._encoders_by_length() == []
