@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm.auto import tqdm
 
 from ..data.streaming.names import display_name, is_url
-from .milvus_store import ENTITY_FIELDS, METADATA, MilvusStore, as_entities
+from .milvus_store import ENTITY_FIELDS, METADATA, ImportRefused, MilvusStore, as_entities
 
 BYTES_PER_FILE = 2**28  # of rows in memory; of each file the server makes at least one segment
 JOBS_AT_ONCE = 8  # submitted and not ended
@@ -62,7 +62,8 @@ class BulkImport:
         self._store, self._shown, self._hidden = store, display_name(folder), not progress
         with self._storing():
             self._files, root = fsspec.core.url_to_fs(folder if is_url(folder) else os.path.expanduser(folder))
-        self._folder = f"{root.rstrip('/')}/cots_import_{store.collection}"
+        # Of several servers that share a bucket each has a folder of its own.
+        self._folder = f"{root.rstrip('/')}/cots_import_{store.collection}_{store.address_digest}"
         self._wait_for_earlier()
         with self._storing():
             self._remove_files()
@@ -87,7 +88,10 @@ class BulkImport:
         if first is None:
             return
         with tqdm(total=num_rows, desc="Importing", unit="image", disable=self._hidden) as bar:
-            failure = self._failure_of(self._start([first]))
+            try:
+                failure = self._failure_of(self._start([first]))
+            except ImportRefused as refused:
+                failure = str(refused)
             if failure is None:
                 bar.update(len(first))
                 self._import(tables, bar)
@@ -103,21 +107,27 @@ class BulkImport:
     def _import(self, tables: Iterator[pa.Table], bar: tqdm) -> None:
         """Import the tables, several as one file."""
         jobs: deque[Job] = deque()
-        for of_file in _grouped(tables):
-            if len(jobs) == JOBS_AT_ONCE:
+        try:
+            for of_file in _grouped(tables):
+                if len(jobs) == JOBS_AT_ONCE:
+                    self._finish(jobs.popleft(), bar)
+                jobs.append(self._start(of_file))
+            while jobs:
                 self._finish(jobs.popleft(), bar)
-            jobs.append(self._start(of_file))
-        for job in jobs:
-            self._finish(job, bar)
+        except Exception:
+            for job in jobs:  # nobody else should meet them
+                self._failure_of(job)
+            raise
 
     def _start(self, tables: list[pa.Table]) -> Job:
         """Write a file, and have the server import it."""
-        path = f"{self._folder}/{uuid.uuid4().hex}.parquet"
+        path, schema = f"{self._folder}/{uuid.uuid4().hex}.parquet", _schema()
+        for rows in tables:
+            self._store.check_metadata(rows)
         with self._storing(), self._files.open(path, "wb") as stream:
-            with pq.ParquetWriter(stream, _schema(self._store.info["dim"])) as writer:
+            with pq.ParquetWriter(stream, schema) as writer:
                 for rows in tables:
-                    self._store.check_metadata(rows)
-                    writer.write_table(_as_imported(rows, writer.schema))
+                    writer.write_table(_as_imported(rows, schema))
         # In a bucket the server names a file without the bucket, which is its own.
         name = path if isinstance(self._files, LocalFileSystem) else path.partition("/")[2]
         return Job(self._store.start_import(name), path, sum(map(len, tables)))
@@ -182,7 +192,7 @@ def _grouped(tables: Iterator[pa.Table]) -> Iterator[list[pa.Table]]:
         yield waiting
 
 
-def _schema(dim: int) -> pa.Schema:
+def _schema() -> pa.Schema:
     """The columns of a file, whatever the metadata are: these are one column of JSON."""
     texts = [pa.field(name, pa.string()) for name in (*ENTITY_FIELDS, METADATA)]
     return pa.schema([*texts, pa.field("embedding", pa.list_(pa.float32()))])

@@ -7,6 +7,7 @@ message. Scores are Milvus' own, and only Milvus determines whether candidates a
 """
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,7 @@ MAX_INFO = 4_096  # characters of the description
 ROWS_TO_FLUSH = 10_000  # of a run; fewer are compared one by one until the server itself ends their segment
 ENTITY_FIELDS = ("row_id", "name", "source", "captions", "thumbnail")  # the fields of the collection that hold texts
 TEXT_FIELDS = ("name", "source")  # the fields of the collection that conditions may name
+RUNNING_IMPORTS = (0, 2, 5)  # pending, started, persisted: numbers of Milvus' protocol
 METADATA = "$meta"  # the dynamic field, which has the metadata as its keys
 
 _open_clients: Counter[str] = Counter()
@@ -98,6 +100,10 @@ def _connected(uri: str) -> Iterator[Any]:
 def _redact(message: str) -> str:
     token = os.environ.get(TOKEN_VARIABLE)
     return message.replace(token, "***") if token else message
+
+
+class ImportRefused(ValueError):
+    """The server takes no bulk import, or not this one."""
 
 
 class MilvusStore:
@@ -246,12 +252,17 @@ class MilvusStore:
     @contextmanager
     def adding(self, unfinished: Mapping[str, dict[str, int]] = MappingProxyType({})) -> Iterator[None]:
         """Announce a run, and have a large one indexed from its end on. Milvus takes many writers, and stores each id
-        once. What a call has added is durable and found when it returns.
+        once. What a call has added is durable and found when it returns. Raises `ValueError` while an import goes on.
 
         A flush ends the segment that grows, which the server does by itself in time. It takes seconds, each makes a
         segment of its own, and newer servers allow one in ten seconds. The embedded file is flushed always.
         """
         self.refresh()
+        if not self.is_embedded and not all(self.imports().values()):
+            raise ValueError(
+                f"The server is importing into {self.collection!r} what `load --bulk_import` has left to it, and "
+                "would have images twice: wait for its end, or repeat that command, which does."
+            )
         if unfinished:
             self._write_unfinished({**self.unfinished, **unfinished})
         yield
@@ -287,19 +298,49 @@ class MilvusStore:
     # pymilvus has bulk imports in functions that it will remove, and in calls by HTTP that Milvus 2.3 does not answer.
     # Below both are messages of gRPC, which all versions know; test_milvus_import.py sends them to a server.
     def start_import(self, file: str) -> int:
-        """Have the server import a file, by its name in the server's storage; returns the number of the job."""
-        return self._client._get_connection().do_bulk_insert(self.collection, "", [file])
+        """
+        Have the server import a file, by its name in the server's storage; returns the number of the job.
+
+        Raises `ImportRefused` where the server takes no such job. A message whose answer is lost is not sent again:
+        the server may have begun.
+        """
+        try:
+            return self._messages.do_bulk_insert(
+                self.collection, "", [file], context=self._client._generate_call_context(), retry_times=0
+            )
+        except Exception as error:
+            raise ImportRefused(_redact(str(error))) from None
 
     def import_state(self, job: int) -> tuple[bool, str | None]:
-        """Whether a job has ended, and why it has failed if it has."""
-        state = self._client._get_connection().get_bulk_insert_state(job)
+        """Whether a job has ended, and why it has failed if it has. Raises `ValueError` if the server does not say."""
+        try:
+            state = self._messages.get_bulk_insert_state(job, context=self._client._generate_call_context())
+        except Exception as error:
+            raise ValueError(f"How far the import {job} is cannot be told: {_redact(str(error))}") from None
         if state.state in (state.ImportFailed, state.ImportFailedAndCleaned):
             return True, _redact(state.failed_reason)
         return state.state == state.ImportCompleted, None
 
-    def imports(self) -> list[int]:
-        """The jobs of this collection that the server remembers, whether they have ended or not."""
-        return [job.task_id for job in self._client._get_connection().list_bulk_insert_tasks(0, self.collection)]
+    def imports(self) -> dict[int, bool]:
+        """The jobs of this collection that the server remembers, and whether each has ended.
+
+        A server that does not tell, as one without imports, has none.
+        """
+        context = self._client._generate_call_context()
+        try:
+            jobs = self._messages.list_bulk_insert_tasks(0, self.collection, context=context)
+        except Exception:  # several kinds, by the server's version
+            return {}
+        return {job.task_id: job.state not in RUNNING_IMPORTS for job in jobs}
+
+    @property
+    def address_digest(self) -> str:
+        """Eight digits that tell the server and its database from others."""
+        return hashlib.sha256(self._uri.encode()).hexdigest()[:8]
+
+    @property
+    def _messages(self):
+        return self._client._get_connection()
 
     def find_imported(self) -> None:
         """Have found what jobs have imported that have ended."""

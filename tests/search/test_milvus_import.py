@@ -6,6 +6,7 @@ or whose storage COTS_TEST_MILVUS_STORAGE names.
 
 import json
 import os
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from search_stores import INFO, fill, make_rows, make_vectors, names
 from modeling_cots.search.conditions import as_conditions
 from modeling_cots.search.embedding import row_ids_of
 from modeling_cots.search.index import FORMAT
+from modeling_cots.search.milvus_store import TOKEN_VARIABLE, ImportRefused, MilvusStore
 from modeling_cots.search.parquet_rows import INFO_KEY, load_files, open_files
 from modeling_cots.search.stores import create_store
 
@@ -75,7 +77,7 @@ def test_an_import_into_a_server_equals_inserts(new_place, files, tmp_path, caps
         names(hits) for hits in stores[1].search(queries, 5, [])
     ]
     storage, root = fsspec.core.url_to_fs(folder)
-    assert not storage.exists(f"{root}/cots_import_{stores[1].collection}")
+    assert not storage.glob(f"{root}/cots_import_{stores[1].collection}*")
     for store in stores:
         store.close()
 
@@ -99,6 +101,9 @@ def test_a_server_imports_nothing_twice_after_a_failure_and_a_kill(new_place, fi
         with pytest.raises(KeyboardInterrupt):  # when the missing file is submitted
             load_files(store, files, bulk_import=folder, progress=False)
     assert len(list((tmp_path / "storage").glob("*/*.parquet"))) == 1
+    if not all(store.imports().values()):  # the last job still runs
+        with pytest.raises(ValueError, match="wait for its end"):
+            load_files(store, files, progress=False)
     assert load_files(store, files, bulk_import=folder, progress=False) == 0
     assert len(store) == NUM and len({hit["name"] for hit in entries_of(store)}) == NUM
     store.close()
@@ -111,6 +116,50 @@ def test_a_server_that_does_not_read_the_folder_gets_inserts(new_place, files, c
     assert "Inserts instead of a bulk import: the server cannot read memory://storage (" in capsys.readouterr().out
     assert len(store) == NUM
     store.close()
+
+
+class Server:
+    """The store of a server in a database of its own, as far as imports go."""
+
+    def __init__(self, states=(), refusal=None):
+        self.messages = Mock()
+        self.messages.do_bulk_insert.side_effect = refusal
+        self.messages.list_bulk_insert_tasks.return_value = [
+            Mock(task_id=n, state=each) for n, each in enumerate(states)
+        ]
+        self.store = MilvusStore.__new__(MilvusStore)
+        self.store.collection, self.store._uri, self.store._kinds = "photos", "http://host:19530/mine", {}
+        self.store._client = Mock()
+        self.store._client._get_connection.return_value = self.messages
+        self.store._client._generate_call_context.return_value = "mine"
+
+
+def test_imports_are_of_the_database_that_the_address_names():
+    server = Server()
+    server.store.start_import("file")
+    server.store.import_state(3)
+    server.store.imports()
+    for name in ("do_bulk_insert", "get_bulk_insert_state", "list_bulk_insert_tasks"):
+        assert getattr(server.messages, name).call_args.kwargs["context"] == "mine"
+    assert server.messages.do_bulk_insert.call_args.kwargs["retry_times"] == 0, "a job may have begun"
+
+
+@pytest.mark.parametrize("state", [0, 2, 5])
+def test_nothing_is_written_while_an_import_goes_on(state):
+    store = Server(states=[6, 1, state]).store
+    assert store.imports() == {0: True, 1: True, 2: False}
+    with pytest.raises(ValueError, match="importing into 'photos' .* repeat that command"):
+        with store.adding():
+            raise AssertionError
+    with Server(states=[6, 1, 7]).store.adding():
+        pass
+
+
+def test_a_server_that_takes_no_import_says_why_without_the_password(monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "root:secret")
+    server = Server(refusal=RuntimeError("root:secret may not import"))
+    with pytest.raises(ImportRefused, match=r"^\*\*\* may not import$"):
+        server.store.start_import("file")
 
 
 @pytest.mark.parametrize("kind", ["faiss", "milvus"])
