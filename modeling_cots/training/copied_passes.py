@@ -17,6 +17,11 @@ from .frozen_layers import FrozenEncoders, Replay, detached, replaced
 KINDS = "vision", "text"
 
 
+def depends_on_batch(encoder: nn.Module) -> bool:
+    """Whether what an encoder gives for a sample depends on the others."""
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
+
+
 class CopiedPass:
     """
     The output of one online encoder's unmasked pass, as long as its momentum copy would compute the same.
@@ -26,7 +31,7 @@ class CopiedPass:
     """
 
     def __init__(self, encoder: nn.Module):
-        self._depends_on_batch = any(isinstance(module, _BatchNorm) for module in encoder.modules())
+        self._depends_on_batch = depends_on_batch(encoder)
         self._is_recording = False
         self._generator: torch.Tensor | None = None
         self._output: object = None

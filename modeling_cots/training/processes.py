@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
+SHARED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that fresh weights may have
+
 
 @dataclass
 class ProcessGroup:
@@ -54,11 +56,17 @@ def _gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def share_weights_(model: nn.Module, args: TrainingArguments) -> None:
-    """Give every process the weights of the first: fresh ones differ where a user has set no seed."""
+    """
+    Give every process the weights of the first: fresh ones differ where a user has set no seed.
+
+    What is quantized is left: it has been loaded, and so is the same in all.
+    """
     if args.world_size == 1:
         return
     for tensor in chain(model.parameters(), model.buffers()):
-        shared = tensor.data.to(args.device)
+        if tensor.dtype not in SHARED_DTYPES or type(tensor.data) is not torch.Tensor:
+            continue
+        shared = tensor.data.to(args.device).contiguous()
         torch.distributed.broadcast(shared, src=0)
         tensor.data.copy_(shared)
 

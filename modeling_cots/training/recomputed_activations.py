@@ -53,7 +53,10 @@ def recompute_activations_(model: nn.Module) -> None:
         context_fn=partial(create_selective_checkpoint_contexts, _choose),
         **({"respect_saved_tensors_hooks": True} if IS_SEEN else {}),
     )
+    inside = {inner for layer in layers for inner in layer.modules() if inner is not layer}
     for layer in layers:
+        if layer in inside:  # of a layer that is computed again as a whole
+            continue
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
 
 

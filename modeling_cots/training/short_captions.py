@@ -1,13 +1,12 @@
 """`run_by_length`: text encoders run the captions of a batch in groups of similar length, with less padding.
 
 A batch of training is padded to its longest caption. On a CPU, with a text encoder as large as that of images, padding
-is an eighth of a step. The result is the same but for rounding, and the order of the data stays as it is. A GPU would
-lose by more and smaller calls what it gains.
+is an eighth of a step. The result is the same but for rounding, and for what dropout draws; the order of the data does
+not change. A GPU would lose by more and smaller calls what it gains.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import nn
@@ -34,24 +33,22 @@ class ByLength:
     The `forward` of a text encoder, for as many captions as it is called with.
 
     Args:
-        encoder: Whose class has the `forward` that runs.
+        encoder: Whose `forward` runs, as it is now.
     """
 
     def __init__(self, encoder: nn.Module):
-        self.encoder = encoder
-        self.__wrapped__ = type(encoder).forward  # for those who ask for the names of its arguments
+        self.run = self.__wrapped__ = encoder.forward  # wrapped for those who ask for its arguments
 
     def __call__(self, input_ids=None, attention_mask=None, **kwargs):
         """What the encoder gives; of groups `last_hidden_state` alone, 0 where a caption has no tokens."""
-        run = partial(type(self.encoder).forward, self.encoder)
         groups = group_by_length(input_ids, attention_mask, kwargs)
         if groups is None:
-            return run(input_ids, attention_mask=attention_mask, **kwargs)
+            return self.run(input_ids, attention_mask=attention_mask, **kwargs)
         given = {"attention_mask": attention_mask, **kwargs}
         outputs = []
         for rows, length in groups:
             part = {name: each[rows, :length] if _is_tensor(each) else each for name, each in given.items()}
-            states = run(input_ids[rows, :length], **part).last_hidden_state
+            states = self.run(input_ids[rows, :length], **part).last_hidden_state
             outputs.append(F.pad(states, (0, 0, 0, input_ids.shape[1] - length)))
         order = torch.cat([rows for rows, _ in groups])
         return BaseModelOutput(last_hidden_state=torch.cat(outputs)[order.argsort()])

@@ -40,7 +40,7 @@ from .adapters import (
 )
 from .arguments import ADAM, COTSTrainingArguments
 from .cached_features import MeasuredFeatures, choose_features, with_cached_features
-from .copied_passes import CopiedPasses
+from .copied_passes import CopiedPasses, depends_on_batch
 from .filter_log import FilterLog
 from .finite_check import FiniteCheck, NonFiniteLossError, StepSnapshot, UnreadableDataError
 from .frozen_layers import NONE, FrozenEncoders
@@ -252,7 +252,7 @@ class COTSTrainer(Trainer):
         if args.device.type != "cpu" or any(others):
             return []
         models = pretraining_model_of(self.model).cots, self.momentum_state.encoder.model
-        return [model.text_model for model in models]
+        return [model.text_model for model in models if not depends_on_batch(model.text_model)]
 
     def _has_copy(self) -> bool:
         """Whether the momentum copy is the online model now; hooks that look at it would split a compiled model."""

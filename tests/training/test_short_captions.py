@@ -148,3 +148,12 @@ def _grouped(group, is_grouped: bool, runs: list, *args):
 def test_what_sees_the_whole_batch_keeps_it_whole(make_trainer, arguments):
     trainer = make_trainer(**arguments)
     assert trainer._encoders_by_length() == []
+
+
+def test_an_encoder_whose_samples_depend_on_each_other_keeps_them_together(make_trainer):
+    trainer = make_trainer()
+    models = trainer.model.cots, trainer.momentum_state.encoder.model
+    assert trainer._encoders_by_length() == [model.text_model for model in models]
+    for model in models:
+        model.text_model.add_module("norm", torch.nn.BatchNorm1d(2))
+    assert trainer._encoders_by_length() == []
