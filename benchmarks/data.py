@@ -9,7 +9,6 @@ for, and their head start does not count. Crops are drawn as in training, from h
 same on both sides. Our tensors keep the images' order of memory, (H, W, 3), and the device transposes them.
 """
 
-import importlib.metadata
 import io
 import os
 import random
@@ -22,7 +21,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import batches_to_time, free, medians, optional, row, run_alone, seconds_a_batch, wait_for
+from side_by_side import (
+    batches_to_time,
+    free,
+    medians,
+    optional,
+    row,
+    run_alone,
+    seconds_a_batch,
+    version_of,
+    wait_for,
+)
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -203,14 +212,6 @@ def load_turbojpeg():
         return None
 
 
-def version_of(package: str) -> str:
-    """Its version, or nothing where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 TURBOJPEG = load_turbojpeg()
 DECODERS = {
     "opencv": decode_by_opencv if cv2 else None,
@@ -227,7 +228,7 @@ NAMES = {
 NOTES = {
     "opencv": f"opencv-python-headless {cv2.__version__ if cv2 else ''}, and our resize",
     "vips": f"pyvips {pyvips.__version__ if pyvips else ''}, and our resize; all of its threads counted",
-    "turbojpeg": f"PyTurboJPEG {version_of('PyTurboJPEG')} with the system's libjpeg-turbo, and our resize",
+    "turbojpeg": f"PyTurboJPEG {version_of('PyTurboJPEG') or ''} with the system's libjpeg-turbo, and our resize",
     "torchvision": "and our resize; deprecated since torchvision 0.29; reads every image in full",
 }
 MISSING = {

@@ -104,12 +104,13 @@ def versions() -> dict[str, str]:
     """Versions of the peers, under the name of the package that is installed; "missing" for those that are not."""
     found = {}
     for peer in PEERS:
-        names = [name for name in (peer, *ALSO_CALLED.get(peer, ())) if _version(name) is not None]
-        found[names[0] if names else peer] = _version(names[0]) if names else "missing"
+        names = [name for name in (peer, *ALSO_CALLED.get(peer, ())) if version_of(name) is not None]
+        found[names[0] if names else peer] = version_of(names[0]) if names else "missing"
     return found
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

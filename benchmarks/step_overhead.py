@@ -164,22 +164,32 @@ def overhead_rows(num_scenes: int) -> list[dict]:
     ]
 
 
+def step_of(trainer: COTSTrainer) -> Callable[[], None]:
+    """A whole step on one batch, always the same, as the training loop takes it."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+
+    def take() -> None:
+        trainer.finite_check.begin_step()
+        trainer.training_step(trainer.model, batch)
+        trainer.check_step(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0))
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    return take
+
+
 def copied_row(text_dropout: float, rounds: int) -> dict:
     """A whole step with momentum 0: passes that equal the online ones taken from there, beside all of them run."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(folder, 64, text_dropout)
-        batch = next(iter(trainer.get_train_dataloader()))
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.model.train()
+        take_step = step_of(trainer)
 
         def take(is_copy: bool) -> None:
             trainer.copied_passes.is_copy = lambda: is_copy
-            trainer.finite_check.begin_step()
-            trainer.training_step(trainer.model, batch)
-            trainer.check_step(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0))
-            trainer.optimizer.step()
-            trainer.model.zero_grad()
+            take_step()
             trainer.momentum_state.encoder.update_(trainer.model.cots, 0.0)
 
         times = medians({"once": lambda: take(True), "twice": lambda: take(False)}, "cpu", rounds)
@@ -192,18 +202,11 @@ def lengths_row(rounds: int) -> dict:
     """A whole step whose captions run by length, beside one whose captions run together."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(folder, 64)
-        batch = next(iter(trainer.get_train_dataloader()))
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.model.train()
+        take_step = step_of(trainer)
 
         def take(num_groups: int) -> None:
             short_captions.NUM_GROUPS = num_groups
-            trainer.finite_check.begin_step()
-            trainer.training_step(trainer.model, batch)
-            trainer.check_step(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0))
-            trainer.optimizer.step()
-            trainer.model.zero_grad()
+            take_step()
 
         num_groups = short_captions.NUM_GROUPS
         try:

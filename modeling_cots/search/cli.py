@@ -23,6 +23,7 @@ from .conditions import as_conditions
 from .embedding import MAX_REPORTED, ImageFolder, as_image_folder, check_text, known_names, row_ids_of
 from .index import SearchIndex, chosen_entries, process_state, state_notes, target_to_reach, tune_by_vectors
 from .index_types import FAISS, check_index_type
+from .milvus_store import is_milvus_server
 from .options import build_parser
 from .page import results_page
 from .stores import check_can_create, check_can_tune, create_store, open_store, store_exists
@@ -278,14 +279,14 @@ def run_load(args: argparse.Namespace) -> None:
     """Take what `embed` has written into an index; this needs no model."""
     from .parquet_rows import check_same_model, load_files, open_files, read_info
 
-    is_milvus_server = args.index.startswith(("http://", "https://"))
-    if args.bulk_import is not None and not is_milvus_server:
+    is_server = is_milvus_server(args.index)
+    if args.bulk_import is not None and not is_server:
         raise ValueError(
             f"--bulk_import is of a Milvus server (http://...), and {args.index!r} is none: leave it out."
         )
     files = open_files(args.files)
     info = read_info(files)
-    if is_milvus_server and args.bulk_import is None and sum(file.num_rows for file in files) >= WORTH_AN_IMPORT:
+    if is_server and args.bulk_import is None and sum(file.num_rows for file in files) >= WORTH_AN_IMPORT:
         print(
             "Images are inserted. A Milvus server takes so many faster by its bulk import, from a folder of its "
             "storage: --bulk_import s3://bucket/prefix (docs/scale.md)."

@@ -153,8 +153,7 @@ class SearchIndex:
                 ]
             embedder.report_skipped()
             # Here all processes wait for each other, before the main one builds the index alone.
-            num_added = _count_added(list(chain.from_iterable(contents)), state)
-        return num_added
+            return _count_added(list(chain.from_iterable(contents)), state)
 
     def _present_and_deleted(self, row_ids: np.ndarray, restore: bool) -> tuple[np.ndarray, np.ndarray]:
         """Two (n,) booleans: which of these ids are in the index, and which were deleted and are to stay so."""

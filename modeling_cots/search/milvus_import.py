@@ -74,8 +74,8 @@ class BulkImport:
         Import entries that the collection lacks; at the end all are found.
 
         The first table is imported alone. Where the server refuses it, as one that does not read this folder has to, a
-        line says so, and all is inserted. What an exception interrupts is left to the server as far as it is
-        submitted, and the rest to the next run.
+        line says so, and all is inserted. After an error what is submitted is waited for; what an interruption
+        leaves to the server, the next run waits for.
 
         Args:
             tables: The entries.

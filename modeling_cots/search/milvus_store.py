@@ -59,6 +59,11 @@ def is_milvus_uri(index: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https") or uri.endswith(".db")
 
 
+def is_milvus_server(index: str) -> bool:
+    """Whether the name of an index is the address of a Milvus server."""
+    return is_milvus_uri(index) and not _is_lite(_split(index)[0])
+
+
 def connect(uri: str):
     """A client for a URI without #collection. Raises `ValueError` if it has a password, and if nothing answers."""
     from pymilvus import MilvusClient

@@ -288,7 +288,7 @@ class Batch:
         (column,) = self.table["embedding"].chunks
         return column.flatten().to_numpy().reshape(self.num_rows, -1)
 
-    @cached_property
+    @property
     def first_number(self) -> int:
         """Where the embeddings begin in the file, counted in numbers of four bytes; Arrow aligns them to eight."""
         return (self.embeddings.ctypes.data - self._content.address) // 4

@@ -217,6 +217,7 @@ class COTSTrainer(Trainer):
             compile_layers(self.momentum_state.encoder)
         if args.recompute_activations:
             recompute_activations_(model)
+        self.encoders_by_length = self._encoders_by_length()
         self.copied_passes = CopiedPasses(model.cots, self._has_copy, self.frozen)
         if self.sharding is not None:
             self.momentum_state.encoder.separate_all_(model.cots)
@@ -457,7 +458,7 @@ class COTSTrainer(Trainer):
         """The loss of one batch, by [`COTSObjective`]; in training its pairs are checked, logged and queued."""
         if model.training:
             self.frozen.eval_()
-        with run_by_length(self._encoders_by_length()):
+        with run_by_length(self.encoders_by_length):
             result = self.cots_objective(model, inputs, self.state.global_step)
         self.training_log.add(result, self.queue)
         if model.training:

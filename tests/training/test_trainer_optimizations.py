@@ -111,7 +111,7 @@ def test_the_host_seldom_waits_for_the_device_in_a_step(make_trainer, monkeypatc
     batch = trainer._prepare_inputs(trainer.data_collator(items))
     trainer.model.train()
     trainer.momentum_state.encoder.is_copy = False  # else the momentum encoders do not run
-    monkeypatch.setattr(trainer, "_encoders_by_length", list)  # captions run by length on a CPU alone
+    monkeypatch.setattr(trainer, "encoders_by_length", [])  # captions run by length on a CPU alone
     with WaitsForDevice() as waits:
         trainer.compute_loss(trainer.model, batch).backward()
         trainer.momentum_state.encoder.update_(trainer.model.cots, 0.99)
