@@ -104,9 +104,12 @@ def estimate(script_args, args: COTSTrainingArguments, num_gpus: int = 1) -> Tra
     return estimate_training_cost(config, args, num_devices=num_gpus, **shapes)
 
 
-def _smaller(args: COTSTrainingArguments) -> str:
-    """What saves memory beyond what `args` say."""
-    return "gradient_checkpointing instead" if args.recompute_activations else "recompute_activations"
+def _advice(args: COTSTrainingArguments) -> str:
+    """What to do where a batch does not fit; nothing saves more memory than `gradient_checkpointing`."""
+    if args.gradient_checkpointing:
+        return "take a smaller batch"
+    option = "gradient_checkpointing instead" if args.recompute_activations else "recompute_activations"
+    return f"set {option} or take a smaller batch"
 
 
 def main() -> None:
@@ -144,7 +147,7 @@ def main() -> None:
     batch = args.per_device_train_batch_size
     print(f"{'largest batch of a device':28s} {largest:12d} pairs in {estimate_args.gpu_memory_gib:g} GiB")
     if batch > largest:
-        print(f"  per_device_train_batch_size {batch} will not fit: set {_smaller(args)} or take a smaller batch.")
+        print(f"  per_device_train_batch_size {batch} will not fit: {_advice(args)}.")
     print(
         f"{'pairs a second':28s} {per_second:12.1f} at {estimate_args.gpu_tflops:g} TFLOP/s x {estimate_args.num_gpus}"
     )

@@ -155,6 +155,8 @@ def test_a_batch_that_will_not_fit_is_said(estimate):
     assert "512 will not fit: set recompute_activations or" in estimate(*small)
     again = estimate(*small, "--recompute_activations", "true")
     assert "512 will not fit: set gradient_checkpointing instead or" in again
+    least = estimate("--gpu_memory_gib", "0.01", *small[2:], "--gradient_checkpointing", "true")
+    assert "512 will not fit: take a smaller batch" in least
 
 
 def test_without_the_number_of_pairs_there_are_no_hours(estimate):
